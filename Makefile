@@ -1,0 +1,54 @@
+# Two commands to start with:
+#   make demo   install what the comparison needs and run it on the Azure conversation workload
+#   make test   install everything a developer needs and run ruff, mypy and the fast tests
+#
+# PIP_FLAGS goes to every pip install; with PyTorch's own index the smaller CPU build of torch is taken:
+#   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+HOUSE := pyproject.toml constraints.txt
+DEMO_OUT ?= results/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint clean distclean
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per set of extras: installing again is only needed when the project's requirements change.
+$(VENV)/.demo: $(HOUSE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[plots]"
+	@touch $@
+
+$(VENV)/.dev: $(HOUSE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,plots,dev]"
+	@touch $(VENV)/.demo $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/compare.py --scenario azure-conv --rates 4 5 6 7 --policies vllm sarathi wait nested-wait \
+		--seeds 3 --num-requests 1000 --jobs 2 --out $(DEMO_OUT) --overwrite
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis $(DEMO_OUT)
+	find llmsched_env baselines agents hardware scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
