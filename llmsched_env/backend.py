@@ -1,0 +1,218 @@
+"""What stands behind the environment: the `Backend` protocol and the `View` that policies decide from."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsched_env.errors import ConfigError
+from llmsched_env.types import (
+    Decision,
+    EngineConfig,
+    EpisodeLimits,
+    FloatArray,
+    IntArray,
+    IterationReport,
+    QueueLayout,
+    RequestLog,
+    Workload,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingRequests:
+    """The first requests of one class's outside queue, oldest key first; arrays of shape (n,).
+
+    Attributes:
+        id: request index.
+        prompt_tokens, generated: tokens; ``generated`` > 0 after a recompute preemption.
+        arrival: seconds.
+        key: queue key, comparable across classes.
+        output_tokens: the true output length where the scenario reveals it, else None.
+    """
+
+    id: IntArray
+    prompt_tokens: IntArray
+    generated: IntArray
+    arrival: FloatArray
+    key: IntArray
+    output_tokens: IntArray | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentRequests:
+    """Residents in admission order (oldest admission first); arrays of shape (n,), read-only.
+
+    Attributes:
+        id, queue: request index; segment index q = j * K + k.
+        at_boundary: bool, stands in the boundary queue of its segment.
+        prompt_tokens, generated, computed, prefill_target: tokens. ``computed`` < ``prefill_target``
+            while prefill is unfinished.
+        output_tokens: the true output length where the scenario reveals it, else None.
+    """
+
+    id: IntArray
+    queue: IntArray
+    at_boundary: np.ndarray
+    prompt_tokens: IntArray
+    generated: IntArray
+    computed: IntArray
+    prefill_target: IntArray
+    output_tokens: IntArray | None
+
+
+class View(Protocol):
+    """Everything a policy may see before a decision. No output length, no future arrival.
+
+    (J, K) arrays are indexed by class and segment; KV is in KV units of the engine (tokens in the
+    ``paper`` preset, blocks in ``vllm``).
+    """
+
+    engine: EngineConfig
+    layout: QueueLayout
+    reveals_output_length: bool
+
+    @property
+    def clock(self) -> float: ...
+    @property
+    def waiting(self) -> IntArray:
+        """(J, K) requests per queue: column 0 outside, column k >= 1 boundary queue into segment k."""
+    @property
+    def residents(self) -> IntArray:
+        """(J, K) residents inside each segment, boundary queues not included."""
+    @property
+    def resident_kv(self) -> IntArray:
+        """(J, K) KV units of those residents."""
+    @property
+    def boundary_kv(self) -> IntArray:
+        """(J, K) KV units of the boundary queues."""
+    @property
+    def head_tokens(self) -> IntArray:
+        """(J,) tokens to prefill (prompt + kept) of each outside queue's head; 0 if empty."""
+    @property
+    def head_key(self) -> IntArray:
+        """(J,) queue key of each head; meaningless where the queue is empty."""
+    @property
+    def head_arrival(self) -> FloatArray:
+        """(J,) arrival time of each head in seconds; NaN if the queue is empty."""
+    @property
+    def arrival_rate(self) -> FloatArray:
+        """(J,) recent arrival rate, requests/s."""
+    @property
+    def num_residents(self) -> int: ...
+    @property
+    def num_waiting(self) -> int:
+        """Requests outside, all classes."""
+    @property
+    def kv_used(self) -> int:
+        """KV units: tokens computed (``paper``) or blocks held (``vllm``)."""
+    @property
+    def kv_free(self) -> int: ...
+    @property
+    def last_iteration_seconds(self) -> float: ...
+    @property
+    def evictions(self) -> int:
+        """Evictions so far in the episode, asked for or forced."""
+    def resident_requests(self) -> ResidentRequests: ...
+    def waiting_requests(self, j: int, limit: int) -> WaitingRequests: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals of the episode so far.
+
+    Attributes:
+        clock, busy_seconds: seconds; busy = inside engine iterations.
+        kv_seconds: integral of the KV reserved (KV units x seconds).
+        kv_peak: highest KV reserved in an iteration (KV units).
+        system_seconds: integral of the number of requests in system (request-seconds).
+        evictions: asked for or forced; forced_evictions: forced alone.
+        end: ``running``, ``finished``, ``stranded``, ``horizon`` or ``max_iterations``.
+    """
+
+    clock: float
+    iterations: int
+    idle_steps: int
+    drain_iterations: int
+    evictions: int
+    forced_evictions: int
+    kv_seconds: float
+    kv_peak: int
+    busy_seconds: float
+    system_seconds: float
+    finished: int
+    rejected: int
+    end: str
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One serving engine under our decisions: simulator, vLLM's scheduler, or a real vLLM engine.
+
+    Besides its methods a backend keeps the summary arrays of ``llmsched_env.engine.state`` (rows
+    named there), from which observations, masks and rewards are computed: ``settings``,
+    ``requests``, ``times``, ``queues``, ``queue_f``, ``scalars``, ``clocks`` and ``events``.
+    """
+
+    settings: npt.NDArray[np.int64]
+    requests: IntArray
+    times: FloatArray
+    queues: IntArray
+    queue_f: FloatArray
+    scalars: npt.NDArray[np.int64]
+    clocks: FloatArray
+    events: IntArray
+
+    def reset(
+        self,
+        workload: Workload,
+        layout: QueueLayout,
+        engine: EngineConfig,
+        limits: EpisodeLimits,
+        *,
+        reveal_output_length: bool = False,
+    ) -> View:
+        """Start an episode. Raises ConfigError for requests the engine could never serve."""
+
+    def step(self, decision: Decision) -> IterationReport:
+        """One engine iteration, or an idle step that moves the clock to the next arrival."""
+
+    def advance(self, decision: Decision) -> None:
+        """``step`` without building the report."""
+
+    def snapshot(self) -> View: ...
+
+    def counters(self) -> Counters: ...
+
+    def log(self) -> RequestLog: ...
+
+    @property
+    def done(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+_BACKENDS = {"sim": "llmsched_env.engine.backend:SimBackend"}
+
+
+def make_backend(name: str, **config: Any) -> Backend:
+    """Build a backend by name; the module is imported only then.
+
+    Raises:
+        ConfigError: unknown name (the nearest one is given).
+    """
+    if name not in _BACKENDS:
+        near = difflib.get_close_matches(name, _BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"backend: {name!r} is unknown{hint} (available: {', '.join(_BACKENDS)})")
+    module, _, attribute = _BACKENDS[name].partition(":")
+    backend: Backend = getattr(importlib.import_module(module), attribute)(**config)
+    return backend
+
+
+__all__ = ["Backend", "Counters", "ResidentRequests", "View", "WaitingRequests", "make_backend"]

@@ -1,0 +1,481 @@
+"""Typed records shared by the engine, the environment and the policies.
+
+Units are seconds and tokens unless a name says otherwise. Array shapes use
+
+======  ==============================================================
+symbol  meaning
+======  ==============================================================
+N       requests of an episode
+J       classes
+K       segments of decode length
+Q       queues, ``Q = J * K``; queue ``q = j * K + k``. ``k = 0`` is the
+        outside queue of class j (no KV), ``k >= 1`` the boundary queue
+        in front of segment k (KV kept)
+======  ==============================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsched_env.errors import ConfigError
+from llmsched_env.perf import IterationTimeModel, LinearTime, load_calibration
+
+IntArray = npt.NDArray[np.int32]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+ADMIT_ALL = int(np.iinfo(np.int32).max)
+"""Count in ``Decision.admit`` that stands for "as many as fit"."""
+
+Preset = Literal["paper", "vllm"]
+AdmissionOrder = Literal["arrival", "class"]
+ClassBy = Literal["single", "type", "prompt", "output"]
+
+
+class Decision:
+    """What a policy asks of the engine for one iteration (design: the meaning of a decision).
+
+    Attributes:
+        run: (Q,) int32, 1 where the residents already in the segment advance, 0 where they are
+            held with their KV kept.
+        admit: (Q,) int32, how many requests, oldest first, enter the segment from its queue in
+            this iteration; ``ADMIT_ALL`` for as many as fit.
+        evict: (Q,) int32, boundary queues only: how many of the most recently admitted requests
+            of the queue give up their KV and go back outside before anything else happens.
+    """
+
+    __slots__ = ("array",)
+
+    def __init__(self, num_queues: int) -> None:
+        self.array: IntArray = np.zeros((3, num_queues), dtype=np.int32)
+
+    @property
+    def run(self) -> IntArray:
+        return self.array[0]
+
+    @property
+    def admit(self) -> IntArray:
+        return self.array[1]
+
+    @property
+    def evict(self) -> IntArray:
+        return self.array[2]
+
+    @classmethod
+    def of(cls, run: npt.ArrayLike, admit: npt.ArrayLike, evict: npt.ArrayLike = 0) -> Decision:
+        """Build a decision from three array-likes; ``run`` fixes the number of queues."""
+        rows = np.atleast_1d(np.asarray(run))
+        decision = cls(rows.shape[0])
+        decision.array[0] = rows
+        decision.array[1] = np.minimum(np.asarray(admit), ADMIT_ALL)
+        decision.array[2] = evict
+        return decision
+
+    @classmethod
+    def greedy(cls, num_queues: int) -> Decision:
+        """run = 1 and admit = all everywhere: the work-conserving decision."""
+        decision = cls(num_queues)
+        decision.array[0] = 1
+        decision.array[1] = ADMIT_ALL
+        return decision
+
+    def __repr__(self) -> str:
+        admit = ["all" if a == ADMIT_ALL else int(a) for a in self.admit]
+        return f"Decision(run={self.run.tolist()}, admit={admit}, evict={self.evict.tolist()})"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The requests of one episode, in arrival order.
+
+    Attributes:
+        arrival: (N,) float64 seconds, non-decreasing, >= 0.
+        prompt_tokens: (N,) int32, >= 1.
+        output_tokens: (N,) int32, >= 1, the number of tokens the request generates.
+        type_id: (N,) int32, the type a scenario or a trace's ``type`` column gives; zeros if none.
+        request_id: names for the per-request log; empty means 0 .. N-1.
+    """
+
+    arrival: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    type_id: IntArray
+    request_id: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        arrival: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        output_tokens: npt.ArrayLike,
+        type_id: npt.ArrayLike | None = None,
+        request_id: tuple[str, ...] = (),
+    ) -> Workload:
+        """Check and convert; raises ``ConfigError`` naming the first offending row."""
+        times = np.ascontiguousarray(arrival, dtype=np.float64)
+        n = times.shape[0] if times.ndim == 1 else -1
+        if n < 0:
+            raise ConfigError(f"workload.arrival: shape {times.shape}, must be one-dimensional")
+        columns: dict[str, npt.NDArray[Any]] = {"prompt_tokens": np.asarray(prompt_tokens), "output_tokens": np.asarray(output_tokens)}
+        columns["type_id"] = np.zeros(n, np.int32) if type_id is None else np.asarray(type_id)
+        for name, values in columns.items():
+            if values.shape != (n,):
+                raise ConfigError(f"workload.{name}: shape {values.shape}, must be ({n},) as arrival has")
+            low = 0 if name == "type_id" else 1
+            bad = np.flatnonzero(~((values >= low) & (values <= 2**30)))
+            if bad.size:
+                raise ConfigError(f"workload.{name}: row {bad[0]} is {values[bad[0]]}, must be an integer from {low} to 2**30")
+        bad = np.flatnonzero(~(np.isfinite(times) & (times >= 0)))
+        if bad.size:
+            raise ConfigError(f"workload.arrival: row {bad[0]} is {times[bad[0]]}, must be finite and >= 0 seconds")
+        bad = np.flatnonzero(np.diff(times) < 0)
+        if bad.size:
+            i = int(bad[0])
+            raise ConfigError(f"workload.arrival: row {i + 1} is {times[i + 1]} after {times[i]}, times must not decrease")
+        if request_id and len(request_id) != n:
+            raise ConfigError(f"workload.request_id: {len(request_id)} names for {n} requests")
+        ints = {k: np.ascontiguousarray(v, dtype=np.int32) for k, v in columns.items()}
+        return cls(times, ints["prompt_tokens"], ints["output_tokens"], ints["type_id"], request_id)
+
+    def __len__(self) -> int:
+        return int(self.arrival.shape[0])
+
+
+@dataclass(frozen=True, slots=True)
+class LengthStatistics:
+    """A discretised joint distribution of (prompt, output) lengths: what an operator knows.
+
+    Policies and the fluid model read lengths from here, never from the requests of the episode.
+
+    Attributes:
+        prompt: (M,) float64 tokens.
+        output: (M,) float64 tokens.
+        weight: (M,) float64, sums to 1.
+        type_id: (M,) int32, the type of each support point (zeros for untyped workloads).
+        source: where the numbers come from.
+    """
+
+    prompt: FloatArray
+    output: FloatArray
+    weight: FloatArray
+    type_id: IntArray
+    source: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        prompt: npt.ArrayLike,
+        output: npt.ArrayLike,
+        weight: npt.ArrayLike,
+        type_id: npt.ArrayLike | None = None,
+        source: str = "",
+    ) -> LengthStatistics:
+        p, o, w = (np.atleast_1d(np.asarray(a, dtype=np.float64)) for a in (prompt, output, weight))
+        t = np.zeros(p.shape, np.int32) if type_id is None else np.asarray(type_id, dtype=np.int32)
+        if not (p.shape == o.shape == w.shape == t.shape and p.ndim == 1 and p.size):
+            raise ConfigError(f"statistics: shapes {p.shape}, {o.shape}, {w.shape}, {t.shape} must be equal and (M,)")
+        if not (np.all(w >= 0) and np.all(np.isfinite(w)) and w.sum() > 0):
+            raise ConfigError("statistics.weight: must be finite, >= 0 and not all zero")
+        if not (np.all(p >= 1) and np.all(o >= 1)):
+            raise ConfigError("statistics: prompt and output lengths must be >= 1 token")
+        return cls(p, o, w / w.sum(), t, source)
+
+    @property
+    def num_types(self) -> int:
+        return int(self.type_id.max()) + 1
+
+    @property
+    def mean_prompt(self) -> float:
+        return float(self.prompt @ self.weight)
+
+    @property
+    def mean_output(self) -> float:
+        return float(self.output @ self.weight)
+
+    @property
+    def max_output(self) -> int:
+        return math.ceil(float(self.output.max()))
+
+    def survival(self, length: float) -> float:
+        """P(output > length)."""
+        return float(self.weight[self.output > length].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLayout:
+    """Which queues the engine keeps: J classes, each with K segments of decode length.
+
+    Attributes:
+        by: what decides a request's class: ``single`` (one class), ``type`` (the workload's
+            ``type_id``), ``prompt`` (prompt length, which a server knows at arrival) or
+            ``output`` (output length: known lengths only).
+        edges: class j holds lengths <= edges[j]; the last class everything above. Increasing.
+        num_types: J for ``by="type"``.
+        segment_ends: (K-1,) increasing decode lengths r_1 < r_2 < ...: a request that has generated
+            r_k tokens and is not complete stands in the boundary queue of segment k+1.
+    """
+
+    by: ClassBy = "single"
+    edges: tuple[int, ...] = ()
+    num_types: int = 1
+    segment_ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.by not in ("single", "type", "prompt", "output"):
+            raise ConfigError(f"layout.by: {self.by!r}, must be single, type, prompt or output")
+        for name in ("edges", "segment_ends"):
+            values = getattr(self, name)
+            if any(v < 1 for v in values) or any(b <= a for a, b in zip(values, values[1:], strict=False)):
+                raise ConfigError(f"layout.{name}: {values}, must be increasing integers >= 1")
+        if self.edges and self.by not in ("prompt", "output"):
+            raise ConfigError(f"layout.edges: {self.edges} given, but only prompt and output classes have edges")
+        if self.num_types < 1 or (self.num_types > 1 and self.by != "type"):
+            raise ConfigError(f"layout.num_types: {self.num_types}, must be >= 1, and 1 unless by='type'")
+
+    @property
+    def num_classes(self) -> int:
+        return self.num_types if self.by == "type" else len(self.edges) + 1
+
+    @property
+    def num_segments(self) -> int:
+        return len(self.segment_ends) + 1
+
+    @property
+    def num_queues(self) -> int:
+        return self.num_classes * self.num_segments
+
+    @property
+    def reveals_output_length(self) -> bool:
+        return self.by == "output"
+
+    def queue(self, j: int, k: int = 0) -> int:
+        return j * self.num_segments + k
+
+    def classify(self, prompt: npt.ArrayLike, output: npt.ArrayLike, type_id: npt.ArrayLike) -> IntArray:
+        """(n,) int32 class of each request."""
+        if self.by == "single":
+            return np.zeros(np.shape(prompt), np.int32)
+        if self.by == "type":
+            types = np.asarray(type_id, dtype=np.int32)
+            if types.size and int(types.max()) >= self.num_types:
+                raise ConfigError(f"workload.type_id: {int(types.max())}, must be below layout.num_types = {self.num_types}")
+            return types
+        values = np.asarray(prompt if self.by == "prompt" else output)
+        return np.searchsorted(np.asarray(self.edges), values, side="left").astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """One engine, two presets (``EngineConfig.paper(...)`` and ``EngineConfig.vllm(...)``).
+
+    Attributes:
+        preset: ``paper`` (KV in tokens, whole prompts, eviction loses all progress) or ``vllm``
+            (KV in blocks, chunked prefill, recompute preemption).
+        time_model: seconds of one iteration from its batch.
+        admission_order: global order of outside requests: queue key (``arrival``: arrival order,
+            evicted requests first) or class index first (``class``).
+        capacity_tokens: KV capacity C of the ``paper`` preset.
+        boundary_slot: variant A of Nested WAIT: entering from a boundary queue costs one iteration
+            that yields no token (``paper`` only).
+        num_blocks: usable KV blocks (vLLM's ``num_gpu_blocks`` counts one null block more).
+        block_size: tokens per block.
+        max_num_batched_tokens: token budget of an iteration.
+        max_num_seqs: most residents at once, held and boundary requests included.
+        max_model_len: longest prompt + output.
+        enable_chunked_prefill: a prompt longer than the budget left is split.
+        scheduler_reserve_full_isl: admit a prompt only if all its blocks are free (vLLM 0.28 default).
+        watermark: fraction of blocks kept free at admissions while something runs.
+        padded_prefill: Vidur's accounting of prefill batches: count x longest prompt <= budget.
+        decode_needs_free_block: Vidur's accounting: every decode needs one free block.
+        oversize: requests above ``max_model_len`` (``paper``: above ``capacity_tokens``) are an
+            ``error`` before the episode or are ``reject``-ed on arrival, as a server answers 400.
+    """
+
+    preset: Preset = "vllm"
+    time_model: IterationTimeModel = field(default_factory=lambda: load_calibration("a100-llama2-7b-c10"))
+    admission_order: AdmissionOrder = "arrival"
+    capacity_tokens: int = 137_000
+    boundary_slot: bool = False
+    num_blocks: int = 7_424
+    block_size: int = 16
+    max_num_batched_tokens: int = 2_048
+    max_num_seqs: int = 256
+    max_model_len: int = 4_096
+    enable_chunked_prefill: bool = True
+    scheduler_reserve_full_isl: bool = True
+    watermark: float = 0.0
+    padded_prefill: bool = False
+    decode_needs_free_block: bool = False
+    oversize: Literal["error", "reject"] = "error"
+
+    @classmethod
+    def paper(cls, capacity_tokens: int, d0: float, d1: float, **options: Any) -> EngineConfig:
+        """The model of arXiv 2504.11320: tau = d0 + d1 * KV tokens of the batch."""
+        return cls(preset="paper", time_model=LinearTime(d0, d1), capacity_tokens=capacity_tokens, **options)
+
+    @classmethod
+    def vllm(cls, **options: Any) -> EngineConfig:
+        """vLLM 0.28's scheduler for Llama-2-7B on one A100-80GB; defaults are vLLM's for that GPU
+        (``vllm/engine/arg_utils.py`` 0.28.0: 2,048 tokens and 256 sequences for the API server)."""
+        return cls(preset="vllm", **options)
+
+    def __post_init__(self) -> None:
+        if self.preset not in ("paper", "vllm"):
+            raise ConfigError(f"engine.preset: {self.preset!r}, must be 'paper' or 'vllm'")
+        if self.admission_order not in ("arrival", "class"):
+            raise ConfigError(f"engine.admission_order: {self.admission_order!r}, must be 'arrival' or 'class'")
+        if self.oversize not in ("error", "reject"):
+            raise ConfigError(f"engine.oversize: {self.oversize!r}, must be 'error' or 'reject'")
+        if not isinstance(self.time_model, IterationTimeModel):
+            raise ConfigError(f"engine.time_model: {self.time_model!r}, must be an IterationTimeModel")
+        for name in ("capacity_tokens", "num_blocks", "block_size", "max_num_batched_tokens", "max_num_seqs", "max_model_len"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= 2**30:
+                raise ConfigError(f"engine.{name}: {value!r}, must be an integer from 1 to 2**30")
+        if not 0.0 <= self.watermark < 1.0:
+            raise ConfigError(f"engine.watermark: {self.watermark}, must be in [0, 1)")
+        if self.preset == "paper":
+            for name in ("padded_prefill", "decode_needs_free_block"):
+                if getattr(self, name):
+                    raise ConfigError(f"engine.{name}: True, but it is an option of the vllm preset")
+            return
+        if self.boundary_slot:
+            raise ConfigError("engine.boundary_slot: True, but it is an option of the paper preset")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"engine.max_num_batched_tokens: {self.max_num_batched_tokens}, must be >= max_num_seqs = {self.max_num_seqs}"
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"engine.max_num_batched_tokens: {self.max_num_batched_tokens} with chunked prefill off, "
+                f"must be >= max_model_len = {self.max_model_len}"
+            )
+        # A request of max_model_len tokens computes max_model_len - 1 of them, but vLLM asks for all.
+        spare = int(self.decode_needs_free_block)
+        if self.max_model_len > (self.num_blocks - spare) * self.block_size:
+            raise ConfigError(
+                f"engine.max_model_len: {self.max_model_len}, must fit the KV cache: <= "
+                f"{(self.num_blocks - spare) * self.block_size} tokens ({self.num_blocks} blocks of {self.block_size})"
+            )
+
+    @property
+    def kv_capacity(self) -> int:
+        """KV units: tokens (``paper``) or blocks (``vllm``)."""
+        return self.capacity_tokens if self.preset == "paper" else self.num_blocks
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return self.capacity_tokens if self.preset == "paper" else self.num_blocks * self.block_size
+
+    @property
+    def watermark_blocks(self) -> int:
+        """vLLM 0.28 ``kv_cache_manager.py``: int(watermark * num_blocks), the null block counted."""
+        return 0 if self.preset == "paper" else int(self.watermark * (self.num_blocks + 1))
+
+    @property
+    def longest_request(self) -> int:
+        """Largest prompt + output (tokens) the engine can ever serve."""
+        return self.capacity_tokens if self.preset == "paper" else self.max_model_len
+
+    def replace(self, **changes: Any) -> EngineConfig:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeLimits:
+    """When an episode ends.
+
+    Attributes:
+        drain: after the last arrival, a decision that schedules nothing is replaced by one greedy
+            iteration, so that every request completes (design rule 14); otherwise the episode ends
+            with the requests that no decision moves left where they stand.
+        horizon: seconds; an iteration that ends later does not count.
+        max_iterations: safety net; reaching it truncates the episode and is reported.
+    """
+
+    drain: bool = True
+    horizon: float = math.inf
+    max_iterations: int = 10_000_000
+
+    def __post_init__(self) -> None:
+        if not self.horizon > 0:
+            raise ConfigError(f"limits.horizon: {self.horizon}, must be > 0 seconds")
+        if self.max_iterations < 1:
+            raise ConfigError(f"limits.max_iterations: {self.max_iterations}, must be >= 1")
+
+
+@dataclass(frozen=True, slots=True)
+class IterationReport:
+    """What one step really did.
+
+    Attributes:
+        start, duration: seconds; ``duration`` of an idle step is the jump of the clock.
+        idle: nothing was scheduled: not an engine iteration.
+        forced_drain: the decision scheduled nothing after the last arrival and was replaced.
+        batch_size, decode_requests, prefill_requests, prefill_tokens, total_tokens: the batch.
+        load: sum of KV tokens of the batch after the iteration's tokens (the paper's sum of l+s).
+        kv_used: KV units reserved after residents and admissions (``paper``: charges l+s of all
+            residents; ``vllm``: blocks held).
+        admitted, completed, arrived, rejected: requests.
+        evicted: ids evicted by the decision, newest admission first.
+        preempted: ids evicted by force, in order.
+        finished: ids completed in this step.
+        waiting: requests outside after the step.
+        system_seconds: number in system integrated over the step (request-seconds).
+        completed_tokens: output tokens of the requests completed in this step.
+        generated_tokens: output tokens sampled in this step.
+    """
+
+    start: float
+    duration: float
+    idle: bool
+    forced_drain: bool
+    batch_size: int
+    decode_requests: int
+    prefill_requests: int
+    prefill_tokens: int
+    total_tokens: int
+    load: int
+    kv_used: int
+    admitted: int
+    completed: int
+    arrived: int
+    rejected: int
+    evicted: tuple[int, ...]
+    preempted: tuple[int, ...]
+    finished: tuple[int, ...]
+    waiting: int
+    system_seconds: float
+    completed_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLog:
+    """Per-request outcome, arrays of shape (N,); NaN where the event has not happened.
+
+    TTFT is the end of the iteration that yields the first output token minus arrival; latency the
+    end of the last iteration minus arrival; TPOT (latency - TTFT) / (output_tokens - 1).
+    """
+
+    arrival: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    class_id: IntArray
+    admitted: FloatArray
+    first_token: FloatArray
+    completed: FloatArray
+    evictions: IntArray
+    forced_evictions: IntArray
+    rejected: BoolArray
+    request_id: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.arrival.shape[0])
