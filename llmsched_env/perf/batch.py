@@ -1,0 +1,63 @@
+"""The sums that describe a batch to an iteration-time model.
+
+A request in the batch is a *decode* when it computes the one token it sampled last, else a
+*prefill* chunk. ``context`` is the number of tokens computed before this iteration.
+
+The engine keeps the sums in a float64 array indexed by the constants below, ``Batch`` is the same
+record by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+DECODES = 0
+DECODE_KV = 1
+PREFILLS = 2
+PREFILL_TOKENS = 3
+PREFILL_SQUARES = 4
+PREFILL_CONTEXT = 5
+PREFILL_CONTEXT64 = 6
+PREFILL_WORK = 7
+SAMPLED = 8
+LOAD = 9
+BATCH_SIZE = 10
+BATCH_FIELDS = 11
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch.
+
+    Attributes:
+        decodes: decode requests.
+        decode_kv: sum over decodes of context + 1 (tokens).
+        prefills: requests with a prefill chunk.
+        prefill_tokens: sum of chunks (tokens).
+        prefill_squares: sum of chunk**2.
+        prefill_context: sum of the contexts of prefill chunks (tokens).
+        prefill_context64: the same with each context rounded up to 64 (Vidur's profile grid).
+        prefill_work: sum of chunk * (chunk / 2 + context), attention work of prefill.
+        sampled: requests that sample a token at the end of the iteration.
+        load: sum of tokens held by the batch after its iteration (the paper's sum of l + s).
+        batch_size: requests, those included that take a boundary slot without a token.
+    """
+
+    decodes: float = 0.0
+    decode_kv: float = 0.0
+    prefills: float = 0.0
+    prefill_tokens: float = 0.0
+    prefill_squares: float = 0.0
+    prefill_context: float = 0.0
+    prefill_context64: float = 0.0
+    prefill_work: float = 0.0
+    sampled: float = 0.0
+    load: float = 0.0
+    batch_size: float = 0.0
+
+    def array(self) -> npt.NDArray[np.float64]:
+        """(BATCH_FIELDS,) float64."""
+        return np.array(astuple(self), dtype=np.float64)
