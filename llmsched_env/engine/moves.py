@@ -1,0 +1,246 @@
+"""Moves of requests between outside queues, slots and boundary queues (compiled).
+
+Outside queues are linked lists through ``R_NEXT``: arrivals join at the tail, evicted requests at
+the head, so each list is sorted by queue key (design rule 7). Slots are dense and in admission
+order; a slot that leaves is marked ``SLOT_GONE`` and squeezed out by ``compact``.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from llmsched_env.engine.state import (
+    C_BY_CLASS,
+    C_PRESET,
+    C_SEGMENTS,
+    I_BOUNDARY,
+    I_EVICTIONS,
+    I_KV_BLOCKS,
+    I_KV_TOKENS,
+    I_LOW_KEY,
+    I_RESIDENTS,
+    I_STEP_EVICTED,
+    I_WAITING,
+    NO_END,
+    PRESET_PAPER,
+    Q_BOUNDARY_KV,
+    Q_HEAD,
+    Q_LEFT,
+    Q_RESIDENT_KV,
+    Q_RESIDENTS,
+    Q_TAIL,
+    Q_WAITING,
+    R_CLASS,
+    R_EVICTIONS,
+    R_GENERATED,
+    R_KEY,
+    R_NEXT,
+    R_OUTPUT,
+    R_PROMPT,
+    R_STATUS,
+    S_BLOCKS,
+    S_COMPUTED,
+    S_GENERATED,
+    S_ID,
+    S_OUTPUT,
+    S_PROMPT,
+    S_QUEUE,
+    S_ROWS,
+    S_SEGMENT_END,
+    S_STATE,
+    S_TARGET,
+    S_TOKENS,
+    SLOT_BOUNDARY,
+    SLOT_ENTERING,
+    SLOT_GONE,
+    SLOT_INTERIOR,
+    STATUS_RESIDENT,
+    STATUS_WAITING,
+    T_ADMITTED,
+)
+
+
+@njit(cache=True)
+def push_back(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
+    """An arrival joins the tail of outside queue q."""
+    requests[R_NEXT, r] = -1
+    tail = queues[Q_TAIL, q]
+    if tail < 0:
+        queues[Q_HEAD, q] = r
+    else:
+        requests[R_NEXT, tail] = r
+    queues[Q_TAIL, q] = r
+    queues[Q_WAITING, q] += 1
+    scalars[I_WAITING] += 1
+
+
+@njit(cache=True)
+def push_front(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
+    """An evicted request becomes the head of outside queue q."""
+    requests[R_NEXT, r] = queues[Q_HEAD, q]
+    queues[Q_HEAD, q] = r
+    if queues[Q_TAIL, q] < 0:
+        queues[Q_TAIL, q] = r
+    queues[Q_WAITING, q] += 1
+    scalars[I_WAITING] += 1
+
+
+@njit(cache=True)
+def pop_front(q, requests, queues, scalars):  # type: ignore[no-untyped-def]
+    r = queues[Q_HEAD, q]
+    queues[Q_HEAD, q] = requests[R_NEXT, r]
+    if queues[Q_HEAD, q] < 0:
+        queues[Q_TAIL, q] = -1
+    queues[Q_WAITING, q] -= 1
+    scalars[I_WAITING] -= 1
+    return r
+
+
+@njit(cache=True)
+def next_outside(settings, requests, queues):  # type: ignore[no-untyped-def]
+    """Outside queue whose head is next in the global admission order among those with count left; -1 if none."""
+    num_segments = settings[C_SEGMENTS]
+    best = -1
+    best_key = 0
+    for q in range(0, queues.shape[1], num_segments):
+        head = queues[Q_HEAD, q]
+        if head < 0 or queues[Q_LEFT, q] <= 0:
+            continue
+        key = requests[R_KEY, head]
+        if best < 0 or key < best_key:
+            best = q
+            best_key = key
+            if settings[C_BY_CLASS] != 0:  # the first class in index order
+                return q
+    return best
+
+
+@njit(cache=True)
+def admit(q, n, clock, settings, ends, requests, times, slots, queues, scalars):  # type: ignore[no-untyped-def]
+    """The head of outside queue q takes slot n; nothing is computed yet."""
+    r = pop_front(q, requests, queues, scalars)
+    generated = requests[R_GENERATED, r]
+    requests[R_STATUS, r] = STATUS_RESIDENT
+    if times[T_ADMITTED, r] != times[T_ADMITTED, r]:  # NaN: not admitted before
+        times[T_ADMITTED, r] = clock
+    slots[S_ID, n] = r
+    slots[S_QUEUE, n] = q
+    slots[S_STATE, n] = SLOT_INTERIOR
+    slots[S_COMPUTED, n] = 0
+    slots[S_GENERATED, n] = generated
+    slots[S_TARGET, n] = requests[R_PROMPT, r] + generated
+    slots[S_OUTPUT, n] = requests[R_OUTPUT, r]
+    slots[S_SEGMENT_END, n] = ends[0] if settings[C_SEGMENTS] > 1 else NO_END
+    slots[S_BLOCKS, n] = 0
+    slots[S_TOKENS, n] = 0
+    slots[S_PROMPT, n] = requests[R_PROMPT, r]
+    queues[Q_RESIDENTS, q] += 1
+    scalars[I_RESIDENTS] += 1
+    return r
+
+
+@njit(cache=True)
+def release_kv(i, settings, slots, queues, scalars):  # type: ignore[no-untyped-def]
+    """Free the KV of slot i and take it out of the counts of its queue."""
+    q = slots[S_QUEUE, i]
+    kv = slots[S_COMPUTED, i] if settings[C_PRESET] == PRESET_PAPER else slots[S_BLOCKS, i]
+    if slots[S_STATE, i] == SLOT_BOUNDARY:
+        queues[Q_WAITING, q] -= 1
+        queues[Q_BOUNDARY_KV, q] -= kv
+        scalars[I_BOUNDARY] -= 1
+    else:
+        queues[Q_RESIDENTS, q] -= 1
+        queues[Q_RESIDENT_KV, q] -= kv
+    scalars[I_KV_TOKENS] -= slots[S_COMPUTED, i]
+    scalars[I_KV_BLOCKS] -= slots[S_BLOCKS, i]
+    scalars[I_RESIDENTS] -= 1
+    slots[S_STATE, i] = SLOT_GONE
+    slots[S_TOKENS, i] = 0
+
+
+@njit(cache=True)
+def evict(i, settings, requests, slots, queues, scalars):  # type: ignore[no-untyped-def]
+    """Slot i gives up its KV; the request gets the next queue key below all given so far.
+
+    It joins its outside queue only after this step's admissions (``requeue``), so it can neither
+    come back in the same step nor stand in the way of others (design rule 3).
+    """
+    r = slots[S_ID, i]
+    requests[R_STATUS, r] = STATUS_WAITING
+    requests[R_GENERATED, r] = 0 if settings[C_PRESET] == PRESET_PAPER else slots[S_GENERATED, i]
+    requests[R_KEY, r] = scalars[I_LOW_KEY]
+    requests[R_EVICTIONS, r] += 1
+    scalars[I_LOW_KEY] -= 1
+    scalars[I_EVICTIONS] += 1
+    release_kv(i, settings, slots, queues, scalars)
+    return r
+
+
+@njit(cache=True)
+def requeue(ids, first, last, settings, requests, queues, scalars):  # type: ignore[no-untyped-def]
+    """Evicted requests ids[first:last], newest first, become heads of their outside queues."""
+    for e in range(first, last):
+        r = ids[e]
+        push_front(r, requests[R_CLASS, r] * settings[C_SEGMENTS], requests, queues, scalars)
+
+
+@njit(cache=True)
+def evict_boundaries(n, decision, settings, requests, slots, queues, scalars, events):  # type: ignore[no-untyped-def]
+    """Evictions the decision asks for: the most recently admitted of each boundary queue, newest first."""
+    wanted = 0
+    for q in range(queues.shape[1]):
+        queues[Q_LEFT, q] = 0
+        if q % settings[C_SEGMENTS] != 0 and decision[2, q] > 0:
+            queues[Q_LEFT, q] = min(decision[2, q], queues[Q_WAITING, q])
+            wanted += queues[Q_LEFT, q]
+    i = n - 1
+    while wanted > 0:
+        q = slots[S_QUEUE, i]
+        if slots[S_STATE, i] == SLOT_BOUNDARY and queues[Q_LEFT, q] > 0:
+            queues[Q_LEFT, q] -= 1
+            wanted -= 1
+            events[0, scalars[I_STEP_EVICTED]] = evict(i, settings, requests, slots, queues, scalars)
+            scalars[I_STEP_EVICTED] += 1
+        i -= 1
+
+
+@njit(cache=True)
+def enter_boundaries(n, admit_all, decision, settings, slots, queues, scalars):  # type: ignore[no-untyped-def]
+    """Boundary admissions, oldest admission first. Returns how many entered."""
+    wanted = 0
+    for q in range(queues.shape[1]):
+        queues[Q_LEFT, q] = 0
+        if q % settings[C_SEGMENTS] != 0 and (admit_all or decision[1, q] > 0):
+            waiting = queues[Q_WAITING, q]
+            queues[Q_LEFT, q] = waiting if admit_all else min(decision[1, q], waiting)
+            wanted += queues[Q_LEFT, q]
+    entered = wanted
+    i = 0
+    while wanted > 0:
+        q = slots[S_QUEUE, i]
+        if slots[S_STATE, i] == SLOT_BOUNDARY and queues[Q_LEFT, q] > 0:
+            queues[Q_LEFT, q] -= 1
+            wanted -= 1
+            kv = slots[S_COMPUTED, i] if settings[C_PRESET] == PRESET_PAPER else slots[S_BLOCKS, i]
+            slots[S_STATE, i] = SLOT_ENTERING
+            queues[Q_WAITING, q] -= 1
+            queues[Q_BOUNDARY_KV, q] -= kv
+            queues[Q_RESIDENTS, q] += 1
+            queues[Q_RESIDENT_KV, q] += kv
+            scalars[I_BOUNDARY] -= 1
+        i += 1
+    return entered
+
+
+@njit(cache=True)
+def compact(n, slots):  # type: ignore[no-untyped-def]
+    """Squeeze out slots marked gone, keeping the order. Returns the number left."""
+    w = 0
+    for i in range(n):
+        if slots[S_STATE, i] == SLOT_GONE:
+            continue
+        if w != i:
+            for row in range(S_ROWS):
+                slots[row, w] = slots[row, i]
+        w += 1
+    return w
