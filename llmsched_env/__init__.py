@@ -1,0 +1,58 @@
+"""llmsched_env: LLM inference scheduling as a Gymnasium environment.
+
+``import llmsched_env`` registers
+
+* ``LLMSched-v0``: output lengths hidden, K segments of decode length;
+* ``LLMSchedKnown-v0``: classes with known output lengths.
+
+``gym.make("llmsched_env:LLMSched-v0", scenario="azure-conv", rate=6.0)`` works without the import.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+
+from llmsched_env.env import AdmitOnly, LLMSchedEnv
+from llmsched_env.errors import ConfigError, InfeasibleError, MissingExtraError
+from llmsched_env.types import (
+    ADMIT_ALL,
+    Decision,
+    EngineConfig,
+    EpisodeLimits,
+    IterationReport,
+    LengthStatistics,
+    QueueLayout,
+    RequestLog,
+    Workload,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADMIT_ALL",
+    "AdmitOnly",
+    "ConfigError",
+    "Decision",
+    "EngineConfig",
+    "EpisodeLimits",
+    "InfeasibleError",
+    "IterationReport",
+    "LLMSchedEnv",
+    "LengthStatistics",
+    "MissingExtraError",
+    "QueueLayout",
+    "RequestLog",
+    "Workload",
+    "__version__",
+]
+
+
+def _register() -> None:
+    # Worker processes import again; registering twice would warn.
+    if "LLMSched-v0" in gym.registry:
+        return
+    gym.register(id="LLMSched-v0", entry_point="llmsched_env.env:LLMSchedEnv")
+    gym.register(id="LLMSchedKnown-v0", entry_point="llmsched_env.env:LLMSchedEnv", kwargs={"reveal_output_length": True})
+
+
+_register()
