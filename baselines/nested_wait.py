@@ -20,7 +20,6 @@ from llmsched_env.fluid import (
 )
 from llmsched_env.types import Decision, IntArray, QueueLayout
 
-
 # More segments promise less base memory, but where M_req exceeds the KV cache their boundary queues
 # fill it and evictions never end (measured on azure-conv lengths at 0.8 to 1.0 of the boundary).
 CANDIDATE_SEGMENTS = (1, 2, 3, 4)

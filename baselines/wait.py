@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-
 from baselines.policy import Policy, Setting, output_classes
 from llmsched_env.backend import View
 from llmsched_env.fluid import WaitThresholds, check_wait, class_profiles, rotation_quota, wait_thresholds_of

@@ -44,7 +44,7 @@ def engine_with(base: EngineConfig, changes: Mapping[str, Any] | EngineConfig | 
         missing = [k for k in ("d0", "d1") if k not in known]
         if missing:
             raise ConfigError(f"engine.{missing[0]}: missing, a linear time model needs d0 and d1")
-        fields["time_model"] = LinearTime(**known)
+        fields["time_model"] = LinearTime(known["d0"], known["d1"])
     allowed = EngineConfig.__dataclass_fields__
     for name in fields:
         if name not in allowed:
@@ -314,7 +314,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         observation = {name: flat[where] for name, where in self._slices}
         return observation, {"clock": float(backend.clocks[st.F_CLOCK]), "action_mask": self.action_masks()}
 
-    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> npt.NDArray[np.uint8] | None:
         if self.render_mode is None:
             gym.logger.warn("render() was called without render_mode; use gym.make(..., render_mode='rgb_array')")
             return None

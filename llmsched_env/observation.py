@@ -159,7 +159,7 @@ class ObservationLayout:
     def space(self) -> gym.spaces.Dict:
         # A list keeps the table's order; a plain dict would be sorted by name.
         boxes = [(name, gym.spaces.Box(0.0, 1.0, (width,), np.float32)) for name, width in self.fields]
-        return gym.spaces.Dict(boxes)  # type: ignore[arg-type]
+        return gym.spaces.Dict(boxes)
 
     def slices(self) -> tuple[tuple[str, slice], ...]:
         """Where each array lies in the flat observation."""

@@ -52,7 +52,8 @@ class Viewer:
     def draw(self, view: View) -> npt.NDArray[np.uint8] | None:
         """(HEIGHT, WIDTH, 3) uint8 in ``rgb_array`` mode, None in ``human`` mode."""
         if view.evictions < self._last_evictions or view.clock == 0.0:
-            self._kv.clear(), self._queued.clear(), self._evicted.clear()
+            for history in (self._kv, self._queued, self._evicted):
+                history.clear()
             self._last_evictions = 0
         capacity = view.engine.kv_capacity
         self._kv.append(view.kv_used / capacity)
@@ -132,7 +133,7 @@ class Viewer:
         left, top, width, height = 20, 318, WIDTH - 40, 140
         most = max(10, *self._queued)
         self._text(
-            f"recent steps: KV share of capacity (blue, full height = 100 %), requests outside (orange, full height = {most}), evictions (red)",
+            f"recent steps: KV share (blue, full height = 100 %), requests outside (orange, full height = {most}), evictions (red)",
             (left, top - 20),
             small=True,
         )

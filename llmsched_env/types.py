@@ -17,6 +17,7 @@ Q       queues, ``Q = J * K``; queue ``q = j * K + k``. ``k = 0`` is the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -58,15 +59,18 @@ class Decision:
 
     @property
     def run(self) -> IntArray:
-        return self.array[0]
+        row: IntArray = self.array[0]
+        return row
 
     @property
     def admit(self) -> IntArray:
-        return self.array[1]
+        row: IntArray = self.array[1]
+        return row
 
     @property
     def evict(self) -> IntArray:
-        return self.array[2]
+        row: IntArray = self.array[2]
+        return row
 
     @classmethod
     def of(cls, run: npt.ArrayLike, admit: npt.ArrayLike, evict: npt.ArrayLike = 0) -> Decision:
@@ -232,7 +236,7 @@ class QueueLayout:
             raise ConfigError(f"layout.by: {self.by!r}, must be single, type, prompt or output")
         for name in ("edges", "segment_ends"):
             values = getattr(self, name)
-            if any(v < 1 for v in values) or any(b <= a for a, b in zip(values, values[1:], strict=False)):
+            if any(v < 1 for v in values) or any(b <= a for a, b in itertools.pairwise(values)):
                 raise ConfigError(f"layout.{name}: {values}, must be increasing integers >= 1")
         if self.edges and self.by not in ("prompt", "output"):
             raise ConfigError(f"layout.edges: {self.edges} given, but only prompt and output classes have edges")

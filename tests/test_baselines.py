@@ -47,7 +47,7 @@ def test_paper_preset_runs_too(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vllm", "sarathi"])
 def test_token_budget_policies_refuse_the_paper_preset(name: str) -> None:
-    with pytest.raises(ConfigError, match="engine.preset is 'paper'"):
+    with pytest.raises(ConfigError, match=r"engine\.preset is 'paper'"):
         make_policy(name, paper_setting())
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as hst
 
 from baselines import Setting, make_policy
-from llmsched_env import Decision, EngineConfig, LLMSchedEnv, Workload
-from llmsched_env.backend import View
+from llmsched_env import Decision, EngineConfig, EpisodeLimits, LLMSchedEnv, Workload
+from llmsched_env.backend import make_backend
 
 
 def visible(env: LLMSchedEnv) -> list[bytes]:
@@ -75,16 +75,6 @@ def test_hidden_lengths_change_nothing_before_completion(
             break
 
 
-class Recorder:
-    """A view that answers a policy and records that no output length was asked for."""
-
-    def __init__(self, view: View) -> None:
-        self._view = view
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._view, name)
-
-
 def test_policies_without_known_lengths_decide_the_same_when_lengths_change() -> None:
     rng = np.random.default_rng(0)
     n = 60
@@ -98,9 +88,6 @@ def test_policies_without_known_lengths_decide_the_same_when_lengths_change() ->
         for out in (outputs, outputs + 300):
             policy = make_policy(name, setting, overload=True)
             assert not policy.known_lengths
-            from llmsched_env.backend import make_backend
-            from llmsched_env.types import EpisodeLimits
-
             backend = make_backend("sim")
             view = backend.reset(Workload.of(arrival, prompts, out), policy.layout, policy.engine, EpisodeLimits())
             taken: list[bytes] = []

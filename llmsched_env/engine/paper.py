@@ -97,7 +97,7 @@ def schedule_paper(n, entered, run_all, clock, decision, settings, ends, request
     squares = 0.0
     for i in range(n):
         state = slots[S_STATE, i]
-        if state == SLOT_GONE or state == SLOT_BOUNDARY:
+        if state in (SLOT_GONE, SLOT_BOUNDARY):
             slots[S_TOKENS, i] = 0
             continue
         computed = slots[S_COMPUTED, i]

@@ -1,0 +1,209 @@
+"""From the per-request log of an episode to the figures people compare.
+
+Definitions (TTFT, latency, TPOT: see ``RequestLog``):
+
+* Percentiles are linearly interpolated between order statistics; a metric with no request is NaN.
+* Latency and TPOT are over completed requests, TTFT over requests whose first token has come out.
+* Throughput counts completed requests alone: tokens of a request that never finishes are worth
+  nothing (the paper's effective throughput, arXiv 2504.11320, model section).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsched_env.backend import Counters
+from llmsched_env.errors import ConfigError, require
+from llmsched_env.types import BoolArray, FloatArray, RequestLog
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """The figures of one episode. Seconds, tokens, requests; NaN where no request has the metric.
+
+    Attributes:
+        requests, completed, rejected: counts of requests (those that arrived after the warm-up).
+        throughput_tok_s: output tokens of completed requests per simulated second.
+        throughput_req_s: completed requests per simulated second.
+        latency_*: arrival to last token (s).
+        ttft_*: arrival to first token (s).
+        tpot_*: seconds per output token after the first; single-token outputs have none.
+        slo_goodput: share of all requests that completed within both limits (``ttft_limit`` and
+            ``tpot_limit`` seconds); rejected and unfinished requests miss them.
+        evictions: asked for by the policy or forced by the engine; forced_evictions: forced alone.
+        kv_mean, kv_max: KV reserved as a fraction of the capacity, time average and peak.
+        sim_seconds: simulated seconds from 0 to the end of the last step.
+        iterations, idle_steps, drain_iterations: engine iterations; steps in which the clock only
+            moved; iterations in which the engine overrode a policy that scheduled nothing.
+        truncated: the episode ended at ``EpisodeLimits.max_iterations``.
+        end: how the episode ended, see ``Counters``.
+    """
+
+    requests: int
+    completed: int
+    rejected: int
+    throughput_tok_s: float
+    throughput_req_s: float
+    latency_mean: float
+    latency_p50: float
+    latency_p95: float
+    latency_p99: float
+    ttft_mean: float
+    ttft_p50: float
+    ttft_p95: float
+    ttft_p99: float
+    tpot_mean: float
+    tpot_p50: float
+    tpot_p95: float
+    tpot_p99: float
+    slo_goodput: float
+    evictions: int
+    forced_evictions: int
+    kv_mean: float
+    kv_max: float
+    sim_seconds: float
+    iterations: int
+    idle_steps: int
+    drain_iterations: int
+    truncated: bool
+    end: str
+
+    def as_dict(self) -> dict[str, float]:
+        """The numbers by name, in the order above (``end`` is left out)."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "end"}
+
+
+def ttft(log: RequestLog) -> FloatArray:
+    """(N,) seconds from arrival to the first output token; NaN where none has come out."""
+    seconds: FloatArray = log.first_token - log.arrival
+    return seconds
+
+
+def latency(log: RequestLog) -> FloatArray:
+    """(N,) seconds from arrival to completion; NaN where not complete."""
+    seconds: FloatArray = log.completed - log.arrival
+    return seconds
+
+
+def tpot(log: RequestLog) -> FloatArray:
+    """(N,) seconds per output token after the first; NaN for single-token outputs and unfinished requests."""
+    rest = log.output_tokens.astype(np.float64) - 1.0
+    seconds: FloatArray = np.divide(log.completed - log.first_token, rest, out=np.full(len(log), np.nan), where=rest > 0)
+    return seconds
+
+
+def summarize(
+    log: RequestLog,
+    counters: Counters,
+    *,
+    kv_capacity: int,
+    warmup: float = 0.0,
+    ttft_limit: float = 1.0,
+    tpot_limit: float = 0.1,
+) -> Summary:
+    """Summary of an episode.
+
+    Args:
+        log, counters: of the same episode, from the backend.
+        kv_capacity: KV units of the engine (``EngineConfig.kv_capacity``).
+        warmup: seconds. Requests that arrived earlier are left out of every per-request figure, and
+            throughput counts completions from then on, over the seconds from then on. Counters
+            (evictions, KV, iterations) are of the whole episode.
+        ttft_limit, tpot_limit: seconds, for ``slo_goodput``; the defaults are those of
+            ``llmsched_env.reward.SloGoodputReward``.
+
+    Raises:
+        ConfigError: negative or non-finite warm-up, or a limit that is not positive.
+    """
+    if not (math.isfinite(warmup) and warmup >= 0):
+        raise ConfigError(f"warmup: {warmup}, must be finite and >= 0 seconds")
+    for name, limit in (("ttft_limit", ttft_limit), ("tpot_limit", tpot_limit)):
+        if not limit > 0:
+            raise ConfigError(f"{name}: {limit}, must be > 0 seconds")
+    counted = log.arrival >= warmup
+    done = np.isfinite(log.completed)
+    in_window = done & (log.completed >= warmup)
+    seconds = counters.clock - warmup
+    first, whole, per_token = (metric(log)[counted] for metric in (ttft, latency, tpot))
+    n = int(np.count_nonzero(counted))
+    within = (first <= ttft_limit) & ~(per_token > tpot_limit) & done[counted]
+    return Summary(
+        requests=n,
+        completed=int(np.count_nonzero(done[counted])),
+        rejected=int(np.count_nonzero(log.rejected[counted])),
+        throughput_tok_s=_rate(float(log.output_tokens[in_window].sum(dtype=np.int64)), seconds),
+        throughput_req_s=_rate(float(np.count_nonzero(in_window)), seconds),
+        **_spread("latency", whole),
+        **_spread("ttft", first),
+        **_spread("tpot", per_token),
+        slo_goodput=float(np.count_nonzero(within)) / n if n else math.nan,
+        evictions=counters.evictions,
+        forced_evictions=counters.forced_evictions,
+        kv_mean=_rate(counters.kv_seconds, counters.clock * kv_capacity),
+        kv_max=counters.kv_peak / kv_capacity,
+        sim_seconds=counters.clock,
+        iterations=counters.iterations,
+        idle_steps=counters.idle_steps,
+        drain_iterations=counters.drain_iterations,
+        truncated=counters.end == "max_iterations",
+        end=counters.end,
+    )
+
+
+def _rate(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds > 0 else math.nan
+
+
+def _spread(name: str, values: FloatArray) -> dict[str, float]:
+    present = values[np.isfinite(values)]
+    if present.size == 0:
+        return {f"{name}_{suffix}": math.nan for suffix in ("mean", "p50", "p95", "p99")}
+    p50, p95, p99 = np.percentile(present, (50, 95, 99))
+    return {f"{name}_mean": float(present.mean()), f"{name}_p50": float(p50), f"{name}_p95": float(p95), f"{name}_p99": float(p99)}
+
+
+def lost(log: RequestLog) -> BoolArray:
+    """(N,) requests that neither completed nor were rejected: stranded, or cut off by the horizon."""
+    return ~(np.isfinite(log.completed) | log.rejected)
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Mean of ``n`` independent values with a two-sided confidence interval; ``low`` and ``high`` are NaN for n = 1."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @property
+    def half_width(self) -> float:
+        return (self.high - self.low) / 2
+
+
+def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence: float = 0.95) -> Interval:
+    """Mean over seeds with Student's t interval (needs the extra ``plots``, for scipy).
+
+    A NaN among the values makes the result NaN: a seed on which nothing completed must not vanish.
+
+    Raises:
+        ConfigError: no value, or ``confidence`` outside (0, 1).
+        MissingExtraError: scipy is not installed.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ConfigError(f"values: shape {array.shape}, must be (n,) with n >= 1")
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence: {confidence}, must be in (0, 1)")
+    mean, n = float(array.mean()), int(array.size)
+    if n == 1:
+        return Interval(mean, math.nan, math.nan, 1)
+    quantile = float(require("scipy.special", "plots").stdtrit(n - 1, (1 + confidence) / 2))
+    half = quantile * float(array.std(ddof=1)) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, n)

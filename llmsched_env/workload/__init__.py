@@ -1,0 +1,28 @@
+"""Workloads: arrival processes, length models, trace readers and named scenarios."""
+
+from llmsched_env.workload.arrivals import MMPP2, ArrivalProcess, Gamma, PiecewiseConstant, Poisson, TraceArrivals
+from llmsched_env.workload.lengths import LengthModel, Lognormal, TraceLengths, Types
+from llmsched_env.workload.readers import Trace, read_trace
+from llmsched_env.workload.scenarios import Scenario, load_scenario, scenario_from_trace, scenario_names
+from llmsched_env.workload.tables import QuantileTable, load_lengths
+
+__all__ = [
+    "MMPP2",
+    "ArrivalProcess",
+    "Gamma",
+    "LengthModel",
+    "Lognormal",
+    "PiecewiseConstant",
+    "Poisson",
+    "QuantileTable",
+    "Scenario",
+    "Trace",
+    "TraceArrivals",
+    "TraceLengths",
+    "Types",
+    "load_lengths",
+    "load_scenario",
+    "read_trace",
+    "scenario_from_trace",
+    "scenario_names",
+]

@@ -1,0 +1,369 @@
+"""Named workloads: lengths, arrivals, engine and queue layout that belong together.
+
+==============  ======================================  ==========================  =================
+name            lengths                                 arrivals (default)          engine
+==============  ======================================  ==========================  =================
+two-type        (10, 10) and (10, 20), 2 : 1            Poisson 3/s                 paper, C = 3750
+nested-two-type the same, lengths hidden                Poisson 3/s                 paper, C = 5003
+p512d20         (512, 20)                               Poisson 18/s                vllm
+lmsys           published summary of LMSYS-Chat-1M      Poisson 30/s                vllm
+azure-conv      joint quantiles, Azure 2023 chat        Poisson 5/s                 vllm
+azure-code      joint quantiles, Azure 2023 code        Gamma 4/s, measured CV      vllm
+sharegpt        joint quantiles, ShareGPT               Poisson 8/s                 vllm
+==============  ======================================  ==========================  =================
+
+``vllm`` stands for Llama-2-7B on one A100-80GB, the defaults of ``EngineConfig.vllm()``. The default
+rates are round numbers near 0.8 of the fluid stability boundary; ``azure-code`` stays at about half
+of it, as its bursts queue up long before.
+
+Default layouts of workloads without types: hidden lengths (``layout``) are one class with four
+segments that end at the quartiles of the output length; known lengths (``known_layout``) four classes
+with the same quartiles as edges.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from llmsched_env.errors import ConfigError
+from llmsched_env.fluid.segments import equal_probability_ends
+from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Workload
+from llmsched_env.workload.arrivals import ArrivalProcess, Gamma, Poisson, TraceArrivals, check_count, check_positive
+from llmsched_env.workload.lengths import LengthModel, TraceLengths, Types
+from llmsched_env.workload.readers import read_trace
+from llmsched_env.workload.tables import load_lengths
+
+QUARTERS = 4
+DEFAULT_MODEL_LEN = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """A workload and the engine it is meant for.
+
+    Attributes:
+        name, description: for people.
+        source: where lengths and arrivals come from.
+        lengths: distribution of prompt, output and type.
+        arrivals: process with its default rate.
+        engine: default engine.
+        layout: queues of LLMSched-v0; never by output length.
+        known_layout: queues of LLMSchedKnown-v0: by type, or by output length.
+        num_requests: default length of an episode.
+        ttft_slo, tpot_slo: default latency limits, seconds.
+        rows: exact requests to replay, in order, or None to sample ``lengths``. Their times come
+            from ``arrivals``.
+    """
+
+    name: str
+    description: str
+    source: str
+    lengths: LengthModel
+    arrivals: ArrivalProcess
+    engine: EngineConfig
+    layout: QueueLayout
+    known_layout: QueueLayout
+    num_requests: int = 2000
+    ttft_slo: float = 1.0
+    tpot_slo: float = 0.1
+    rows: Workload | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout.reveals_output_length:
+            raise ConfigError("scenario.layout: by='output' reveals hidden lengths, must be single, type or prompt")
+        check_count("scenario.num_requests", self.num_requests, low=1)
+        for name in ("ttft_slo", "tpot_slo"):
+            check_positive(f"scenario.{name}", getattr(self, name), "seconds")
+
+    @property
+    def rate(self) -> float:
+        """Default mean arrival rate, requests per second."""
+        return float(self.arrivals.rate)
+
+    @functools.cached_property
+    def statistics(self) -> LengthStatistics:
+        """What an operator knows of the lengths. For a trace: of the trace itself, a perfect forecast."""
+        return self.lengths.statistics()
+
+    def generate(
+        self,
+        seed: int | np.random.SeedSequence | np.random.Generator,
+        *,
+        rate: float | None = None,
+        num_requests: int | None = None,
+        horizon: float | None = None,
+    ) -> Workload:
+        """Draw the requests of one episode.
+
+        Arrivals and lengths have a random stream each: the same seed at two rates gives the same
+        requests in the same order. A seed s and a fresh ``np.random.default_rng(s)`` give the same
+        workload; a generator gives a new one at each call.
+
+        Args:
+            seed: int >= 0, seed sequence, or generator (of which two children are spawned).
+            rate: mean rate in requests/s; None for the scenario's.
+            num_requests: how many; None for the scenario's, or all until ``horizon``.
+            horizon: only arrivals in [0, ``horizon``] seconds; there may be none.
+
+        Raises:
+            ConfigError: a value out of range, or more requests than an exact trace has.
+        """
+        arrivals = self.arrivals if rate is None else self.arrivals.with_rate(rate)
+        if num_requests is not None:
+            check_count("num_requests", num_requests, low=1)
+        if horizon is not None:
+            check_positive("horizon", horizon, "seconds")
+        for_times, for_lengths = _two_streams(seed)
+        limit = len(self.rows) if self.rows is not None else None
+        if limit is not None and num_requests is not None and num_requests > limit:
+            raise ConfigError(f"num_requests: {num_requests}, but {self.name} has {limit} requests")
+        if horizon is None:
+            times = arrivals.sample(for_times, num_requests or limit or self.num_requests)
+        else:
+            times = arrivals.sample_until(for_times, horizon)[: num_requests or limit]
+        n = times.shape[0]
+        if self.rows is not None:
+            rows = self.rows
+            return Workload.of(times, rows.prompt_tokens[:n], rows.output_tokens[:n], rows.type_id[:n], rows.request_id[:n])
+        return Workload.of(times, *self.lengths.sample(for_lengths, n))
+
+
+def _two_streams(seed: int | np.random.SeedSequence | np.random.Generator) -> tuple[np.random.Generator, np.random.Generator]:
+    if isinstance(seed, np.random.Generator):
+        first, second = seed.spawn(2)
+        return first, second
+    if isinstance(seed, np.random.SeedSequence):
+        # A copy: spawning would change the caller's sequence.
+        root = np.random.SeedSequence(seed.entropy, spawn_key=seed.spawn_key, pool_size=seed.pool_size)
+    elif isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ConfigError(f"seed: {seed!r}, must be an integer >= 0, a SeedSequence or a Generator")
+    else:
+        root = np.random.SeedSequence(int(seed))
+    first, second = (np.random.default_rng(child) for child in root.spawn(2))
+    return first, second
+
+
+# --- layouts --------------------------------------------------------------------------------------
+
+
+def _quartiles(statistics: LengthStatistics) -> tuple[int, ...]:
+    """Output quartiles (tokens), equal ones merged; the longest output is not among them."""
+    return equal_probability_ends(statistics, QUARTERS)[:-1]
+
+
+def hidden_layout(statistics: LengthStatistics) -> QueueLayout:
+    """One class; segments end at the quartiles of the output length."""
+    return QueueLayout(segment_ends=_quartiles(statistics))
+
+
+def bucket_layout(statistics: LengthStatistics) -> QueueLayout:
+    """Known lengths: a class for each quarter of the output lengths."""
+    return QueueLayout(by="output", edges=_quartiles(statistics))
+
+
+# --- built-in scenarios ---------------------------------------------------------------------------
+
+_PAPER_TYPES = Types((10, 10), (10, 20), (2.0, 1.0))
+_PAPER = "arXiv 2504.11320 v4 (types and thresholds), own simulation of its linear model"
+
+
+def _two_type() -> Scenario:
+    return Scenario(
+        name="two-type",
+        description="Two known types (prompt, output) = (10, 10) at 2/s and (10, 20) at 1/s, d0 = 1 s, d1 = 1 ms/token. "
+        "C = 3750 = 1.25 M*, the memory of WAIT (10, 5): it never evicts, greedy FCFS collapses. "
+        "Limits are 10 and 2 fluid iteration times (DT* = 4 s).",
+        source=_PAPER,
+        lengths=_PAPER_TYPES,
+        arrivals=Poisson(3.0),
+        engine=EngineConfig.paper(3750, d0=1.0, d1=1e-3),
+        layout=QueueLayout(segment_ends=(10,)),
+        known_layout=QueueLayout(by="type", num_types=2),
+        ttft_slo=40.0,
+        tpot_slo=8.0,
+    )
+
+
+def _nested_two_type() -> Scenario:
+    return replace(
+        _two_type(),
+        name="nested-two-type",
+        description="The types of two-type with hidden lengths: one class, segments (0, 10] and (10, 20]. C = 5003 is M_req of "
+        "Nested WAIT (16, 6) for an overflow probability of 0.1 in 20,000 s; M^pi is 4170.",
+        engine=EngineConfig.paper(5003, d0=1.0, d1=1e-3),
+    )
+
+
+def _p512d20() -> Scenario:
+    return Scenario(
+        name="p512d20",
+        description="One type, prompt 512 and output 20 tokens: prefill binds.",
+        source="arXiv 2504.11320 v4, section 6 (rates 12 to 24 requests/s)",
+        lengths=Types((512,), (20,), (1.0,)),
+        arrivals=Poisson(18.0),
+        engine=EngineConfig.vllm(),
+        layout=QueueLayout(),
+        known_layout=QueueLayout(by="type"),
+    )
+
+
+def _from_table(name: str, description: str, rate: float, *, bursty: bool = False) -> Scenario:
+    lengths = load_lengths(name)
+    statistics = lengths.statistics()
+    arrivals: ArrivalProcess = Poisson(rate)
+    if bursty:
+        # Of the requests kept: those left out arrive among them and their gaps do not count.
+        arrivals = Gamma(rate, float(lengths.record["arrivals"]["kept"]["gap_cv"]))
+    return Scenario(
+        name=name,
+        description=description,
+        source=lengths.source,
+        lengths=lengths,
+        arrivals=arrivals,
+        engine=EngineConfig.vllm(),
+        layout=hidden_layout(statistics),
+        known_layout=bucket_layout(statistics),
+    )
+
+
+def _lmsys() -> Scenario:
+    text = "Short chat: mean prompt 58, mean output 148 tokens, both below 500. The cap of 256 sequences binds."
+    return _from_table("lmsys", text, 30.0)
+
+
+def _azure_conv() -> Scenario:
+    text = (
+        "Azure conversation service, November 2023, requests of at most 4,096 tokens (8.3 % are longer and left out): "
+        "mean 878 + 224 tokens. KV memory binds. Arrivals Poisson; the trace has 5.53 requests/s with gap CV 1.09."
+    )
+    return _from_table("azure-conv", text, 5.0)
+
+
+def _azure_code() -> Scenario:
+    text = (
+        "Azure code completion, November 2023, requests of at most 4,096 tokens (14.3 % are longer and left out): "
+        "mean 1373 + 28 tokens. Prefill binds. Arrivals Gamma with the gap CV of the requests kept, 12.2 (13.2 over the whole "
+        "trace, 2.57 requests/s): minutes of silence and bursts. Its dispersion of counts matches the trace from about 30 s "
+        "upwards and exceeds it below; the realised rate of n requests scatters by 12/sqrt(n)."
+    )
+    return _from_table("azure-code", text, 4.0, bursty=True)
+
+
+def _sharegpt() -> Scenario:
+    text = "ShareGPT conversations (Llama-2 tokens): mean 246 + 326 tokens. KV memory binds. Arrivals Poisson, the data has none."
+    return _from_table("sharegpt", text, 8.0)
+
+
+_BUILDERS: dict[str, Callable[[], Scenario]] = {
+    "two-type": _two_type,
+    "nested-two-type": _nested_two_type,
+    "p512d20": _p512d20,
+    "lmsys": _lmsys,
+    "azure-conv": _azure_conv,
+    "azure-code": _azure_code,
+    "sharegpt": _sharegpt,
+}
+
+
+def scenario_names() -> list[str]:
+    """Names of the built-in scenarios."""
+    return list(_BUILDERS)
+
+
+@functools.cache
+def _built(name: str) -> Scenario:
+    return _BUILDERS[name]()
+
+
+def load_scenario(name: str) -> Scenario:
+    """A built-in scenario.
+
+    Raises:
+        ConfigError: unknown name (the nearest one is given).
+    """
+    if name not in _BUILDERS:
+        near = difflib.get_close_matches(str(name), _BUILDERS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"scenario: {name!r} is unknown{hint} (available: {', '.join(_BUILDERS)})")
+    return _built(name)
+
+
+def scenario_from_trace(
+    path: str | Path,
+    *,
+    rate: float | None = None,
+    name: str | None = None,
+    engine: EngineConfig | None = None,
+    layout: QueueLayout | None = None,
+    known_layout: QueueLayout | None = None,
+    ttft_slo: float = 1.0,
+    tpot_slo: float = 0.1,
+    jitter_seconds: float = 0.0,
+) -> Scenario:
+    """A scenario that replays exactly the requests of a file, in order.
+
+    Times are as recorded, or stretched by one factor to the mean ``rate``. A file with lengths only
+    gets Poisson arrivals at ``rate``, drawn anew for each seed. ``statistics`` are those of the
+    file's own lengths: policies work with a perfect forecast of the distribution.
+
+    Args:
+        path: any format of ``read_trace``.
+        rate: mean arrival rate, requests/s; None keeps the recorded times.
+        name: default the file's name without suffixes.
+        engine: default ``EngineConfig.vllm()`` whose ``max_model_len`` is raised to the longest
+            request where that is above 4,096, at most to the KV cache. What is longer still is
+            refused or rejected by the engine (``EngineConfig.oversize``).
+        layout, known_layout: default one class with segments at the output quartiles; classes by the
+            file's ``type`` column, or by output quartiles where it has none.
+        ttft_slo, tpot_slo: seconds.
+        jitter_seconds: see ``read_trace``.
+
+    Raises:
+        ConfigError: a file ``read_trace`` refuses, a bad rate, or lengths without times and no rate.
+    """
+    trace = read_trace(path, jitter_seconds=jitter_seconds)
+    if trace.arrival is None:
+        if rate is None:
+            raise ConfigError(f"rate: None, but {trace.path} has lengths only: give a rate for Poisson arrivals")
+        arrivals: ArrivalProcess = Poisson(rate)
+    else:
+        arrivals = TraceArrivals(trace.arrival)
+        if rate is not None:
+            arrivals = arrivals.with_rate(rate)
+    rows = Workload.of(
+        np.zeros(len(trace)) if trace.arrival is None else trace.arrival,
+        trace.prompt_tokens,
+        trace.output_tokens,
+        trace.type_id,
+        trace.request_id,
+    )
+    dropped = f", {trace.dropped} rows dropped: {trace.dropped_reason}" if trace.dropped else ""
+    lengths = TraceLengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, f"{trace.path} ({trace.format})")
+    statistics = lengths.statistics()
+    if engine is None:
+        longest = int((trace.prompt_tokens.astype(np.int64) + trace.output_tokens).max())
+        engine = EngineConfig.vllm()
+        engine = engine.replace(max_model_len=min(max(DEFAULT_MODEL_LEN, longest), engine.kv_capacity_tokens))
+    if known_layout is None:
+        types = len(trace.type_names)
+        known_layout = QueueLayout(by="type", num_types=types) if types else bucket_layout(statistics)
+    return Scenario(
+        name=name or Path(path).name.split(".")[0] or "trace",
+        description=f"replay of {len(trace)} requests of {Path(path).name} ({trace.format} format{dropped})",
+        source=trace.path,
+        lengths=lengths,
+        arrivals=arrivals,
+        engine=engine,
+        layout=layout or hidden_layout(statistics),
+        known_layout=known_layout,
+        num_requests=len(trace),
+        ttft_slo=ttft_slo,
+        tpot_slo=tpot_slo,
+        rows=rows,
+    )
