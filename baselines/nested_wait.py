@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from baselines.policy import Policy, Setting
+from baselines.policy import Policy, Setting, first_head_fits
 from llmsched_env.backend import View
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import (
@@ -33,7 +33,8 @@ class NestedWait(Policy):
     enter each. Segments after k are frozen, KV kept. Where the memory projected after the iteration
     exceeds C, the most recently admitted boundary requests that do not enter are evicted.
 
-    Thresholds below one per iteration rotate as in ``wait``.
+    Thresholds below one per iteration rotate as in ``wait``. Where memory is full of frozen residents
+    and nothing could run, all segments advance; the conditions of the theory rule this out.
 
     Args:
         segment_ends: decode lengths r_1 < ... < r_{K-1} (the last segment ends at the longest output);
@@ -132,20 +133,24 @@ class NestedWait(Policy):
     def decide(self, view: View) -> Decision:
         run, admit, evict = self._decision.array
         run[:] = admit[:] = evict[:] = 0
-        need = rotation_quota(self.parameters.thresholds, self._launched)
-        waiting = view.waiting[0]
-        if need[0] == 0 and not view.residents.any():
-            need[0] = 1  # an iteration of segment 1 alone must carry a new request
-        joined = 0
-        while joined < need.shape[0] and waiting[joined] >= need[joined]:
-            joined += 1
-        if joined == 0:
-            return self._decision
+        waiting, residents = view.waiting[0], view.residents[0]
+        while True:
+            need = rotation_quota(self.parameters.thresholds, self._launched)
+            joined = 0
+            while joined < need.shape[0] and waiting[joined] >= need[joined]:
+                joined += 1
+            if joined == 0:
+                return self._decision
+            self._launched[:joined] += 1
+            if need[:joined].any() or residents[:joined].any():
+                break
+            # Under rotation an iteration may ask for nobody; with no resident to advance it is skipped.
         run[:joined] = 1
         admit[:joined] = need[:joined]
-        self._launched[:joined] += 1
         if view.layout.num_segments > 1 and waiting[1:].sum() > admit[1:].sum():
             self._repair(view, joined, admit, evict)
+        if not (residents[:joined].any() or admit[1:].any() or evict.any() or first_head_fits(view, admit)):
+            run[:] = 1
         return self._decision
 
     def _repair(self, view: View, joined: int, admit: IntArray, evict: IntArray) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from baselines.policy import Policy, Setting, output_classes
+from baselines.policy import Policy, Setting, first_head_fits, output_classes
 from llmsched_env.backend import View
 from llmsched_env.fluid import WaitThresholds, check_wait, class_profiles, rotation_quota, wait_thresholds_of
 from llmsched_env.types import Decision
@@ -19,7 +19,9 @@ class Wait(Policy):
     than n_j, so "the oldest n_j of each stage" is all of them.
 
     Thresholds below one per iteration rotate: the class's i-th iteration asks for
-    floor((i+1) n) - floor(i n) new requests and waits only for those (``llmsched_env.fluid``).
+    floor((i+1) n) - floor(i n) new requests and waits only for those (``llmsched_env.fluid``). Where
+    memory is full of frozen residents and nothing could run, all classes advance; the conditions of
+    the theory rule this out.
 
     Args:
         num_classes: buckets of equal probability by output length (types where the workload has types).
@@ -93,6 +95,8 @@ class Wait(Policy):
             admit[j] = need if ready else 0
             if ready:
                 self._launched[j] = launched + 1
+        if run.any() and not residents[run != 0].any() and not first_head_fits(view, admit):
+            run[:] = 1
         return self._decision
 
 
