@@ -280,44 +280,47 @@ def schedule(n, run_all, decision, settings, ends, requests, times, slots, queue
 
 
 @njit(cache=True)
-def step(decision, model, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace):  # type: ignore[no-untyped-def]
-    """One engine iteration, or an idle step when the decision schedules nothing (design rule 13)."""
+def begin_step(decision, settings, requests, slots, queues, scalars, clocks, events):  # type: ignore[no-untyped-def]
+    """Clear the report, evict what the decision asks for. Returns the number of slots in use."""
     for row in range(I_IDLE, I_TRACED + 1):
         scalars[row] = 0
-    start = clocks[F_CLOCK]
-    clocks[F_START] = start
-    horizon = clocks[F_HORIZON]
-    num_requests = requests.shape[1]
+    clocks[F_START] = clocks[F_CLOCK]
     n = scalars[I_RESIDENTS]
-
     if scalars[I_BOUNDARY] > 0:
         evict_boundaries(n, decision, settings, requests, slots, queues, scalars, events)
         if scalars[I_STEP_EVICTED] > 0:
             n = compact(n, slots)
-    n = schedule(n, False, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events)
-    requeue(events[0], 0, scalars[I_STEP_EVICTED], settings, requests, queues, scalars)
-    requeue(events[1], 0, scalars[I_STEP_PREEMPTED], settings, requests, queues, scalars)
+    return n
 
-    arrivals_left = scalars[I_NEXT_ARRIVAL] < num_requests
-    if batch[BATCH_SIZE] == 0.0 and settings[C_DRAIN] != 0 and not arrivals_left:
-        n = compact(n, slots)
-        preempted = scalars[I_STEP_PREEMPTED]
-        n = schedule(n, True, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events)
-        requeue(events[1], preempted, scalars[I_STEP_PREEMPTED], settings, requests, queues, scalars)
-        scalars[I_FORCED_DRAIN] = 1
-        scalars[I_DRAIN_ITERATIONS] += 1
-        if batch[BATCH_SIZE] == 0.0:
-            scalars[I_DONE] = END_STUCK
 
+@njit(cache=True)
+def needs_drain(settings, requests, scalars, batch):  # type: ignore[no-untyped-def]
+    """The decision scheduled nothing after the last arrival: one greedy iteration replaces it (design rule 14)."""
+    return batch[BATCH_SIZE] == 0.0 and settings[C_DRAIN] != 0 and scalars[I_NEXT_ARRIVAL] == requests.shape[1]
+
+
+@njit(cache=True)
+def note_drain(scalars, batch):  # type: ignore[no-untyped-def]
+    scalars[I_FORCED_DRAIN] = 1
+    scalars[I_DRAIN_ITERATIONS] += 1
+    if batch[BATCH_SIZE] == 0.0:
+        scalars[I_DONE] = END_STUCK
+
+
+@njit(cache=True)
+def finish_step(n, seconds, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace):  # type: ignore[no-untyped-def]
+    """Clock, tokens, completions and arrivals after a batch of ``seconds``, or the idle jump (design rule 13)."""
+    start = clocks[F_START]
+    horizon = clocks[F_HORIZON]
+    num_requests = requests.shape[1]
     if scalars[I_KV_RESERVED] > scalars[I_KV_PEAK]:
         scalars[I_KV_PEAK] = scalars[I_KV_RESERVED]
 
     if batch[BATCH_SIZE] > 0.0:
-        seconds = iteration_time(model, batch)
         if start + seconds > horizon:
             scalars[I_DONE] = END_HORIZON
             advance_clock(horizon, settings, queues, queue_f, scalars, clocks)
-            n = compact(n, slots)
+            compact(n, slots)
         else:
             scalars[I_ITERATIONS] += 1
             clocks[F_LAST_ITERATION] = seconds
@@ -332,14 +335,14 @@ def step(decision, model, settings, ends, requests, times, slots, queues, queue_
                         trace[1, traced] = slots[S_TOKENS, i]
                         traced += 1
                 scalars[I_TRACED] = traced
-            n = tokens_and_completions(n, settings, ends, requests, times, slots, queues, scalars, clocks, events)
+            tokens_and_completions(n, settings, ends, requests, times, slots, queues, scalars, clocks, events)
     else:
         scalars[I_IDLE] = 1
         scalars[I_IDLE_STEPS] += 1
-        n = compact(n, slots)
+        compact(n, slots)
         if scalars[I_STEP_EVICTED] + scalars[I_STEP_PREEMPTED] > 0:
             advance_clock(start, settings, queues, queue_f, scalars, clocks)
-        elif arrivals_left:
+        elif scalars[I_NEXT_ARRIVAL] < num_requests:
             following = times[T_ARRIVAL, scalars[I_NEXT_ARRIVAL]]
             if following > horizon:
                 scalars[I_DONE] = END_HORIZON
@@ -360,3 +363,20 @@ def step(decision, model, settings, ends, requests, times, slots, queues, queue_
             scalars[I_DONE] = END_FINISHED
         elif scalars[I_ITERATIONS] + scalars[I_IDLE_STEPS] >= settings[C_MAX_ITERATIONS]:
             scalars[I_DONE] = END_ITERATIONS
+
+
+@njit(cache=True)
+def step(decision, model, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace):  # type: ignore[no-untyped-def]
+    """One engine iteration, or an idle step when the decision schedules nothing."""
+    n = begin_step(decision, settings, requests, slots, queues, scalars, clocks, events)
+    n = schedule(n, False, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events)
+    requeue(events[0], 0, scalars[I_STEP_EVICTED], settings, requests, queues, scalars)
+    requeue(events[1], 0, scalars[I_STEP_PREEMPTED], settings, requests, queues, scalars)
+    if needs_drain(settings, requests, scalars, batch):
+        n = compact(n, slots)
+        preempted = scalars[I_STEP_PREEMPTED]
+        n = schedule(n, True, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events)
+        requeue(events[1], preempted, scalars[I_STEP_PREEMPTED], settings, requests, queues, scalars)
+        note_drain(scalars, batch)
+    seconds = iteration_time(model, batch) if batch[BATCH_SIZE] > 0.0 else 0.0
+    finish_step(n, seconds, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace)

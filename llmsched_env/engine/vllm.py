@@ -61,6 +61,52 @@ from llmsched_env.perf.batch import (
 
 
 @njit(cache=True)
+def batch_sums(n, slots, batch):  # type: ignore[no-untyped-def]
+    """Describe the scheduled tokens to the iteration-time model; slots without tokens are set to 0."""
+    decodes = 0
+    decode_kv = 0
+    prefills = 0
+    prefill_tokens = 0
+    context_sum = 0
+    context64 = 0
+    sampled = 0
+    load = 0
+    squares = 0.0
+    work = 0.0
+    for i in range(n):
+        tokens = slots[S_TOKENS, i]
+        if tokens <= 0:
+            slots[S_TOKENS, i] = 0
+            continue
+        computed = slots[S_COMPUTED, i]
+        load += computed + tokens
+        if computed >= slots[S_TARGET, i]:
+            decodes += 1
+            decode_kv += computed + 1
+            sampled += 1
+            continue
+        prefills += 1
+        prefill_tokens += tokens
+        context_sum += computed
+        context64 += (computed + 63) // 64 * 64
+        squares += float(tokens) * float(tokens)
+        work += float(tokens) * (0.5 * float(tokens) + float(computed))
+        if computed + tokens >= slots[S_TARGET, i]:
+            sampled += 1
+    batch[BATCH_SIZE] = decodes + prefills
+    batch[DECODES] = decodes
+    batch[DECODE_KV] = decode_kv
+    batch[PREFILLS] = prefills
+    batch[PREFILL_TOKENS] = prefill_tokens
+    batch[PREFILL_SQUARES] = squares
+    batch[PREFILL_CONTEXT] = context_sum
+    batch[PREFILL_CONTEXT64] = context64
+    batch[PREFILL_WORK] = work
+    batch[SAMPLED] = sampled
+    batch[LOAD] = load
+
+
+@njit(cache=True)
 def schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events):  # type: ignore[no-untyped-def]
     """Blocks for residents with preemptions, admissions, and the batch.
 
@@ -156,45 +202,5 @@ def schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, 
             n += 1
     scalars[I_KV_RESERVED] = scalars[I_KV_BLOCKS]
 
-    decodes = 0
-    decode_kv = 0
-    prefills = 0
-    prefill_tokens = 0
-    context_sum = 0
-    context64 = 0
-    sampled = 0
-    load = 0
-    squares = 0.0
-    work = 0.0
-    for i in range(n):
-        tokens = slots[S_TOKENS, i]
-        if tokens <= 0:
-            slots[S_TOKENS, i] = 0
-            continue
-        computed = slots[S_COMPUTED, i]
-        load += computed + tokens
-        if computed >= slots[S_TARGET, i]:
-            decodes += 1
-            decode_kv += computed + 1
-            sampled += 1
-            continue
-        prefills += 1
-        prefill_tokens += tokens
-        context_sum += computed
-        context64 += (computed + 63) // 64 * 64
-        squares += float(tokens) * float(tokens)
-        work += float(tokens) * (0.5 * float(tokens) + float(computed))
-        if computed + tokens >= slots[S_TARGET, i]:
-            sampled += 1
-    batch[BATCH_SIZE] = decodes + prefills
-    batch[DECODES] = decodes
-    batch[DECODE_KV] = decode_kv
-    batch[PREFILLS] = prefills
-    batch[PREFILL_TOKENS] = prefill_tokens
-    batch[PREFILL_SQUARES] = squares
-    batch[PREFILL_CONTEXT] = context_sum
-    batch[PREFILL_CONTEXT64] = context64
-    batch[PREFILL_WORK] = work
-    batch[SAMPLED] = sampled
-    batch[LOAD] = load
+    batch_sums(n, slots, batch)
     return n
