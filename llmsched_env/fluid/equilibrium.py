@@ -410,8 +410,10 @@ def round_down(value: float, digits: int = 6) -> float:
 
 
 def smallest_capacity(kv_tokens: float, engine: EngineConfig) -> str:
-    """The smallest capacity that holds ``kv_tokens``, as the setting to change."""
+    """The smallest capacity that holds ``kv_tokens``, as the setting to change (none where no engine is that large)."""
     units = math.ceil(kv_tokens / charge_unit(engine) * (1 - 1e-12))
+    if units > 2**30:
+        return "beyond any engine"
     return f"engine.{'capacity_tokens' if engine.preset == 'paper' else 'num_blocks'} >= {units}"
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import FloatArray
 
+MAX_ARRIVALS = 2**30
+
 
 def check_positive(name: str, value: Any, unit: str) -> float:
     """``value`` as a float, or ``ConfigError`` unless it is a finite number above 0."""
@@ -52,7 +54,16 @@ class ArrivalProcess(ABC):
 
     @abstractmethod
     def sample_until(self, rng: np.random.Generator, horizon: float) -> FloatArray:
-        """All arrivals in [0, ``horizon``]: (n,) float64 seconds, non-decreasing; n is random."""
+        """All arrivals in [0, ``horizon``]: (n,) float64 seconds, non-decreasing; n is random.
+
+        Raises ``ConfigError`` unless ``horizon`` is finite, > 0 and holds at most 2**30 arrivals on average.
+        """
+
+    def _end(self, horizon: float) -> float:
+        end = check_positive("horizon", horizon, "seconds")
+        if not end * self.rate <= MAX_ARRIVALS:
+            raise ConfigError(f"horizon: {horizon} s at {self.rate:g} requests/s, must be at most 2**30 requests")
+        return end
 
 
 class _Renewal(ArrivalProcess):
@@ -65,7 +76,7 @@ class _Renewal(ArrivalProcess):
         return np.cumsum(self._gaps(rng, check_count("num_requests", num_requests)))
 
     def sample_until(self, rng: np.random.Generator, horizon: float) -> FloatArray:
-        end = check_positive("horizon", horizon, "seconds")
+        end = self._end(horizon)
         chunks: list[FloatArray] = []
         last = 0.0
         while last <= end:
@@ -198,7 +209,7 @@ class MMPP2(_Modulated):
         return np.maximum.accumulate(np.interp(unit, masses, times))
 
     def sample_until(self, rng: np.random.Generator, horizon: float) -> FloatArray:
-        end = check_positive("horizon", horizon, "seconds")
+        end = self._end(horizon)
         times, masses = self._path(rng, seconds=end)
         unit = self._uniform_in(rng, float(np.interp(end, times, masses)))
         return np.minimum(np.maximum.accumulate(np.interp(unit, masses, times)), end)
@@ -251,7 +262,7 @@ class PiecewiseConstant(_Modulated):
         return self._times_of(np.cumsum(rng.standard_exponential(check_count("num_requests", num_requests))))
 
     def sample_until(self, rng: np.random.Generator, horizon: float) -> FloatArray:
-        end = check_positive("horizon", horizon, "seconds")
+        end = self._end(horizon)
         times, masses = self._cycle()
         cycles, rest = divmod(end, float(times[-1]))
         mass = cycles * float(masses[-1]) + float(np.interp(rest, times, masses))
@@ -310,7 +321,7 @@ class TraceArrivals(ArrivalProcess):
         return np.maximum.accumulate(rounds * (size / self.rate) + self.times[row])
 
     def sample_until(self, rng: np.random.Generator, horizon: float) -> FloatArray:
-        end = check_positive("horizon", horizon, "seconds")
+        end = self._end(horizon)
         size = self.times.size
         rounds = int(end * self.rate / size) + 1
         times = self.sample(rng, rounds * size)

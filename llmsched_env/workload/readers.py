@@ -206,7 +206,7 @@ def _json_lines(where: str, text: str) -> tuple[list[str], Iterator[_Row]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{where}:{number}: is not a JSON object on one line ({error})") from error
             if not isinstance(record, dict):
                 raise ConfigError(f"{where}:{number}: is not a JSON object, but {type(record).__name__}")
@@ -247,16 +247,15 @@ def _find_format(where: str, header: list[str]) -> _Format:
 
 def _number(cell: Any) -> float | int:
     """A finite number, or ValueError with the reason."""
+    value: float | int
     if isinstance(cell, str):
         text = cell.strip()
         if not text:
             raise ValueError("is empty, must be a number")
-        if text.isascii() and text.isdigit():
-            return int(text)
         try:
             if "_" in text:
                 raise ValueError
-            value: float | int = float(text)
+            value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else float(text)
         except ValueError:
             raise ValueError("is not a number") from None
     elif isinstance(cell, bool) or not isinstance(cell, int | float):

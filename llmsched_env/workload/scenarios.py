@@ -123,10 +123,14 @@ class Scenario:
         limit = len(self.rows) if self.rows is not None else None
         if limit is not None and num_requests is not None and num_requests > limit:
             raise ConfigError(f"num_requests: {num_requests}, but {self.name} has {limit} requests")
-        if horizon is None:
-            times = arrivals.sample(for_times, num_requests or limit or self.num_requests)
+        if limit is not None:
+            # An exact replay does not repeat, however long the horizon.
+            times = arrivals.sample(for_times, num_requests or limit)
+            times = times if horizon is None else times[times <= horizon]
+        elif horizon is None:
+            times = arrivals.sample(for_times, num_requests or self.num_requests)
         else:
-            times = arrivals.sample_until(for_times, horizon)[: num_requests or limit]
+            times = arrivals.sample_until(for_times, horizon)[:num_requests]
         n = times.shape[0]
         if self.rows is not None:
             rows = self.rows
