@@ -197,7 +197,10 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-_BACKENDS = {"sim": "llmsched_env.engine.backend:SimBackend"}
+_BACKENDS = {
+    "sim": "llmsched_env.engine.backend:SimBackend",
+    "vllm-scheduler": "hardware.vllm_scheduler:VllmSchedulerBackend",
+}
 
 
 def make_backend(name: str, **config: Any) -> Backend:

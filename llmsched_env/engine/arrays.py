@@ -252,6 +252,17 @@ class ArrayBackend(ABC):
             RuntimeError: called after the episode has ended, or the engine can make no progress.
         """
 
+    def check_running(self) -> None:
+        if self.scalars[st.I_DONE] != st.END_NOT:
+            raise RuntimeError("the episode has ended; call reset() first")
+
+    def check_progress(self) -> None:
+        if self.scalars[st.I_DONE] == st.END_STUCK:
+            raise RuntimeError(
+                f"the engine can schedule nothing at {self.clocks[st.F_CLOCK]:.6f} s with "
+                f"{self.scalars[st.I_WAITING]} waiting and {self.scalars[st.I_RESIDENTS]} resident requests"
+            )
+
     def step(self, decision: Decision) -> IterationReport:
         self.advance(decision)
         return self.report()

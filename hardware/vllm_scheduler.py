@@ -1,0 +1,165 @@
+"""Backend ``vllm-scheduler``: vLLM's scheduler and KV cache manager without a model, on a virtual clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+# vLLM reads these when it is imported. One process, no network, no usage report, quiet.
+for _name, _value in (
+    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+    ("VLLM_CPU_KVCACHE_SPACE", "1"),
+    ("VLLM_NO_USAGE_STATS", "1"),
+    ("VLLM_LOGGING_LEVEL", "ERROR"),
+    ("HF_HUB_OFFLINE", "1"),
+):
+    os.environ.setdefault(_name, _value)
+
+import torch
+from vllm import EngineArgs, SamplingParams
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from hardware.external import Executed, ExternalBackend, Gate
+from hardware.gated_scheduler import Admission, GatedScheduler
+from llmsched_env.types import EngineConfig
+
+_FAKE_TOKEN = 7
+
+
+def write_tiny_llama(folder: Path, max_model_len: int) -> Path:
+    """A config.json of a Llama far too small to matter: vLLM wants a model to derive its settings from."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "vocab_size": 128,
+        "max_position_embeddings": max_model_len,
+        "torch_dtype": "float32",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+class VllmSchedulerBackend(ExternalBackend):
+    """vLLM 0.28's ``Scheduler`` and ``KVCacheManager`` under our decisions; every sampled token is faked.
+
+    Iteration times come from the engine's time model, so an episode is deterministic and comparable
+    with ``sim`` step by step.
+    """
+
+    def __init__(self, trace: bool = False) -> None:
+        super().__init__(trace)
+        self._folder = tempfile.TemporaryDirectory(prefix="llmsched-")
+        self._configs: dict[tuple[Any, ...], Any] = {}
+
+    def start(self, engine: EngineConfig) -> None:
+        spec = FullAttentionSpec(block_size=engine.block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
+        # vLLM counts one null block that no request can use.
+        cache = KVCacheConfig(
+            num_blocks=engine.num_blocks + 1, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+        )
+        config = self._config(engine)
+        self._scheduler = GatedScheduler(
+            vllm_config=config,
+            kv_cache_config=cache,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=engine.block_size,
+            log_stats=False,
+        )
+
+    def _config(self, engine: EngineConfig) -> Any:
+        key = (
+            engine.max_model_len,
+            engine.max_num_seqs,
+            engine.max_num_batched_tokens,
+            engine.enable_chunked_prefill,
+            engine.block_size,
+            engine.watermark,
+            engine.scheduler_reserve_full_isl,
+            engine.num_blocks,
+        )
+        if key not in self._configs:
+            folder = write_tiny_llama(Path(self._folder.name) / str(engine.max_model_len), engine.max_model_len)
+            config = EngineArgs(
+                model=str(folder),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype="float32",
+                enforce_eager=True,
+                max_model_len=engine.max_model_len,
+                max_num_seqs=engine.max_num_seqs,
+                max_num_batched_tokens=engine.max_num_batched_tokens,
+                enable_chunked_prefill=engine.enable_chunked_prefill,
+                enable_prefix_caching=False,
+                async_scheduling=False,
+                block_size=engine.block_size,
+                watermark=engine.watermark,
+                scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
+                disable_log_stats=True,
+            ).create_engine_config()
+            config.cache_config.num_gpu_blocks = engine.num_blocks + 1
+            self._configs[key] = config
+        return self._configs[key]
+
+    def submit(self, request: int, prompt_tokens: int, output_tokens: int, arrival: float) -> None:
+        self._scheduler.add_request(
+            Request(
+                request_id=str(request),
+                prompt_token_ids=[_FAKE_TOKEN] * prompt_tokens,
+                sampling_params=SamplingParams(max_tokens=output_tokens, ignore_eos=True),
+                pooling_params=None,
+                arrival_time=arrival,
+            )
+        )
+
+    def iterate(self, gate: Gate) -> Executed:
+        scheduler = self._scheduler
+        scheduler.gate = admission = Admission(
+            admit=[str(r) for r in gate.admit], hold=frozenset(map(str, gate.hold)), evict=[str(r) for r in gate.evict]
+        )
+        output = scheduler.schedule()
+        ids = list(output.num_scheduled_tokens)
+        manager = scheduler.kv_cache_manager
+        blocks = {int(r.request_id): len(manager.get_block_ids(r.request_id)[0]) for r in scheduler.running}
+        used = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1 - manager.block_pool.get_num_free_blocks()
+        if used != sum(blocks.values()):
+            raise RuntimeError(f"vLLM's block pool has {used} blocks in use, its requests hold {sum(blocks.values())}")
+        # One token for every request whose tokens are now all computed, none for an unfinished prefill.
+        caught_up = [scheduler.requests[i].num_computed_tokens >= scheduler.requests[i].num_tokens for i in ids]
+        scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=ids,
+                req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
+                sampled_token_ids=[[_FAKE_TOKEN] if done else [] for done in caught_up],
+                logprobs=None,
+                prompt_logprobs_dict={},
+                pooler_output=[],
+            ),
+        )
+        return Executed(
+            tokens={int(r): k for r, k in output.num_scheduled_tokens.items()},
+            admitted=[int(r) for r in admission.admitted],
+            preempted=[int(r) for r in admission.preempted],
+            blocks=blocks,
+            finished={int(r) for r in ids if r not in scheduler.requests},
+        )
+
+    def close(self) -> None:
+        super().close()
+        self._configs.clear()
+        self._folder.cleanup()
