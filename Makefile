@@ -34,7 +34,7 @@ $(VENV)/.dev: $(HOUSE) | $(BIN)/python
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/compare.py --scenario azure-conv --rates 4 5 6 7 --policies vllm sarathi wait nested-wait \
-		--seeds 3 --num-requests 1000 --jobs 2 --out $(DEMO_OUT) --overwrite
+		--seeds 5 --jobs 2 --out $(DEMO_OUT) --overwrite
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""Programs a person runs, from a checkout: ``python scripts/compare.py --help``."""

@@ -1,0 +1,262 @@
+"""Compare scheduling policies on one workload over arrival rates and seeds.
+
+Writes summary.csv (a row a run, as each finishes), plots and a self-contained report.html:
+
+    python scripts/compare.py --scenario azure-conv --rates 4 5 6 7 \
+        --policies vllm sarathi wait nested-wait --seeds 5 --out results/azure
+
+Everything is checked before the first run. Ctrl-C keeps the finished rows and reports on them;
+``--resume`` goes on where a comparison was left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+if not __package__:  # run as a program: imports go from the project's root, not from scripts/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from baselines import policy_class, policy_names
+from llmsched_env.errors import ConfigError, MissingExtraError, require
+from llmsched_env.workload import Scenario, TraceArrivals, load_scenario, scenario_from_trace, scenario_names
+from scripts.comparison import (
+    SUMMARY_FILE,
+    Comparison,
+    Recording,
+    Row,
+    SummaryFile,
+    Task,
+    check_same_settings,
+    largest_stable,
+    read_rows,
+    record,
+    run_task,
+    write_rows,
+    write_settings,
+)
+from scripts.output import check_folder
+from scripts.plots import Figure, plot_against_rate, plot_kv, plot_ttft_cdf
+from scripts.report import print_table, write_html
+from scripts.settings import parse_overrides
+from scripts.tables import Cell, cells, policy_labels
+
+REPORT_FILE = "report.html"
+FIGURES = ("latency.png", "ttft.png", "kv.png", "ttft_cdf.png")
+INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in the same words as every other refusal here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def arguments() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    workload = parser.add_mutually_exclusive_group(required=True)
+    workload.add_argument("--scenario", help=f"one of {', '.join(scenario_names())}")
+    workload.add_argument("--trace", type=Path, metavar="FILE", help="a trace instead of a scenario; --rates rescales its time")
+    parser.add_argument("--rates", type=float, nargs="+", metavar="R", help="arrival rates, requests/s (default: the workload's own)")
+    parser.add_argument("--policies", nargs="+", required=True, metavar="NAME", help=f"of {', '.join(policy_names())}")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 .. N-1 (default 5; 1 for a trace, whose requests are given)")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where summary.csv, plots and report.html go")
+    parser.add_argument("--num-requests", type=int, metavar="N", help="requests of one run (default: the workload's own)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="engine.FIELD or policy.NAME.OPTION")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--resume", action="store_true", help="keep the rows in --out and run what is missing")
+    kept.add_argument("--overwrite", action="store_true", help="discard the comparison in --out")
+    return parser
+
+
+def plan(options: argparse.Namespace) -> Comparison:
+    """The comparison that the options ask for, fully checked; nothing is written.
+
+    Raises:
+        ConfigError: an option that cannot be carried out.
+    """
+    policies = tuple(dict.fromkeys(options.policies))
+    for name in policies:
+        policy_class(name)
+    rates = tuple(dict.fromkeys(options.rates or ()))
+    for rate in rates:
+        if not (math.isfinite(rate) and rate > 0):
+            raise ConfigError(f"--rates: {rate:g}, must be finite and > 0 requests/s")
+    for name, count in (("--seeds", options.seeds), ("--num-requests", options.num_requests), ("--jobs", options.jobs)):
+        if count is not None and count < 1:
+            raise ConfigError(f"{name}: {count}, must be >= 1")
+    overrides = parse_overrides(options.set, policies)
+    check_folder("--out", options.out)
+    if options.trace is not None:
+        scenario = scenario_from_trace(options.trace, rate=rates[0] if rates else None)
+    else:
+        scenario = load_scenario(options.scenario)
+    seeds = options.seeds or (1 if same_on_every_seed(scenario) else 5)
+    comparison = Comparison(
+        scenario=scenario,
+        policies=policies,
+        rates=rates or (scenario.rate,),
+        seeds=tuple(range(seeds)),
+        num_requests=options.num_requests or scenario.num_requests,
+        overrides=overrides,
+        source="" if options.trace is None else str(options.trace),
+    )
+    comparison.check()
+    return comparison
+
+
+def same_on_every_seed(scenario: Scenario) -> bool:
+    """A trace with recorded times: nothing in it is drawn."""
+    return scenario.rows is not None and isinstance(scenario.arrivals, TraceArrivals)
+
+
+def kept_rows(options: argparse.Namespace, comparison: Comparison) -> list[Row]:
+    """Finished rows to go on from; refuses to overwrite what was not meant to be."""
+    path = options.out / SUMMARY_FILE
+    if not path.exists() or options.overwrite:
+        return []
+    if not options.resume:
+        raise ConfigError(f"--out: {options.out} holds a comparison already; use --resume, --overwrite or another folder")
+    check_same_settings(options.out, comparison.describe())
+    return read_rows(path)
+
+
+def run(comparison: Comparison, tasks: Sequence[Task], out: Path, rows: list[Row], *, jobs: int, quiet: bool) -> bool:
+    """Run the tasks, appending to ``rows`` and to summary.csv; False if Ctrl-C ended it early."""
+    joblib = require("joblib", "plots")
+    progress = require("rich.progress", "plots")
+    console = require("rich.console", "plots").Console(stderr=True)
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        disable=quiet,
+    )
+    calls = (joblib.delayed(run_task)(comparison, task) for task in tasks)
+    workers = joblib.Parallel(n_jobs=min(jobs, max(len(tasks), 1)), return_as="generator_unordered")
+    with SummaryFile(out / SUMMARY_FILE) as file, bar:
+        line = bar.add_task("runs", total=len(tasks))
+        results = workers(calls)
+        try:
+            for row in results:
+                rows.append(row)
+                file.append(row)
+                bar.update(line, advance=1, description=f"{row.policy} at {row.rate:g}, seed {row.seed}")
+        except KeyboardInterrupt:
+            return False
+        finally:
+            results.close()
+    return True
+
+
+def recordings(comparison: Comparison, rate: float, policies: Sequence[str], jobs: int) -> list[Recording]:
+    joblib = require("joblib", "plots")
+    calls = (joblib.delayed(record)(comparison, Task(policy, rate, comparison.seeds[0])) for policy in policies)
+    found: list[Recording] = joblib.Parallel(n_jobs=min(jobs, len(policies)))(calls)
+    return found
+
+
+def draw(comparison: Comparison, rows: Sequence[Row], table: Sequence[Cell], out: Path, *, jobs: int, over_time: bool) -> list[Figure]:
+    """The plots; those over time run one seed again, with ``over_time``."""
+    boundary = comparison.boundary
+    done = [policy for policy in comparison.policies if any(row.policy == policy for row in rows)]
+    labels = policy_labels(rows, done)
+    seeds = max(cell.seeds for cell in table)
+    what = f"{comparison.num_requests:,} requests a run, {seeds} seed{'s' if seeds > 1 else ''}"
+    over_rate, ttft_over_rate, kv, cdf = (out / name for name in FIGURES)
+    dotted = f"{what}. Dotted line: fluid stability boundary of the scenario's engine."
+    plot_against_rate(over_rate, table, (("latency_mean", "mean latency (s)"), ("latency_p99", "latency P99 (s)")), labels, boundary, seeds)
+    plot_against_rate(ttft_over_rate, table, (("ttft_mean", "mean TTFT (s)"), ("ttft_p99", "TTFT P99 (s)")), labels, boundary, seeds)
+    figures = [Figure(over_rate, "Latency over arrival rate", dotted), Figure(ttft_over_rate, "TTFT over arrival rate", dotted)]
+    if over_time:
+        highest, stable = max(comparison.rates), largest_stable(comparison.rates, boundary)
+        seed = comparison.seeds[0]
+        at_highest = recordings(comparison, highest, done, jobs)
+        at_stable = at_highest if stable == highest else recordings(comparison, stable, done, jobs)
+        plot_kv(kv, at_highest, labels)
+        figures.append(Figure(kv, f"KV occupancy at {highest:g} requests/s", f"Seed {seed}, the highest rate."))
+        inside = "the highest rate inside the stability region" if stable < boundary else "the lowest; none is inside the stability region"
+        plot_ttft_cdf(cdf, at_stable, labels)
+        figures.append(Figure(cdf, f"TTFT distribution at {stable:g} requests/s", f"Seed {seed}, {inside}."))
+    return figures
+
+
+def present(comparison: Comparison, rows: list[Row], options: argparse.Namespace, console: Any, *, complete: bool, total: int) -> None:
+    """Table, plots and report of the rows there are."""
+    order = {policy: i for i, policy in enumerate(comparison.policies)}
+    rows.sort(key=lambda row: (row.rate, order.get(row.policy, len(order)), row.policy, row.seed))
+    write_rows(options.out / SUMMARY_FILE, rows)
+    policies = list(dict.fromkeys([*comparison.policies, *(row.policy for row in rows)]))
+    table = cells(rows, policies)
+    warnings = [] if complete else [f"Interrupted: {len(rows)} of {total} runs are finished, the table is of those alone."]
+    if len(comparison.seeds) > 1 and same_on_every_seed(comparison.scenario):
+        warnings.append("The trace has recorded arrival times: every seed is the same run and intervals have no width.")
+    if not options.quiet:
+        print_table(console, table, f"{comparison.scenario.name}: {comparison.num_requests:,} requests a run")
+    figures = draw(comparison, rows, table, options.out, jobs=options.jobs, over_time=complete)
+    write_html(options.out / REPORT_FILE, comparison, rows, table, figures, command=options.command, warnings=warnings)
+    for line in warnings:
+        console.print(line, highlight=False)
+    if not complete:
+        console.print("Go on with --resume.", highlight=False)
+    console.print(f"Report: {options.out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def terminal() -> Any:
+    """Standard output; into a file or pipe wide enough for the table."""
+    return require("rich.console", "plots").Console(width=None if sys.stdout.isatty() else 120)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if words is None else words)
+    options = arguments().parse_args(given)
+    options.command = shlex.join(["python", "scripts/compare.py", *given])
+    try:
+        console = terminal()
+        for module in ("joblib", "matplotlib", "jinja2", "scipy"):
+            require(module, "plots")
+        comparison = plan(options)
+        rows = kept_rows(options, comparison)
+    except (ConfigError, MissingExtraError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    try:
+        return carry_out(options, comparison, rows, console)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        print(f"error: --out: {error}", file=sys.stderr)
+        return 1
+
+
+def carry_out(options: argparse.Namespace, comparison: Comparison, rows: list[Row], console: Any) -> int:
+    """Run what is missing and report; the exit code."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in (REPORT_FILE, *FIGURES):
+        (options.out / name).unlink(missing_ok=True)
+    write_settings(options.out, comparison.describe())
+    write_rows(options.out / SUMMARY_FILE, rows)
+    finished = {row.task for row in rows}
+    tasks = [task for task in comparison.tasks() if task not in finished]
+    complete = run(comparison, tasks, options.out, rows, jobs=options.jobs, quiet=options.quiet)
+    if rows:
+        present(comparison, rows, options, console, complete=complete, total=len(finished) + len(tasks))
+    return 0 if complete else INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

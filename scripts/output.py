@@ -1,0 +1,57 @@
+"""Where the programs write: checked before any work, replaced in one step, nothing left behind on a refusal."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from llmsched_env.errors import ConfigError
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Check, without making it, that ``folder`` can be made or written to.
+
+    Raises:
+        ConfigError: it, or the nearest parent that exists, is not a folder or cannot be written.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(f"{option}: {folder} cannot be a folder, {existing} is a file")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option}: {folder} cannot be written, no permission in {existing}")
+
+
+def check_file(option: str, path: Path) -> None:
+    """Check that ``path`` can be written as a file.
+
+    Raises:
+        ConfigError: it is a folder, or its folder cannot be written.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder, must be a file")
+    check_folder(option, path.absolute().parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A text file beside ``path`` that takes its place when the block ends, and vanishes when it raises."""
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.absolute().parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            yield file
+        # mkstemp makes files that only their owner can read
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
