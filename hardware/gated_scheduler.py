@@ -39,8 +39,8 @@ def check_version() -> str:
 
 check_version()
 
-from vllm.v1.core.sched.request_queue import create_request_queue  # noqa: E402 - after the version check
-from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+from vllm.v1.core.sched.request_queue import create_request_queue
+from vllm.v1.core.sched.scheduler import Scheduler
 
 
 @dataclass
@@ -67,6 +67,8 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate = Admission()
+        self.waiting: Any = self.waiting
+        self.running: list[Any] = self.running
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         gate = self.gate
