@@ -64,7 +64,7 @@ setup-vllm: $(VLLM_VENV)/.installed
 
 # One thread: two on a shared machine slow each other down. vLLM's own warnings are not ours to turn into errors.
 test-vllm: setup-vllm
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/vllm -s -o filterwarnings=default
+	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/real_vllm -s -o filterwarnings=default
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis $(DEMO_OUT)

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import ADMIT_ALL, Decision
 
 
-@njit(cache=True)
+@compiled
 def fill_mask(queues, max_admit, out):  # type: ignore[no-untyped-def]
     """Write the mask, components concatenated, into ``out`` (2 Q + (max_admit + 1) Q,) bool."""
     num_queues = queues.shape[1]

@@ -129,9 +129,11 @@ class Counters:
     Attributes:
         clock, busy_seconds: seconds; busy = inside engine iterations.
         kv_seconds: integral of the KV reserved (KV units x seconds).
-        kv_peak: highest KV reserved in an iteration (KV units).
+        kv_peak: highest KV reserved in a step (KV units).
         system_seconds: integral of the number of requests in system (request-seconds).
         evictions: asked for or forced; forced_evictions: forced alone.
+        out_of_range: iterations whose batch lies outside the data behind the iteration-time model,
+            so that their time was extrapolated.
         end: ``running``, ``finished``, ``stranded``, ``horizon`` or ``max_iterations``.
     """
 
@@ -148,6 +150,7 @@ class Counters:
     finished: int
     rejected: int
     end: str
+    out_of_range: int = 0
 
 
 @runtime_checkable

@@ -41,6 +41,7 @@ class Summary:
         sim_seconds: simulated seconds from 0 to the end of the last step.
         iterations, idle_steps, drain_iterations: engine iterations; steps in which the clock only
             moved; iterations in which the engine overrode a policy that scheduled nothing.
+        out_of_range: iterations outside the data behind the iteration-time model (extrapolated).
         truncated: the episode ended at ``EpisodeLimits.max_iterations``.
         end: how the episode ended, see ``Counters``.
     """
@@ -71,6 +72,7 @@ class Summary:
     iterations: int
     idle_steps: int
     drain_iterations: int
+    out_of_range: int
     truncated: bool
     end: str
 
@@ -151,6 +153,7 @@ def summarize(
         iterations=counters.iterations,
         idle_steps=counters.idle_steps,
         drain_iterations=counters.drain_iterations,
+        out_of_range=counters.out_of_range,
         truncated=counters.end == "max_iterations",
         end=counters.end,
     )

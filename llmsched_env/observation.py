@@ -37,8 +37,8 @@ from dataclasses import dataclass
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
 from llmsched_env.fluid import equilibrium_of, stability_boundary
 from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
@@ -58,22 +58,22 @@ X_BOUNDARY_RATE = 4
 X_ROWS = 5
 
 
-@njit(cache=True)
+@compiled
 def _share(x):  # type: ignore[no-untyped-def]
     return min(max(x, 0.0), 1.0)
 
 
-@njit(cache=True)
+@compiled
 def _count(n):  # type: ignore[no-untyped-def]
     return min(math.log(1.0 + n) * _COUNT_SCALE, 1.0)
 
 
-@njit(cache=True)
+@compiled
 def _time(seconds):  # type: ignore[no-untyped-def]
     return min(math.log(1.0 + seconds / _TIME_UNIT) * _TIME_SCALE, 1.0)
 
 
-@njit(cache=True)
+@compiled
 def encode(settings, context, queues, queue_f, scalars, clocks, out):  # type: ignore[no-untyped-def]
     """Write the observation, flat and in table order, into ``out`` (size float32)."""
     num_segments = settings[st.C_SEGMENTS]

@@ -356,10 +356,10 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.max_num_batched_tokens: {self.max_num_batched_tokens}, must be >= max_num_seqs = {self.max_num_seqs}"
             )
-        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+        if (self.padded_prefill or not self.enable_chunked_prefill) and self.max_num_batched_tokens < self.max_model_len:
+            why = "padded_prefill" if self.padded_prefill else "chunked prefill off"
             raise ConfigError(
-                f"engine.max_num_batched_tokens: {self.max_num_batched_tokens} with chunked prefill off, "
-                f"must be >= max_model_len = {self.max_model_len}"
+                f"engine.max_num_batched_tokens: {self.max_num_batched_tokens} with {why}, must be >= max_model_len = {self.max_model_len}"
             )
         # A request of max_model_len tokens computes max_model_len - 1 of them, but vLLM asks for all.
         spare = int(self.decode_needs_free_block)
@@ -401,7 +401,7 @@ class EpisodeLimits:
             iteration, so that every request completes (design rule 14); otherwise the episode ends
             with the requests that no decision moves left where they stand.
         horizon: seconds; an iteration that ends later does not count.
-        max_iterations: safety net; reaching it truncates the episode and is reported.
+        max_iterations: safety net, idle steps counted; reaching it truncates the episode and is reported.
     """
 
     drain: bool = True

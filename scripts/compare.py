@@ -25,6 +25,7 @@ if not __package__:  # run as a program: imports go from the project's root, not
 
 from baselines import policy_class, policy_names
 from llmsched_env.errors import ConfigError, MissingExtraError, require
+from llmsched_env.perf import calibration_names
 from llmsched_env.workload import Scenario, TraceArrivals, load_scenario, scenario_from_trace, scenario_names
 from scripts.comparison import (
     SUMMARY_FILE,
@@ -44,7 +45,7 @@ from scripts.comparison import (
 from scripts.output import check_folder
 from scripts.plots import Figure, plot_against_rate, plot_kv, plot_ttft_cdf
 from scripts.report import print_table, write_html
-from scripts.settings import parse_overrides
+from scripts.settings import parse_overrides, with_calibration
 from scripts.tables import Cell, cells, policy_labels
 
 REPORT_FILE = "report.html"
@@ -71,6 +72,12 @@ def arguments() -> Parser:
     parser.add_argument("--num-requests", type=int, metavar="N", help="requests of one run (default: the workload's own)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="engine.FIELD or policy.NAME.OPTION")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE_OR_NAME",
+        help=f"time model and, where it states it, KV capacity: a .json or .npz file, or one of {', '.join(calibration_names())}"
+        " (NAME:clip holds tables at their edge values)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no table")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="keep the rows in --out and run what is missing")
@@ -94,7 +101,7 @@ def plan(options: argparse.Namespace) -> Comparison:
     for name, count in (("--seeds", options.seeds), ("--num-requests", options.num_requests), ("--jobs", options.jobs)):
         if count is not None and count < 1:
             raise ConfigError(f"{name}: {count}, must be >= 1")
-    overrides = parse_overrides(options.set, policies)
+    overrides = with_calibration(parse_overrides(options.set, policies), options.calibration)
     check_folder("--out", options.out)
     if options.trace is not None:
         scenario = scenario_from_trace(options.trace, rate=rates[0] if rates else None)

@@ -27,11 +27,12 @@ from baselines import Policy, Setting, make_policy, policy_class, policy_names
 from llmsched_env.backend import View
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import latency, lost, ttft
+from llmsched_env.perf import calibration_names
 from llmsched_env.runner import EpisodeResult, run_episode
 from llmsched_env.types import EngineConfig, EpisodeLimits, IterationReport, RequestLog, Workload
 from llmsched_env.workload import Scenario, scenario_from_trace
 from scripts.output import check_file, replacing
-from scripts.settings import Overrides, parse_overrides
+from scripts.settings import Overrides, parse_overrides, with_calibration
 
 REQUEST_COLUMNS = ("request_id", "arrived_at", "prompt_tokens", "output_tokens", "admitted_at", "ttft", "e2e", "evictions", "completed")
 ITERATION_COLUMNS = ("start", "duration", "batch_size", "prefill_tokens", "total_tokens", "kv_used", "queue_length")
@@ -57,6 +58,12 @@ def arguments() -> Parser:
         metavar="KEY=VALUE",
         help="engine.FIELD (also engine.d0, engine.d1: a linear time model; engine.time_model: a calibration) or policy.OPTION",
     )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE_OR_NAME",
+        help=f"time model and, where it states it, KV capacity: a .json or .npz file, or one of {', '.join(calibration_names())}"
+        " (NAME:clip holds tables at their edge values)",
+    )
     parser.add_argument("--rate", type=float, metavar="R", help="rescale time to R requests/s")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="CSV, one row a request")
     parser.add_argument("--iterations", type=Path, metavar="FILE", help="CSV, one row an iteration (kv_used: tokens or blocks)")
@@ -74,7 +81,7 @@ def prepare(options: argparse.Namespace) -> tuple[Policy, Workload, EpisodeLimit
     policy_class(options.policy)
     if options.rate is not None and not (math.isfinite(options.rate) and options.rate > 0):
         raise ConfigError(f"--rate: {options.rate:g}, must be finite and > 0 requests/s")
-    overrides = parse_overrides(options.set, [options.policy], exclude_engine=("preset",))
+    overrides = with_calibration(parse_overrides(options.set, [options.policy], exclude_engine=("preset",)), options.calibration)
     limits = EpisodeLimits(drain=not options.no_drain, horizon=options.horizon)
     for option, path in (("--out", options.out), ("--iterations", options.iterations)):
         if path is None:
@@ -163,10 +170,13 @@ def print_summary(policy: Policy, result: EpisodeResult) -> None:
         ("simulated", f"{s.sim_seconds:,.1f} s, ended: {s.end}"),
         ("wall time", f"{result.wall_seconds:.2f} s, {s.requests / max(result.wall_seconds, 1e-9):,.0f} requests/s"),
     ]
+    if s.out_of_range:
+        share = 100 * s.out_of_range / s.iterations
+        lines.append(("out of range", f"{s.out_of_range:,} iterations ({share:.1f} %) beyond what the time model's data cover"))
     if policy.notes:
         lines.append(("note", policy.notes))
     for name, text in lines:
-        print(f"{name:<11} {text}")
+        print(f"{name:<12} {text}")
 
 
 def _spread(mean: float, p50: float, p99: float) -> str:
@@ -191,7 +201,8 @@ def main(words: Sequence[str] | None = None) -> int:
             if iterations is not None:
                 steps = csv.writer(files.enter_context(replacing(options.iterations)))
                 steps.writerow(ITERATION_COLUMNS)
-                steps.writerows(iterations.rows)
+                # An iteration that the horizon cuts off is reported but does not count.
+                steps.writerows(iterations.rows[: result.counters.iterations])
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

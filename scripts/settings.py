@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from baselines import policy_class, policy_options
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf import IterationTimeModel
+from llmsched_env.perf import IterationTimeModel, load_calibration
 from llmsched_env.types import EngineConfig
 
 
@@ -75,6 +75,26 @@ def parse_overrides(pairs: Sequence[str], policies: Sequence[str], *, exclude_en
             raise ConfigError(f"--set {key}: given twice")
         target[name] = parse_value(key, text, allowed[name])
     return Overrides(engine, policy)
+
+
+def with_calibration(overrides: Overrides, calibration: str | None) -> Overrides:
+    """``--calibration``: its time model and, where it states them, its KV blocks; what the user set wins.
+
+    Raises:
+        ConfigError: a calibration that cannot be loaded, or a time model set as well.
+    """
+    if calibration is None:
+        return overrides
+    for name in ("time_model", "d0", "d1"):
+        if name in overrides.engine:
+            raise ConfigError(f"--set engine.{name}: the time model is --calibration {calibration} already, give one of them")
+    try:
+        provenance = load_calibration(calibration).provenance
+    except ConfigError as error:
+        raise ConfigError(f"--calibration: {error}") from error
+    stated = {"num_blocks": provenance.num_blocks, "block_size": provenance.block_size}
+    known = {name: value for name, value in stated.items() if value is not None}
+    return Overrides({"time_model": calibration, **known, **overrides.engine}, overrides.policy)
 
 
 def parse_value(key: str, text: str, hint: Any) -> Any:

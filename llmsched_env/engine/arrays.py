@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from llmsched_env.backend import Counters, ResidentRequests, WaitingRequests
+from llmsched_env.compiled import compiled
 from llmsched_env.engine import kernel
 from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError
+from llmsched_env.perf.base import warn_out_of_range
 from llmsched_env.perf.batch import BATCH_FIELDS, BATCH_SIZE, DECODES, LOAD, PREFILL_TOKENS, PREFILLS
 from llmsched_env.types import (
     Decision,
@@ -35,7 +36,7 @@ _END_NAMES = {
 }
 
 
-@njit(cache=True)
+@compiled
 def _first_waiting(head, limit, requests, out):  # type: ignore[no-untyped-def]
     count = 0
     r = head
@@ -307,6 +308,8 @@ class ArrayBackend(ABC):
 
     def counters(self) -> Counters:
         s, c = self.scalars, self.clocks
+        if self.done:
+            warn_out_of_range(self.engine.time_model, int(s[st.I_OUT_OF_RANGE]), int(s[st.I_ITERATIONS]))
         return Counters(
             clock=float(c[st.F_CLOCK]),
             iterations=int(s[st.I_ITERATIONS]),
@@ -320,6 +323,7 @@ class ArrayBackend(ABC):
             system_seconds=float(c[st.F_SYSTEM_SECONDS]),
             finished=int(s[st.I_FINISHED]),
             rejected=int(s[st.I_REJECTED]),
+            out_of_range=int(s[st.I_OUT_OF_RANGE]),
             end=_END_NAMES[int(s[st.I_DONE])],
         )
 

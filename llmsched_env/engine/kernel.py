@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 
-from numba import njit
-
+from llmsched_env.compiled import compiled
 from llmsched_env.engine.moves import (
     compact,
     enter_boundaries,
@@ -59,9 +58,11 @@ from llmsched_env.engine.state import (
     I_KV_TOKENS,
     I_LOW_KEY,
     I_NEXT_ARRIVAL,
+    I_OUT_OF_RANGE,
     I_REJECTED,
     I_RESIDENTS,
     I_STEP_EVICTED,
+    I_STEP_OUT_OF_RANGE,
     I_STEP_PREEMPTED,
     I_STEP_REJECTED,
     I_TOTAL_TOKENS,
@@ -111,10 +112,10 @@ from llmsched_env.engine.state import (
 )
 from llmsched_env.engine.vllm import schedule_vllm
 from llmsched_env.perf.batch import BATCH_SIZE
-from llmsched_env.perf.models import iteration_time
+from llmsched_env.perf.models import iteration_time, valid
 
 
-@njit(cache=True)
+@compiled
 def arrivals(start, settings, requests, times, queues, queue_f, scalars, clocks):  # type: ignore[no-untyped-def]
     """Queue every request with arrival <= clock; returns their request-seconds since ``start``."""
     clock = clocks[F_CLOCK]
@@ -140,7 +141,7 @@ def arrivals(start, settings, requests, times, queues, queue_f, scalars, clocks)
     return seconds
 
 
-@njit(cache=True)
+@compiled
 def refresh_heads(settings, requests, times, queues, queue_f):  # type: ignore[no-untyped-def]
     """What a policy sees of each outside queue's head."""
     for q in range(0, queues.shape[1], settings[C_SEGMENTS]):
@@ -155,7 +156,7 @@ def refresh_heads(settings, requests, times, queues, queue_f):  # type: ignore[n
             queue_f[QF_HEAD_ARRIVAL, q] = times[T_ARRIVAL, head]
 
 
-@njit(cache=True)
+@compiled
 def advance_clock(clock, settings, queues, queue_f, scalars, clocks):  # type: ignore[no-untyped-def]
     """Move the clock; integrate KV and the number in system, age the arrival-rate window."""
     seconds = clock - clocks[F_CLOCK]
@@ -169,7 +170,7 @@ def advance_clock(clock, settings, queues, queue_f, scalars, clocks):  # type: i
         queue_f[QF_ARRIVALS, q] *= keep
 
 
-@njit(cache=True)
+@compiled
 def place(i, generated, settings, ends, slots, queues, scalars):  # type: ignore[no-untyped-def]
     """Slot i holds ``generated`` tokens and is not complete: move it to its segment or boundary queue.
 
@@ -198,7 +199,7 @@ def place(i, generated, settings, ends, slots, queues, scalars):  # type: ignore
         queues[Q_RESIDENT_KV, target] += kv
 
 
-@njit(cache=True)
+@compiled
 def tokens_and_completions(n, settings, ends, requests, times, slots, queues, scalars, clocks, events):  # type: ignore[no-untyped-def]
     """Give every scheduled slot its tokens, complete requests, end segments. Returns slots left."""
     clock = clocks[F_CLOCK]
@@ -244,7 +245,7 @@ def tokens_and_completions(n, settings, ends, requests, times, slots, queues, sc
     return compact(n, slots) if gone > 0 else n
 
 
-@njit(cache=True)
+@compiled
 def reset(settings, requests, times, queues, queue_f, scalars, clocks):  # type: ignore[no-untyped-def]
     """Arrivals at time 0 are queued before the first decision."""
     queues[:] = 0
@@ -263,7 +264,7 @@ def reset(settings, requests, times, queues, queue_f, scalars, clocks):  # type:
         scalars[I_DONE] = END_FINISHED
 
 
-@njit(cache=True)
+@compiled
 def schedule(n, run_all, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events):  # type: ignore[no-untyped-def]
     """Boundary admissions, KV, outside admissions. Returns the number of slots in use."""
     entered = 0
@@ -279,10 +280,10 @@ def schedule(n, run_all, decision, settings, ends, requests, times, slots, queue
     return schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events)
 
 
-@njit(cache=True)
+@compiled
 def begin_step(decision, settings, requests, slots, queues, scalars, clocks, events):  # type: ignore[no-untyped-def]
     """Clear the report, evict what the decision asks for. Returns the number of slots in use."""
-    for row in range(I_IDLE, I_TRACED + 1):
+    for row in range(I_IDLE, I_STEP_OUT_OF_RANGE + 1):
         scalars[row] = 0
     clocks[F_START] = clocks[F_CLOCK]
     n = scalars[I_RESIDENTS]
@@ -293,13 +294,13 @@ def begin_step(decision, settings, requests, slots, queues, scalars, clocks, eve
     return n
 
 
-@njit(cache=True)
+@compiled
 def needs_drain(settings, requests, scalars, batch):  # type: ignore[no-untyped-def]
     """The decision scheduled nothing after the last arrival: one greedy iteration replaces it (design rule 14)."""
     return batch[BATCH_SIZE] == 0.0 and settings[C_DRAIN] != 0 and scalars[I_NEXT_ARRIVAL] == requests.shape[1]
 
 
-@njit(cache=True)
+@compiled
 def note_drain(scalars, batch):  # type: ignore[no-untyped-def]
     scalars[I_FORCED_DRAIN] = 1
     scalars[I_DRAIN_ITERATIONS] += 1
@@ -307,7 +308,18 @@ def note_drain(scalars, batch):  # type: ignore[no-untyped-def]
         scalars[I_DONE] = END_STUCK
 
 
-@njit(cache=True)
+@compiled
+def model_seconds(model, scalars, batch):  # type: ignore[no-untyped-def]
+    """Seconds of the batch by the time model, which notes whether they had to be extrapolated; 0 without a batch."""
+    if batch[BATCH_SIZE] == 0.0:
+        return 0.0
+    seconds = iteration_time(model, batch)
+    if not valid(model, batch):
+        scalars[I_STEP_OUT_OF_RANGE] = 1
+    return seconds
+
+
+@compiled
 def finish_step(n, seconds, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace):  # type: ignore[no-untyped-def]
     """Clock, tokens, completions and arrivals after a batch of ``seconds``, or the idle jump (design rule 13)."""
     start = clocks[F_START]
@@ -323,6 +335,7 @@ def finish_step(n, seconds, settings, ends, requests, times, slots, queues, queu
             compact(n, slots)
         else:
             scalars[I_ITERATIONS] += 1
+            scalars[I_OUT_OF_RANGE] += scalars[I_STEP_OUT_OF_RANGE]
             clocks[F_LAST_ITERATION] = seconds
             clocks[F_BUSY_SECONDS] += seconds
             advance_clock(start + seconds, settings, queues, queue_f, scalars, clocks)
@@ -365,7 +378,7 @@ def finish_step(n, seconds, settings, ends, requests, times, slots, queues, queu
             scalars[I_DONE] = END_ITERATIONS
 
 
-@njit(cache=True)
+@compiled
 def step(decision, model, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace):  # type: ignore[no-untyped-def]
     """One engine iteration, or an idle step when the decision schedules nothing."""
     n = begin_step(decision, settings, requests, slots, queues, scalars, clocks, events)
@@ -378,5 +391,5 @@ def step(decision, model, settings, ends, requests, times, slots, queues, queue_
         n = schedule(n, True, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events)
         requeue(events[1], preempted, scalars[I_STEP_PREEMPTED], settings, requests, queues, scalars)
         note_drain(scalars, batch)
-    seconds = iteration_time(model, batch) if batch[BATCH_SIZE] > 0.0 else 0.0
+    seconds = model_seconds(model, scalars, batch)
     finish_step(n, seconds, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace)

@@ -7,8 +7,7 @@ order; a slot that leaves is marked ``SLOT_GONE`` and squeezed out by ``compact`
 
 from __future__ import annotations
 
-from numba import njit
-
+from llmsched_env.compiled import compiled
 from llmsched_env.engine.state import (
     C_BY_CLASS,
     C_PRESET,
@@ -60,7 +59,7 @@ from llmsched_env.engine.state import (
 )
 
 
-@njit(cache=True)
+@compiled
 def push_back(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     """An arrival joins the tail of outside queue q."""
     requests[R_NEXT, r] = -1
@@ -74,7 +73,7 @@ def push_back(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     scalars[I_WAITING] += 1
 
 
-@njit(cache=True)
+@compiled
 def push_front(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     """An evicted request becomes the head of outside queue q."""
     requests[R_NEXT, r] = queues[Q_HEAD, q]
@@ -85,7 +84,7 @@ def push_front(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     scalars[I_WAITING] += 1
 
 
-@njit(cache=True)
+@compiled
 def pop_front(q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     r = queues[Q_HEAD, q]
     queues[Q_HEAD, q] = requests[R_NEXT, r]
@@ -96,7 +95,7 @@ def pop_front(q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     return r
 
 
-@njit(cache=True)
+@compiled
 def next_outside(settings, requests, queues):  # type: ignore[no-untyped-def]
     """Outside queue whose head is next in the global admission order among those with count left; -1 if none."""
     num_segments = settings[C_SEGMENTS]
@@ -115,7 +114,7 @@ def next_outside(settings, requests, queues):  # type: ignore[no-untyped-def]
     return best
 
 
-@njit(cache=True)
+@compiled
 def admit(q, n, clock, settings, ends, requests, times, slots, queues, scalars):  # type: ignore[no-untyped-def]
     """The head of outside queue q takes slot n; nothing is computed yet."""
     r = pop_front(q, requests, queues, scalars)
@@ -139,7 +138,7 @@ def admit(q, n, clock, settings, ends, requests, times, slots, queues, scalars):
     return r
 
 
-@njit(cache=True)
+@compiled
 def release_kv(i, settings, slots, queues, scalars):  # type: ignore[no-untyped-def]
     """Free the KV of slot i and take it out of the counts of its queue."""
     q = slots[S_QUEUE, i]
@@ -158,7 +157,7 @@ def release_kv(i, settings, slots, queues, scalars):  # type: ignore[no-untyped-
     slots[S_TOKENS, i] = 0
 
 
-@njit(cache=True)
+@compiled
 def evict(i, settings, requests, slots, queues, scalars):  # type: ignore[no-untyped-def]
     """Slot i gives up its KV; the request gets the next queue key below all given so far.
 
@@ -176,7 +175,7 @@ def evict(i, settings, requests, slots, queues, scalars):  # type: ignore[no-unt
     return r
 
 
-@njit(cache=True)
+@compiled
 def requeue(ids, first, last, settings, requests, queues, scalars):  # type: ignore[no-untyped-def]
     """Evicted requests ids[first:last], newest first, become heads of their outside queues."""
     for e in range(first, last):
@@ -184,7 +183,7 @@ def requeue(ids, first, last, settings, requests, queues, scalars):  # type: ign
         push_front(r, requests[R_CLASS, r] * settings[C_SEGMENTS], requests, queues, scalars)
 
 
-@njit(cache=True)
+@compiled
 def evict_boundaries(n, decision, settings, requests, slots, queues, scalars, events):  # type: ignore[no-untyped-def]
     """Evictions the decision asks for: the most recently admitted of each boundary queue, newest first."""
     wanted = 0
@@ -204,7 +203,7 @@ def evict_boundaries(n, decision, settings, requests, slots, queues, scalars, ev
         i -= 1
 
 
-@njit(cache=True)
+@compiled
 def enter_boundaries(n, admit_all, decision, settings, slots, queues, scalars):  # type: ignore[no-untyped-def]
     """Boundary admissions, oldest admission first. Returns how many entered."""
     wanted = 0
@@ -232,7 +231,7 @@ def enter_boundaries(n, admit_all, decision, settings, slots, queues, scalars): 
     return entered
 
 
-@njit(cache=True)
+@compiled
 def compact(n, slots):  # type: ignore[no-untyped-def]
     """Squeeze out slots marked gone, keeping the order. Returns the number left."""
     w = 0

@@ -6,8 +6,7 @@ last in first out by admission, all progress is lost.
 
 from __future__ import annotations
 
-from numba import njit
-
+from llmsched_env.compiled import compiled
 from llmsched_env.engine.moves import admit, evict, next_outside
 from llmsched_env.engine.state import (
     C_BOUNDARY_SLOT,
@@ -45,7 +44,7 @@ from llmsched_env.perf.batch import (
 )
 
 
-@njit(cache=True)
+@compiled
 def schedule_paper(n, entered, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events):  # type: ignore[no-untyped-def]
     """Forced evictions, admissions and the batch. Returns the number of slots in use (gone ones included).
 

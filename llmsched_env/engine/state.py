@@ -115,7 +115,10 @@ I_KV_RESERVED = 25
 I_COMPLETED_TOKENS = 26
 I_GENERATED_TOKENS = 27
 I_TRACED = 28
-I_ROWS = 29
+I_STEP_OUT_OF_RANGE = 29  # 1 if the batch lies outside the range of the time model's data
+# totals again
+I_OUT_OF_RANGE = 30  # iterations whose batch does
+I_ROWS = 31
 
 END_NOT = 0
 END_FINISHED = 1  # every request completed (or was rejected)

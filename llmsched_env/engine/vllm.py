@@ -8,8 +8,7 @@ boundary requests stay in memory, take no new block, cannot be preempted and cou
 
 from __future__ import annotations
 
-from numba import njit
-
+from llmsched_env.compiled import compiled
 from llmsched_env.engine.moves import admit, evict, next_outside
 from llmsched_env.engine.state import (
     C_BLOCK_SIZE,
@@ -60,7 +59,7 @@ from llmsched_env.perf.batch import (
 )
 
 
-@njit(cache=True)
+@compiled
 def batch_sums(n, slots, batch):  # type: ignore[no-untyped-def]
     """Describe the scheduled tokens to the iteration-time model; slots without tokens are set to 0."""
     decodes = 0
@@ -106,7 +105,7 @@ def batch_sums(n, slots, batch):  # type: ignore[no-untyped-def]
     batch[LOAD] = load
 
 
-@njit(cache=True)
+@compiled
 def schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events):  # type: ignore[no-untyped-def]
     """Blocks for residents with preemptions, admissions, and the batch.
 

@@ -5,23 +5,32 @@ small frozen record that packs itself into one float64 array, so that the compil
 every model through ``iteration_time`` without calling back into Python.
 """
 
+from llmsched_env.perf.base import CalibrationRangeWarning
 from llmsched_env.perf.batch import Batch
+from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.perf.models import (
     FormulaTime,
     IterationTimeModel,
     LinearTime,
     Provenance,
     iteration_time,
+    valid,
 )
-from llmsched_env.perf.store import calibration_names, load_calibration
+from llmsched_env.perf.store import calibration_names, load_calibration, save_calibration
+from llmsched_env.perf.tables import TableTime
 
 __all__ = [
     "Batch",
+    "CalibrationRangeWarning",
     "FormulaTime",
     "IterationTimeModel",
     "LinearTime",
+    "MixedAttentionTime",
     "Provenance",
+    "TableTime",
     "calibration_names",
     "iteration_time",
     "load_calibration",
+    "save_calibration",
+    "valid",
 ]

@@ -1,23 +1,30 @@
-"""Iteration-time models and the compiled function that evaluates them."""
+"""The compact iteration-time models, and the compiled functions that evaluate every model."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
-from numba import njit
 
+from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.batch import DECODE_KV, DECODES, LOAD, PREFILL_TOKENS, PREFILL_WORK, Batch
+from llmsched_env.perf.base import (
+    KIND_FORMULA,
+    KIND_LINEAR,
+    KIND_MIXED_ATTENTION,
+    KIND_TABLE,
+    FloatArray,
+    IterationTimeModel,
+    Provenance,
+    check_coefficients,
+)
+from llmsched_env.perf.batch import DECODE_KV, DECODES, LOAD, PREFILL_TOKENS, PREFILL_WORK
+from llmsched_env.perf.mixed_attention import mixed_attention_time, mixed_attention_valid
+from llmsched_env.perf.tables import table_time, table_valid
 
-KIND_LINEAR = 0
-KIND_FORMULA = 1
 
-
-@njit(cache=True, inline="always")
+@compiled
 def iteration_time(model, batch):  # type: ignore[no-untyped-def]
     """Seconds of one iteration.
 
@@ -25,8 +32,13 @@ def iteration_time(model, batch):  # type: ignore[no-untyped-def]
         model: float64 array, ``IterationTimeModel.pack()``; element 0 is the kind.
         batch: (BATCH_FIELDS,) float64, see ``llmsched_env.perf.batch``.
     """
-    if model[0] == KIND_LINEAR:
+    kind = model[0]
+    if kind == KIND_LINEAR:
         return model[1] + model[2] * batch[LOAD]
+    if kind == KIND_MIXED_ATTENTION:
+        return mixed_attention_time(model, batch)
+    if kind == KIND_TABLE:
+        return table_time(model, batch)
     n = batch[DECODES]
     kv = batch[DECODE_KV]
     tokens = n + batch[PREFILL_TOKENS]
@@ -37,38 +49,20 @@ def iteration_time(model, batch):  # type: ignore[no-untyped-def]
     return seconds
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where a calibration comes from and how well it fits."""
-
-    name: str = ""
-    source: str = ""
-    licence: str = ""
-    gpu: str = ""
-    model: str = ""
-    engine: str = ""
-    valid_range: str = ""
-    fit_error: str = ""
-
-
-class IterationTimeModel(ABC):
-    """Seconds of one iteration as a function of its batch."""
-
-    provenance: Provenance
-
-    @abstractmethod
-    def pack(self) -> npt.NDArray[np.float64]:
-        """The model as the one float64 array that ``iteration_time`` reads."""
-
-    def seconds(self, batch: Batch) -> float:
-        """Seconds of one iteration."""
-        return float(iteration_time(self.pack(), batch.array()))
-
-
-def _check_coefficients(owner: str, values: dict[str, float]) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{owner}.{name}: {value}, must be finite and >= 0")
+@compiled
+def valid(model, batch):  # type: ignore[no-untyped-def]
+    """Whether the batch lies inside the range of the data behind the model; arguments as ``iteration_time``."""
+    kind = model[0]
+    if kind == KIND_LINEAR:
+        return True
+    if kind == KIND_MIXED_ATTENTION:
+        return mixed_attention_valid(model, batch)
+    if kind == KIND_TABLE:
+        return table_valid(model, batch)
+    n = batch[DECODES]
+    if n + batch[PREFILL_TOKENS] > model[10] or n > model[11]:
+        return False
+    return n == 0.0 or batch[DECODE_KV] <= model[12] * n
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +74,11 @@ class LinearTime(IterationTimeModel):
     provenance: Provenance = field(default=Provenance(name="linear", source="arXiv 2504.11320"), compare=False)
 
     def __post_init__(self) -> None:
-        _check_coefficients("time_model", {"d0": self.d0, "d1": self.d1})
+        check_coefficients("time_model", {"d0": self.d0, "d1": self.d1})
         if self.d0 + self.d1 == 0:
             raise ConfigError("time_model: d0 and d1 are both 0, an iteration must take time")
 
-    def pack(self) -> npt.NDArray[np.float64]:
+    def pack(self) -> FloatArray:
         return np.array([KIND_LINEAR, self.d0, self.d1], dtype=np.float64)
 
 
@@ -96,7 +90,9 @@ class FormulaTime(IterationTimeModel):
 
         tau = (a + b T  if T <= knee else  s + c T) + d1 KV + d2 KV / sqrt(n) + d3 W + d4 n
 
-    Seconds; eight coefficients and the knee (128 tokens, a GEMM tile boundary of the A100).
+    Seconds; eight coefficients and the knee (128 tokens, a GEMM tile boundary of the A100). The
+    range of the data it was fitted to: at most ``max_tokens`` a batch, ``max_decodes`` decodes of at
+    most ``max_context`` tokens on average. The formula goes on as it is beyond it.
     """
 
     a: float
@@ -108,14 +104,24 @@ class FormulaTime(IterationTimeModel):
     d3: float
     d4: float
     knee: float = 128.0
+    max_tokens: float = math.inf
+    max_decodes: float = math.inf
+    max_context: float = math.inf
     provenance: Provenance = field(default=Provenance(name="formula"), compare=False)
 
     def __post_init__(self) -> None:
         names = ("a", "b", "s", "c", "d1", "d2", "d3", "d4", "knee")
-        _check_coefficients("time_model", {name: getattr(self, name) for name in names})
+        check_coefficients("time_model", {name: getattr(self, name) for name in names})
+        for name in ("max_tokens", "max_decodes", "max_context"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"time_model.{name}: {getattr(self, name)}, must be > 0")
         if self.a == 0:
             raise ConfigError("time_model.a: 0, an iteration must take time")
 
-    def pack(self) -> npt.NDArray[np.float64]:
+    def pack(self) -> FloatArray:
         coefficients = (self.knee, self.a, self.b, self.s, self.c, self.d1, self.d2, self.d3, self.d4)
-        return np.array([KIND_FORMULA, *coefficients], dtype=np.float64)
+        limits = (self.max_tokens, self.max_decodes, self.max_context)
+        return np.array([KIND_FORMULA, *coefficients, *limits], dtype=np.float64)
+
+
+__all__ = ["FormulaTime", "IterationTimeModel", "LinearTime", "Provenance", "iteration_time", "valid"]

@@ -1,0 +1,134 @@
+"""What every iteration-time model is: a record that packs itself into one array, and where it comes from."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsched_env.errors import ConfigError
+from llmsched_env.perf.batch import Batch
+
+FloatArray = npt.NDArray[np.float64]
+
+# Element 0 of every packed model. ``llmsched_env.perf.models.iteration_time`` dispatches on it.
+KIND_LINEAR = 0
+KIND_FORMULA = 1
+KIND_TABLE = 2
+KIND_MIXED_ATTENTION = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a calibration comes from, how far it reaches and how well it fits.
+
+    Attributes:
+        name, source, licence, gpu, model, engine: as a reader needs them to find and judge the data.
+        valid_range: in words; a batch outside is extrapolated and counted (``Counters.out_of_range``).
+        fit_error: against what, and how large.
+        num_blocks: usable KV blocks of that GPU and model, where the calibration states them.
+        block_size: tokens per block, with ``num_blocks``.
+        notes: what else a reader must know.
+    """
+
+    name: str = ""
+    source: str = ""
+    licence: str = ""
+    gpu: str = ""
+    model: str = ""
+    engine: str = ""
+    valid_range: str = ""
+    fit_error: str = ""
+    num_blocks: int | None = None
+    block_size: int | None = None
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"provenance.{name}: {value!r}, must be an integer >= 1")
+
+
+class CalibrationRangeWarning(RuntimeWarning):
+    """Some iterations of an episode lie outside the data behind its iteration-time model."""
+
+
+_warned: set[str] = set()
+
+
+def warn_out_of_range(model: IterationTimeModel, out_of_range: int, iterations: int) -> None:
+    """Say what share of an episode's iterations had to be extrapolated; once for each calibration and process."""
+    source = model.provenance
+    if out_of_range == 0 or source.name in _warned:
+        return
+    _warned.add(source.name)
+    warnings.warn(
+        f"{100 * out_of_range / iterations:.3g} % of the iterations ({out_of_range:,} of {iterations:,}) lie outside the range of "
+        f"calibration {source.name!r} ({source.valid_range or 'not stated'}); their times go beyond what was measured",
+        CalibrationRangeWarning,
+        stacklevel=3,
+    )
+
+
+class IterationTimeModel(ABC):
+    """Seconds of one iteration as a function of its batch."""
+
+    __slots__ = ()
+
+    provenance: Provenance
+
+    @abstractmethod
+    def pack(self) -> FloatArray:
+        """The model as the one float64 array that ``iteration_time`` reads. Not to be written to."""
+
+    def seconds(self, batch: Batch) -> float:
+        """Seconds of one iteration."""
+        from llmsched_env.perf.models import iteration_time  # it knows every model, so it cannot be imported above
+
+        return float(iteration_time(self.pack(), batch.array()))
+
+    def in_range(self, batch: Batch) -> bool:
+        """Whether the batch lies inside the data behind the model, so that nothing is extrapolated."""
+        from llmsched_env.perf.models import valid
+
+        return bool(valid(self.pack(), batch.array()))
+
+
+def check_coefficients(owner: str, values: dict[str, float]) -> None:
+    """Refuse coefficients that are not finite and >= 0."""
+    for name, value in values.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ConfigError(f"{owner}.{name}: {value}, must be finite and >= 0")
+
+
+def check_axis(owner: str, name: str, values: npt.ArrayLike, least: int = 2) -> FloatArray:
+    """(n,) float64 increasing axis of a table.
+
+    Raises:
+        ConfigError: not one-dimensional, fewer than ``least`` points, negative, or not increasing.
+    """
+    axis = np.ascontiguousarray(values, dtype=np.float64)
+    if axis.ndim != 1 or axis.size < least:
+        raise ConfigError(f"{owner}.{name}: shape {axis.shape}, must be one-dimensional with >= {least} points")
+    if not (np.all(np.isfinite(axis)) and axis[0] >= 0 and np.all(np.diff(axis) > 0)):
+        raise ConfigError(f"{owner}.{name}: must be finite, >= 0 and increasing")
+    return axis
+
+
+def check_values(owner: str, name: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:
+    """float64 table of ``shape``, seconds.
+
+    Raises:
+        ConfigError: another shape, or a value that is not finite and >= 0.
+    """
+    table = np.ascontiguousarray(values, dtype=np.float64)
+    if table.shape != shape:
+        raise ConfigError(f"{owner}.{name}: shape {table.shape}, must be {shape}, the lengths of its axes")
+    if not (np.all(np.isfinite(table)) and np.all(table >= 0)):
+        raise ConfigError(f"{owner}.{name}: must be finite and >= 0 seconds")
+    return table

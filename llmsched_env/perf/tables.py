@@ -1,0 +1,260 @@
+"""Iteration times from measured tables: a linear part, decode attention, prefill attention, sampling, overhead."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from llmsched_env.compiled import compiled
+from llmsched_env.errors import ConfigError
+from llmsched_env.perf.base import (
+    KIND_TABLE,
+    FloatArray,
+    IterationTimeModel,
+    Provenance,
+    check_axis,
+    check_coefficients,
+    check_values,
+)
+from llmsched_env.perf.batch import (
+    BATCH_SIZE,
+    DECODE_KV,
+    DECODES,
+    PREFILL_CONTEXT64,
+    PREFILL_SQUARES,
+    PREFILL_TOKENS,
+    PREFILL_WORK,
+    SAMPLED,
+)
+from llmsched_env.perf.interpolation import inside, locate, value_1d, value_2d
+
+Lookup = Literal["linear", "vidur"]
+Beyond = Literal["extrapolate", "clip"]
+
+# Header of the packed array: options, then (start, size) of every axis and the start of every table.
+H_VIDUR = 1
+H_CLIP = 2
+H_CONSTANT = 3
+H_PER_REQUEST = 4
+H_TOKENS = 5
+H_LINEAR = 7
+H_DECODES = 8
+H_DECODE_KV = 10
+H_DECODE = 12
+H_CONTEXT = 13
+H_CHUNK = 15
+H_PREFILL = 17
+H_SEQUENCES = 18
+H_PER_SEQUENCE = 20
+H_FIELDS = 21
+
+
+@compiled
+def _up_to(x, step):  # type: ignore[no-untyped-def]
+    return math.ceil(x / step) * step
+
+
+@compiled
+def coordinates(model, batch):  # type: ignore[no-untyped-def]
+    """(tokens, mean decode kv, prefill context, prefill chunk) at which the tables are read."""
+    n = batch[DECODES]
+    tokens = n + batch[PREFILL_TOKENS]
+    kv = batch[DECODE_KV] / n if n > 0.0 else 0.0
+    squares = batch[PREFILL_SQUARES]
+    chunk = math.sqrt(squares)
+    if model[H_VIDUR] != 0.0:
+        return _up_to(tokens, 8.0), _up_to(math.floor(kv), 64.0), batch[PREFILL_CONTEXT64], math.floor(chunk + 0.5)
+    # The context that gives one chunk the attention work of all: chunk * context = sum of chunk_i * context_i.
+    context = (batch[PREFILL_WORK] - 0.5 * squares) / chunk if chunk > 0.0 else 0.0
+    return tokens, kv, max(context, 0.0), chunk
+
+
+@compiled
+def _decode_attention(model, n, kv, clip):  # type: ignore[no-untyped-def]
+    """Decode attention; outside the batch sizes of the table it goes in proportion to n."""
+    rows = int(model[H_DECODES])
+    num_rows = int(model[H_DECODES + 1])
+    columns = int(model[H_DECODE_KV])
+    num_columns = int(model[H_DECODE_KV + 1])
+    values = int(model[H_DECODE])
+    at = min(max(n, model[rows]), model[rows + num_rows - 1])
+    seconds = value_2d(model, rows, num_rows, columns, num_columns, values, at, kv, clip)
+    return seconds if clip or at == n else seconds * n / at
+
+
+@compiled
+def table_time(model, batch):  # type: ignore[no-untyped-def]
+    """Seconds of one iteration of a packed ``TableTime``."""
+    clip = model[H_CLIP] != 0.0
+    tokens, kv, context, chunk = coordinates(model, batch)
+    seconds = model[H_CONSTANT] + model[H_PER_REQUEST] * batch[BATCH_SIZE]
+    seconds += value_1d(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), int(model[H_LINEAR]), tokens, clip)
+    if batch[DECODES] > 0.0:
+        seconds += _decode_attention(model, batch[DECODES], kv, clip)
+    if chunk > 0.0:
+        seconds += value_2d(
+            model,
+            int(model[H_CONTEXT]),
+            int(model[H_CONTEXT + 1]),
+            int(model[H_CHUNK]),
+            int(model[H_CHUNK + 1]),
+            int(model[H_PREFILL]),
+            context,
+            chunk,
+            clip,
+        )
+    if model[H_SEQUENCES + 1] > 0.0 and batch[SAMPLED] > 0.0:
+        seconds += value_1d(
+            model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), int(model[H_PER_SEQUENCE]), batch[SAMPLED], clip
+        )
+    return seconds
+
+
+@compiled
+def table_valid(model, batch):  # type: ignore[no-untyped-def]
+    """Whether every table of a packed ``TableTime`` is read inside its axes."""
+    tokens, kv, context, chunk = coordinates(model, batch)
+    good = inside(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), tokens)
+    if batch[DECODES] > 0.0:
+        good = good and inside(model, int(model[H_DECODES]), int(model[H_DECODES + 1]), batch[DECODES])
+        good = good and inside(model, int(model[H_DECODE_KV]), int(model[H_DECODE_KV + 1]), kv)
+    if chunk > 0.0:
+        good = good and inside(model, int(model[H_CONTEXT]), int(model[H_CONTEXT + 1]), context)
+        good = good and inside(model, int(model[H_CHUNK]), int(model[H_CHUNK + 1]), chunk)
+    if model[H_SEQUENCES + 1] > 0.0 and batch[SAMPLED] > 0.0:
+        good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), batch[SAMPLED])
+    return good
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class TableTime(IterationTimeModel):
+    """Iteration time as a sum of table look-ups, each interpolated linearly in its axes.
+
+    With T tokens in the batch, n decodes of mean context k (each context counts the token now
+    computed), and prefill chunks c_i over contexts x_i::
+
+        tau = constant + per_request * requests + linear[T] + decode[n, k] + prefill[x, c] + per_sequence[s]
+
+    Several chunks are read as one with the same attention work: c = sqrt(sum c_i^2) and
+    x = sum(c_i x_i) / c. s is the number of requests that sample a token. ``decode`` and
+    ``prefill`` count only where the batch has such requests.
+
+    ``lookup="vidur"`` reads the tables as microsoft/vidur @ 7d47513 does
+    (``sklearn_execution_time_predictor.py``): T up to the next multiple of 8, k = the mean's whole
+    part up to the next multiple of 64, x = sum of the contexts each rounded up to 64, c rounded to
+    the nearest token.
+
+    Outside the axes the tables go on linearly (``llmsched_env.perf.interpolation``; decode attention
+    in proportion to n), or, with ``beyond="clip"``, hold their edge values, as Vidur's forests do.
+    Either way ``valid`` is False there and the engine counts the iteration.
+
+    Args:
+        tokens: (A,) axis of ``linear``.
+        linear: (A,) seconds of everything that depends on the number of tokens alone.
+        decode_batch, decode_kv: (B,), (C,) axes of ``decode``: requests, tokens of context.
+        decode: (B, C) seconds of decode attention.
+        prefill_context, prefill_chunk: (D,), (E,) axes of ``prefill``: tokens.
+        prefill: (D, E) seconds of prefill attention.
+        sequences, per_sequence: (F,) axis and seconds by sampled requests (lm_head, sampler); empty for none.
+        constant, per_request: engine overhead of an iteration and of each of its requests, seconds.
+
+    Raises:
+        ConfigError: axes that do not increase, shapes that do not fit, negative or non-finite seconds.
+    """
+
+    tokens: FloatArray
+    linear: FloatArray
+    decode_batch: FloatArray
+    decode_kv: FloatArray
+    decode: FloatArray
+    prefill_context: FloatArray
+    prefill_chunk: FloatArray
+    prefill: FloatArray
+    sequences: FloatArray = field(default_factory=lambda: np.empty(0))
+    per_sequence: FloatArray = field(default_factory=lambda: np.empty(0))
+    constant: float = 0.0
+    per_request: float = 0.0
+    lookup: Lookup = "linear"
+    beyond: Beyond = "extrapolate"
+    provenance: Provenance = field(default=Provenance(name="tables"))
+    _packed: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.lookup not in ("linear", "vidur"):
+            raise ConfigError(f"time_model.lookup: {self.lookup!r}, must be 'linear' or 'vidur'")
+        if self.beyond not in ("extrapolate", "clip"):
+            raise ConfigError(f"time_model.beyond: {self.beyond!r}, must be 'extrapolate' or 'clip'")
+        check_coefficients("time_model", {"constant": self.constant, "per_request": self.per_request})
+        arrays: dict[str, FloatArray] = {}
+        for axis in ("tokens", "decode_batch", "decode_kv", "prefill_context", "prefill_chunk"):
+            arrays[axis] = check_axis("time_model", axis, getattr(self, axis))
+        if np.size(self.sequences):
+            arrays["sequences"] = check_axis("time_model", "sequences", self.sequences)
+        else:
+            arrays["sequences"] = np.empty(0)
+        if arrays["decode_batch"][0] == 0:
+            raise ConfigError("time_model.decode_batch: begins with 0, must begin with >= 1 request")
+        for name, axes in (
+            ("linear", ("tokens",)),
+            ("decode", ("decode_batch", "decode_kv")),
+            ("prefill", ("prefill_context", "prefill_chunk")),
+            ("per_sequence", ("sequences",)),
+        ):
+            arrays[name] = check_values("time_model", name, getattr(self, name), tuple(arrays[a].size for a in axes))
+        if not (self.constant > 0 or arrays["linear"][0] > 0):
+            raise ConfigError("time_model: linear[0] and constant are both 0, an iteration must take time")
+        for name, array in arrays.items():
+            array.flags.writeable = False
+            object.__setattr__(self, name, array)
+        object.__setattr__(self, "_packed", self._pack())
+
+    def _pack(self) -> FloatArray:
+        header = np.zeros(H_FIELDS, dtype=np.float64)
+        header[0] = KIND_TABLE
+        header[H_VIDUR] = self.lookup == "vidur"
+        header[H_CLIP] = self.beyond == "clip"
+        header[H_CONSTANT] = self.constant
+        header[H_PER_REQUEST] = self.per_request
+        parts: list[FloatArray] = [header]
+        end = H_FIELDS
+        for place, array, is_axis in (
+            (H_TOKENS, self.tokens, True),
+            (H_LINEAR, self.linear, False),
+            (H_DECODES, self.decode_batch, True),
+            (H_DECODE_KV, self.decode_kv, True),
+            (H_DECODE, self.decode, False),
+            (H_CONTEXT, self.prefill_context, True),
+            (H_CHUNK, self.prefill_chunk, True),
+            (H_PREFILL, self.prefill, False),
+            (H_SEQUENCES, self.sequences, True),
+            (H_PER_SEQUENCE, self.per_sequence, False),
+        ):
+            header[place] = end
+            if is_axis:
+                header[place + 1] = array.size
+            parts.append(array.ravel())
+            end += array.size
+        return np.concatenate(parts)
+
+    def pack(self) -> FloatArray:
+        return self._packed
+
+    def clipped(self) -> TableTime:
+        """The same tables with ``beyond="clip"``."""
+        return dataclasses.replace(self, beyond="clip")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TableTime) and np.array_equal(self._packed, other._packed)
+
+    def __hash__(self) -> int:
+        return hash((self._packed.size, float(self._packed.sum())))
+
+    def __repr__(self) -> str:
+        return f"TableTime({self.provenance.name!r}, lookup={self.lookup!r}, beyond={self.beyond!r})"
+
+
+__all__ = ["Beyond", "Lookup", "TableTime", "coordinates", "locate", "table_time", "table_valid"]
