@@ -5,6 +5,9 @@
 # and, with vLLM 0.28 (CPU build) in an environment of its own:
 #   make test-vllm   the simulator against vLLM's scheduler, no difference allowed
 #
+# With the raw data of other simulators and of recorded runs (LLMSCHED_CALIBRATION, LLMSCHED_PEERS, LLMSCHED_TRACES):
+#   make fidelity    measure the simulator against them and write docs/fidelity.md
+#
 # PIP_FLAGS goes to every pip install; with PyTorch's own index the smaller CPU build of torch is taken:
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -17,7 +20,7 @@ HOUSE := pyproject.toml constraints.txt
 DEMO_OUT ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-vllm setup-vllm lint clean distclean
+.PHONY: help demo test test-all test-vllm setup-vllm fidelity lint clean distclean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -32,7 +35,7 @@ $(VENV)/.demo: $(HOUSE) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(HOUSE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,plots,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,plots,calibrate,dev]"
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo
@@ -48,6 +51,13 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+$(VENV)/.fidelity: $(HOUSE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[plots,calibrate]"
+	@touch $(VENV)/.demo $@
+
+fidelity: $(VENV)/.fidelity
+	$(BIN)/python scripts/fidelity.py --out docs/fidelity.md
 
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin

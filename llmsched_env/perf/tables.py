@@ -30,7 +30,7 @@ from llmsched_env.perf.batch import (
     PREFILL_WORK,
     SAMPLED,
 )
-from llmsched_env.perf.interpolation import inside, locate, value_1d, value_2d
+from llmsched_env.perf.interpolation import inside, value_1d, value_2d
 
 Lookup = Literal["linear", "vidur"]
 Beyond = Literal["extrapolate", "clip"]
@@ -255,6 +255,3 @@ class TableTime(IterationTimeModel):
 
     def __repr__(self) -> str:
         return f"TableTime({self.provenance.name!r}, lookup={self.lookup!r}, beyond={self.beyond!r})"
-
-
-__all__ = ["Beyond", "Lookup", "TableTime", "coordinates", "locate", "table_time", "table_valid"]
