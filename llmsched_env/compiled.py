@@ -62,13 +62,22 @@ CACHE_FOLDER = _folder()
 _remove_stale(CACHE_FOLDER)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile to machine code at the first call, or load it from the cache; ordinary Python under ``NUMBA_DISABLE_JIT=1``."""
+def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     before = numba.config.CACHE_DIR
     # numba reads the setting when it decorates, so other packages keep theirs.
     numba.config.CACHE_DIR = str(CACHE_FOLDER)
     try:
-        result: Callable[..., Any] = numba.njit(cache=True)(function)
+        result: Callable[..., Any] = numba.njit(cache=True, **options)(function)
     finally:
         numba.config.CACHE_DIR = before
     return result
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile to machine code at the first call, or load it from the cache; ordinary Python under ``NUMBA_DISABLE_JIT=1``."""
+    return _compile(function)
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, for a function of the hot path: an array costs a dozen machine words to pass, so it is merged into its callers."""
+    return _compile(function, forceinline=True)

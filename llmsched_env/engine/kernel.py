@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from llmsched_env.compiled import compiled
+from llmsched_env.compiled import compiled, inlined
 from llmsched_env.engine.moves import (
     compact,
     enter_boundaries,
@@ -59,6 +59,7 @@ from llmsched_env.engine.state import (
     I_LOW_KEY,
     I_NEXT_ARRIVAL,
     I_OUT_OF_RANGE,
+    I_PREFILLING,
     I_REJECTED,
     I_RESIDENTS,
     I_STEP_EVICTED,
@@ -67,6 +68,7 @@ from llmsched_env.engine.state import (
     I_STEP_REJECTED,
     I_TOTAL_TOKENS,
     I_TRACED,
+    I_UNIFORM,
     I_WAITING,
     NO_END,
     PRESET_PAPER,
@@ -97,6 +99,7 @@ from llmsched_env.engine.state import (
     S_QUEUE,
     S_SEGMENT_END,
     S_STATE,
+    S_STOP,
     S_TARGET,
     S_TOKENS,
     SLOT_BOUNDARY,
@@ -115,7 +118,7 @@ from llmsched_env.perf.batch import BATCH_SIZE
 from llmsched_env.perf.models import iteration_time, valid
 
 
-@compiled
+@inlined
 def arrivals(start, settings, requests, times, queues, queue_f, scalars, clocks):  # type: ignore[no-untyped-def]
     """Queue every request with arrival <= clock; returns their request-seconds since ``start``."""
     clock = clocks[F_CLOCK]
@@ -141,7 +144,7 @@ def arrivals(start, settings, requests, times, queues, queue_f, scalars, clocks)
     return seconds
 
 
-@compiled
+@inlined
 def refresh_heads(settings, requests, times, queues, queue_f):  # type: ignore[no-untyped-def]
     """What a policy sees of each outside queue's head."""
     for q in range(0, queues.shape[1], settings[C_SEGMENTS]):
@@ -156,7 +159,7 @@ def refresh_heads(settings, requests, times, queues, queue_f):  # type: ignore[n
             queue_f[QF_HEAD_ARRIVAL, q] = times[T_ARRIVAL, head]
 
 
-@compiled
+@inlined
 def advance_clock(clock, settings, queues, queue_f, scalars, clocks):  # type: ignore[no-untyped-def]
     """Move the clock; integrate KV and the number in system, age the arrival-rate window."""
     seconds = clock - clocks[F_CLOCK]
@@ -188,6 +191,7 @@ def place(i, generated, settings, ends, slots, queues, scalars):  # type: ignore
     queues[Q_RESIDENT_KV, q] -= kv
     slots[S_QUEUE, i] = target
     slots[S_SEGMENT_END, i] = ends[k] if k < last else NO_END
+    slots[S_STOP, i] = min(slots[S_OUTPUT, i], slots[S_SEGMENT_END, i])
     if k > 0 and ends[k - 1] == generated:
         slots[S_STATE, i] = SLOT_BOUNDARY
         queues[Q_WAITING, target] += 1
@@ -200,12 +204,58 @@ def place(i, generated, settings, ends, slots, queues, scalars):  # type: ignore
 
 
 @compiled
+def complete(i, settings, requests, times, slots, queues, scalars, clocks, events):  # type: ignore[no-untyped-def]
+    """Slot i has its last token."""
+    r = slots[S_ID, i]
+    times[T_COMPLETED, r] = clocks[F_CLOCK]
+    requests[R_STATUS, r] = STATUS_FINISHED
+    requests[R_GENERATED, r] = slots[S_GENERATED, i]
+    events[2, scalars[I_COMPLETED]] = r
+    scalars[I_COMPLETED] += 1
+    scalars[I_COMPLETED_TOKENS] += slots[S_GENERATED, i]
+    release_kv(i, settings, slots, queues, scalars)
+
+
+@inlined
+def uniform_tokens(m, settings, ends, requests, times, slots, queues, scalars, clocks, events):  # type: ignore[no-untyped-def]
+    """One decoded token for each of the first m slots. Returns how many of them completed.
+
+    Two short loops that the compiler vectorises, then a search for the few slots where something
+    happens: the same as the general loop below, several times as fast.
+    """
+    computed, generated, stop = slots[S_COMPUTED], slots[S_GENERATED], slots[S_STOP]
+    for i in range(m):
+        computed[i] += 1
+    reached = 0
+    for i in range(m):
+        generated[i] += 1
+        reached += generated[i] == stop[i]
+    scalars[I_KV_TOKENS] += m
+    scalars[I_GENERATED_TOKENS] += m
+    gone = 0
+    i = 0
+    while reached > 0:
+        if generated[i] == stop[i]:
+            reached -= 1
+            if generated[i] == slots[S_OUTPUT, i]:
+                complete(i, settings, requests, times, slots, queues, scalars, clocks, events)
+                gone += 1
+            else:
+                place(i, generated[i], settings, ends, slots, queues, scalars)
+        i += 1
+    return gone
+
+
+@inlined
 def tokens_and_completions(n, settings, ends, requests, times, slots, queues, scalars, clocks, events):  # type: ignore[no-untyped-def]
     """Give every scheduled slot its tokens, complete requests, end segments. Returns slots left."""
     clock = clocks[F_CLOCK]
     paper = settings[C_PRESET] == PRESET_PAPER
     gone = 0
-    for i in range(n):
+    uniform = scalars[I_UNIFORM]
+    if uniform > 0:
+        gone = uniform_tokens(uniform, settings, ends, requests, times, slots, queues, scalars, clocks, events)
+    for i in range(uniform, n):
         tokens = slots[S_TOKENS, i]
         if tokens == 0:
             if slots[S_STATE, i] == SLOT_ENTERING:  # variant A: the boundary slot yields no token
@@ -217,6 +267,8 @@ def tokens_and_completions(n, settings, ends, requests, times, slots, queues, sc
         computed = slots[S_COMPUTED, i] + tokens
         slots[S_COMPUTED, i] = computed
         scalars[I_KV_TOKENS] += tokens
+        if prefill and computed >= slots[S_TARGET, i]:
+            scalars[I_PREFILLING] -= 1
         if paper:
             queues[Q_RESIDENT_KV, slots[S_QUEUE, i]] += tokens
             if prefill:  # the first output token comes with stage 1
@@ -230,13 +282,7 @@ def tokens_and_completions(n, settings, ends, requests, times, slots, queues, sc
         if generated == 1 and times[T_FIRST_TOKEN, r] != times[T_FIRST_TOKEN, r]:
             times[T_FIRST_TOKEN, r] = clock
         if generated == slots[S_OUTPUT, i]:
-            times[T_COMPLETED, r] = clock
-            requests[R_STATUS, r] = STATUS_FINISHED
-            requests[R_GENERATED, r] = generated
-            events[2, scalars[I_COMPLETED]] = r
-            scalars[I_COMPLETED] += 1
-            scalars[I_COMPLETED_TOKENS] += generated
-            release_kv(i, settings, slots, queues, scalars)
+            complete(i, settings, requests, times, slots, queues, scalars, clocks, events)
             gone += 1
         elif generated == slots[S_SEGMENT_END, i] or (prefill and generated > 1):
             place(i, generated, settings, ends, slots, queues, scalars)
@@ -264,9 +310,10 @@ def reset(settings, requests, times, queues, queue_f, scalars, clocks):  # type:
         scalars[I_DONE] = END_FINISHED
 
 
-@compiled
+@inlined
 def schedule(n, run_all, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events):  # type: ignore[no-untyped-def]
     """Boundary admissions, KV, outside admissions. Returns the number of slots in use."""
+    scalars[I_UNIFORM] = 0
     entered = 0
     if scalars[I_BOUNDARY] > 0:
         entered = enter_boundaries(n, run_all, decision, settings, slots, queues, scalars)
@@ -277,10 +324,10 @@ def schedule(n, run_all, decision, settings, ends, requests, times, slots, queue
         return schedule_paper(
             n, entered, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events
         )
-    return schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events)
+    return schedule_vllm(n, entered, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events)
 
 
-@compiled
+@inlined
 def begin_step(decision, settings, requests, slots, queues, scalars, clocks, events):  # type: ignore[no-untyped-def]
     """Clear the report, evict what the decision asks for. Returns the number of slots in use."""
     for row in range(I_IDLE, I_STEP_OUT_OF_RANGE + 1):
@@ -294,13 +341,13 @@ def begin_step(decision, settings, requests, slots, queues, scalars, clocks, eve
     return n
 
 
-@compiled
+@inlined
 def needs_drain(settings, requests, scalars, batch):  # type: ignore[no-untyped-def]
     """The decision scheduled nothing after the last arrival: one greedy iteration replaces it (design rule 14)."""
     return batch[BATCH_SIZE] == 0.0 and settings[C_DRAIN] != 0 and scalars[I_NEXT_ARRIVAL] == requests.shape[1]
 
 
-@compiled
+@inlined
 def note_drain(scalars, batch):  # type: ignore[no-untyped-def]
     scalars[I_FORCED_DRAIN] = 1
     scalars[I_DRAIN_ITERATIONS] += 1
@@ -319,7 +366,7 @@ def model_seconds(model, scalars, batch):  # type: ignore[no-untyped-def]
     return seconds
 
 
-@compiled
+@inlined
 def finish_step(n, seconds, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace):  # type: ignore[no-untyped-def]
     """Clock, tokens, completions and arrivals after a batch of ``seconds``, or the idle jump (design rule 13)."""
     start = clocks[F_START]
@@ -366,6 +413,7 @@ def finish_step(n, seconds, settings, ends, requests, times, slots, queues, queu
                 scalars[I_DONE] = END_STRANDED
             advance_clock(start, settings, queues, queue_f, scalars, clocks)
 
+    scalars[I_UNIFORM] = 0
     scalars[I_FINISHED] += scalars[I_COMPLETED]
     scalars[I_TOTAL_TOKENS] += scalars[I_COMPLETED_TOKENS]
     clocks[F_STEP_SYSTEM_SECONDS] += arrivals(start, settings, requests, times, queues, queue_f, scalars, clocks)

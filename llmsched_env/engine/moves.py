@@ -7,7 +7,7 @@ order; a slot that leaves is marked ``SLOT_GONE`` and squeezed out by ``compact`
 
 from __future__ import annotations
 
-from llmsched_env.compiled import compiled
+from llmsched_env.compiled import compiled, inlined
 from llmsched_env.engine.state import (
     C_BY_CLASS,
     C_PRESET,
@@ -17,6 +17,7 @@ from llmsched_env.engine.state import (
     I_KV_BLOCKS,
     I_KV_TOKENS,
     I_LOW_KEY,
+    I_PREFILLING,
     I_RESIDENTS,
     I_STEP_EVICTED,
     I_WAITING,
@@ -47,6 +48,7 @@ from llmsched_env.engine.state import (
     S_ROWS,
     S_SEGMENT_END,
     S_STATE,
+    S_STOP,
     S_TARGET,
     S_TOKENS,
     SLOT_BOUNDARY,
@@ -59,7 +61,7 @@ from llmsched_env.engine.state import (
 )
 
 
-@compiled
+@inlined
 def push_back(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     """An arrival joins the tail of outside queue q."""
     requests[R_NEXT, r] = -1
@@ -84,7 +86,7 @@ def push_front(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     scalars[I_WAITING] += 1
 
 
-@compiled
+@inlined
 def pop_front(q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     r = queues[Q_HEAD, q]
     queues[Q_HEAD, q] = requests[R_NEXT, r]
@@ -95,7 +97,7 @@ def pop_front(q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     return r
 
 
-@compiled
+@inlined
 def next_outside(settings, requests, queues):  # type: ignore[no-untyped-def]
     """Outside queue whose head is next in the global admission order among those with count left; -1 if none."""
     num_segments = settings[C_SEGMENTS]
@@ -114,7 +116,7 @@ def next_outside(settings, requests, queues):  # type: ignore[no-untyped-def]
     return best
 
 
-@compiled
+@inlined
 def admit(q, n, clock, settings, ends, requests, times, slots, queues, scalars):  # type: ignore[no-untyped-def]
     """The head of outside queue q takes slot n; nothing is computed yet."""
     r = pop_front(q, requests, queues, scalars)
@@ -133,8 +135,10 @@ def admit(q, n, clock, settings, ends, requests, times, slots, queues, scalars):
     slots[S_BLOCKS, n] = 0
     slots[S_TOKENS, n] = 0
     slots[S_PROMPT, n] = requests[R_PROMPT, r]
+    slots[S_STOP, n] = min(slots[S_OUTPUT, n], slots[S_SEGMENT_END, n])
     queues[Q_RESIDENTS, q] += 1
     scalars[I_RESIDENTS] += 1
+    scalars[I_PREFILLING] += 1
     return r
 
 
@@ -153,6 +157,8 @@ def release_kv(i, settings, slots, queues, scalars):  # type: ignore[no-untyped-
     scalars[I_KV_TOKENS] -= slots[S_COMPUTED, i]
     scalars[I_KV_BLOCKS] -= slots[S_BLOCKS, i]
     scalars[I_RESIDENTS] -= 1
+    if slots[S_COMPUTED, i] < slots[S_TARGET, i]:
+        scalars[I_PREFILLING] -= 1
     slots[S_STATE, i] = SLOT_GONE
     slots[S_TOKENS, i] = 0
 
@@ -175,7 +181,7 @@ def evict(i, settings, requests, slots, queues, scalars):  # type: ignore[no-unt
     return r
 
 
-@compiled
+@inlined
 def requeue(ids, first, last, settings, requests, queues, scalars):  # type: ignore[no-untyped-def]
     """Evicted requests ids[first:last], newest first, become heads of their outside queues."""
     for e in range(first, last):
@@ -231,15 +237,25 @@ def enter_boundaries(n, admit_all, decision, settings, slots, queues, scalars): 
     return entered
 
 
-@compiled
+@inlined
 def compact(n, slots):  # type: ignore[no-untyped-def]
     """Squeeze out slots marked gone, keeping the order. Returns the number left."""
     w = 0
-    for i in range(n):
+    i = 0
+    while i < n:
         if slots[S_STATE, i] == SLOT_GONE:
+            i += 1
             continue
+        last = i  # slots i..last stay together: one move a row for the whole run
+        while last + 1 < n and slots[S_STATE, last + 1] != SLOT_GONE:
+            last += 1
         if w != i:
+            # Slices: an index that may be negative would keep numba from making this a block move.
             for row in range(S_ROWS):
-                slots[row, w] = slots[row, i]
-        w += 1
+                source = slots[row, i : last + 1]
+                target = slots[row, w : w + source.shape[0]]
+                for k in range(source.shape[0]):
+                    target[k] = source[k]
+        w += last - i + 1
+        i = last + 1
     return w

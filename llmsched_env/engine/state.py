@@ -58,7 +58,8 @@ S_SEGMENT_END = 7  # r_k of the current segment; OUTPUT_END in the last
 S_BLOCKS = 8
 S_TOKENS = 9  # scheduled in this iteration
 S_PROMPT = 10
-S_ROWS = 11
+S_STOP = 11  # min(output, segment end): the token count at which something happens
+S_ROWS = 12
 
 SLOT_INTERIOR = 0
 SLOT_BOUNDARY = 1
@@ -115,10 +116,12 @@ I_KV_RESERVED = 25
 I_COMPLETED_TOKENS = 26
 I_GENERATED_TOKENS = 27
 I_TRACED = 28
-I_STEP_OUT_OF_RANGE = 29  # 1 if the batch lies outside the range of the time model's data
+I_UNIFORM = 29  # scratch: leading slots that all decode one token in this iteration
+I_STEP_OUT_OF_RANGE = 30  # 1 if the batch lies outside the range of the time model's data
 # totals again
-I_OUT_OF_RANGE = 30  # iterations whose batch does
-I_ROWS = 31
+I_OUT_OF_RANGE = 31  # iterations whose batch does
+I_PREFILLING = 32  # residents whose prefill is unfinished
+I_ROWS = 33
 
 END_NOT = 0
 END_FINISHED = 1  # every request completed (or was rejected)

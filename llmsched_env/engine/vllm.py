@@ -8,7 +8,7 @@ boundary requests stay in memory, take no new block, cannot be preempted and cou
 
 from __future__ import annotations
 
-from llmsched_env.compiled import compiled
+from llmsched_env.compiled import compiled, inlined
 from llmsched_env.engine.moves import admit, evict, next_outside
 from llmsched_env.engine.state import (
     C_BLOCK_SIZE,
@@ -21,14 +21,19 @@ from llmsched_env.engine.state import (
     C_RESERVE_FULL,
     C_WATERMARK,
     I_ADMITTED,
+    I_BOUNDARY,
     I_FORCED_EVICTIONS,
     I_KV_BLOCKS,
     I_KV_RESERVED,
+    I_KV_TOKENS,
+    I_PREFILLING,
     I_RESIDENTS,
     I_STEP_PREEMPTED,
+    I_UNIFORM,
     Q_HEAD,
     Q_LEFT,
     Q_RESIDENT_KV,
+    Q_RESIDENTS,
     R_FORCED,
     R_GENERATED,
     R_PROMPT,
@@ -43,6 +48,7 @@ from llmsched_env.engine.state import (
     SLOT_BOUNDARY,
     SLOT_ENTERING,
     SLOT_GONE,
+    SLOT_INTERIOR,
 )
 from llmsched_env.perf.batch import (
     BATCH_SIZE,
@@ -62,17 +68,23 @@ from llmsched_env.perf.batch import (
 @compiled
 def batch_sums(n, slots, batch):  # type: ignore[no-untyped-def]
     """Describe the scheduled tokens to the iteration-time model; slots without tokens are set to 0."""
-    decodes = 0
-    decode_kv = 0
+    batch_sums_from(0, 0, n, slots, batch)
+
+
+@inlined
+def batch_sums_from(m, held, n, slots, batch):  # type: ignore[no-untyped-def]
+    """The same where the first m slots are known to decode one token each and hold ``held`` tokens in all."""
+    decodes = m
+    decode_kv = held + m
     prefills = 0
     prefill_tokens = 0
     context_sum = 0
     context64 = 0
-    sampled = 0
-    load = 0
+    sampled = m
+    load = held + m
     squares = 0.0
     work = 0.0
-    for i in range(n):
+    for i in range(m, n):
         tokens = slots[S_TOKENS, i]
         if tokens <= 0:
             slots[S_TOKENS, i] = 0
@@ -105,8 +117,53 @@ def batch_sums(n, slots, batch):  # type: ignore[no-untyped-def]
     batch[LOAD] = load
 
 
-@compiled
-def schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events):  # type: ignore[no-untyped-def]
+@inlined
+def decoding_prefix(n, entered, free, run_all, decision, settings, slots, queues, scalars):  # type: ignore[no-untyped-def]
+    """Serve the leading slots at once where all of them decode and their new blocks are free.
+
+    The common iteration: nobody held or at a boundary, unfinished prefills (if any) last. Returns
+    (m, tokens held by the first m slots); m = 0 leaves everything to the general loop, with the same
+    outcome. The token budget is no matter: it is at least the sequence cap.
+    """
+    if n == 0 or scalars[I_BOUNDARY] > 0 or settings[C_FREE_BLOCK] != 0 or scalars[I_RESIDENTS] != n:
+        return 0, 0
+    num_queues = queues.shape[1]
+    if not run_all:
+        for q in range(num_queues):
+            if decision[0, q] == 0 and queues[Q_RESIDENTS, q] > 0:
+                return 0, 0
+    m = n - scalars[I_PREFILLING]
+    held = scalars[I_KV_TOKENS]
+    for i in range(m, n):
+        if slots[S_COMPUTED, i] >= slots[S_TARGET, i]:
+            return 0, 0  # an unfinished prefill stands before a decode
+        held -= slots[S_COMPUTED, i]
+    block = settings[C_BLOCK_SIZE]
+    computed, blocks, tokens, queue = slots[S_COMPUTED], slots[S_BLOCKS], slots[S_TOKENS], slots[S_QUEUE]
+    full = 0
+    for i in range(m):
+        full += computed[i] == blocks[i] * block
+    if full > free:
+        return 0, 0
+    for q in range(num_queues):
+        grown = 0
+        for i in range(m):
+            grown += (computed[i] == blocks[i] * block) & (queue[i] == q)
+        queues[Q_RESIDENT_KV, q] += grown
+    for i in range(m):
+        blocks[i] += computed[i] == blocks[i] * block
+    for i in range(m):
+        tokens[i] = 1
+    if entered > 0:  # with nobody held, entering is all that set these apart
+        state = slots[S_STATE]
+        for i in range(n):
+            state[i] = SLOT_INTERIOR
+    scalars[I_KV_BLOCKS] += full
+    return m, held
+
+
+@inlined
+def schedule_vllm(n, entered, run_all, clock, decision, settings, ends, requests, times, slots, queues, scalars, batch, events):  # type: ignore[no-untyped-def]
     """Blocks for residents with preemptions, admissions, and the batch.
 
     Returns the number of slots in use (gone ones included).
@@ -116,8 +173,12 @@ def schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, 
     budget = settings[C_BUDGET]
     free_block_rule = settings[C_FREE_BLOCK] != 0
 
-    running = 0  # residents that are neither held nor at a boundary
-    for i in range(n):
+    m, held = decoding_prefix(n, entered, free, run_all, decision, settings, slots, queues, scalars)
+    scalars[I_UNIFORM] = m
+    free = settings[C_CAPACITY] - scalars[I_KV_BLOCKS]
+    budget -= m
+    running = m  # residents that are neither held nor at a boundary
+    for i in range(m, n):
         slots[S_TOKENS, i] = 0
         state = slots[S_STATE, i]
         if state == SLOT_ENTERING or (
@@ -128,7 +189,7 @@ def schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, 
 
     preempted = 0
     victim = n - 1
-    for i in range(n):
+    for i in range(m, n):
         if budget == 0:
             break
         if slots[S_TOKENS, i] != -1:
@@ -201,5 +262,5 @@ def schedule_vllm(n, run_all, clock, decision, settings, ends, requests, times, 
             n += 1
     scalars[I_KV_RESERVED] = scalars[I_KV_BLOCKS]
 
-    batch_sums(n, slots, batch)
+    batch_sums_from(m, held, n, slots, batch)
     return n
