@@ -202,6 +202,7 @@ class Backend(Protocol):
 
 _BACKENDS = {
     "sim": "llmsched_env.engine.backend:SimBackend",
+    "sim-prefix-cache": "llmsched_env.engine.prefix_backend:PrefixCachingBackend",
     "vllm-scheduler": "hardware.vllm_scheduler:VllmSchedulerBackend",
 }
 

@@ -36,8 +36,8 @@ def last_at_or_below(model, start, size, x):  # type: ignore[no-untyped-def]
 
 @compiled
 def inside(model, start, size, x):  # type: ignore[no-untyped-def]
-    """Whether x lies on the axis."""
-    return model[start] <= x <= model[start + size - 1]
+    """Whether x lies on the axis, up to the rounding of a coordinate that was computed."""
+    return model[start] * (1.0 - 1e-12) <= x <= model[start + size - 1] * (1.0 + 1e-12)
 
 
 @compiled

@@ -122,7 +122,8 @@ def _build(label: str, form: type, values: dict[str, Any]) -> Any:
     for name in values:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
-            raise ConfigError(f"calibration {label!r}: unknown field {name!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"calibration {label!r}: unknown field {name!r}{hint} (allowed: {', '.join(fields)})")
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"calibration {label!r}: field {name!r} is missing")

@@ -1,0 +1,202 @@
+"""The simulator with prefix caching against vLLM's own scheduler with ``enable_prefix_caching=True``, no difference allowed.
+
+Run by ``make test-vllm`` in an environment with vLLM; skipped elsewhere. Random prompts with common
+heads, random engine settings and run / admit decisions; after every step the tokens scheduled per
+request, the preemptions in order, the free blocks and the tokens found in the cache must be equal.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("vllm") is None:  # importing it would read its settings before the backend has made them
+    pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
+
+from hardware import vllm_scheduler as hw
+from hardware.gated_scheduler import Admission, GatedScheduler
+from llmsched_env.engine.prefix_backend import PrefixCachingBackend, SharedPrompts
+from llmsched_env.perf import LinearTime
+from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+
+WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_PREFIX_WORKLOADS", "60"))
+
+
+class VllmScheduler:
+    """vLLM's scheduler with prefix caching on faked tokens that never repeat but in common heads."""
+
+    def __init__(self, engine: EngineConfig, folder: Any) -> None:
+        from vllm import EngineArgs
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+        config = EngineArgs(
+            model=str(hw.write_tiny_llama(folder / str(engine.max_model_len), engine.max_model_len)),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=engine.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            enable_chunked_prefill=engine.enable_chunked_prefill,
+            enable_prefix_caching=True,
+            async_scheduling=False,
+            block_size=engine.block_size,
+            watermark=engine.watermark,
+            scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
+            disable_log_stats=True,
+        ).create_engine_config()
+        config.cache_config.num_gpu_blocks = engine.num_blocks + 1
+        spec = hw.FullAttentionSpec(block_size=engine.block_size, num_kv_heads=1, head_size=32, dtype=hw.torch.float32)
+        cache = hw.KVCacheConfig(
+            num_blocks=engine.num_blocks + 1, kv_cache_tensors=[], kv_cache_groups=[hw.KVCacheGroupSpec(["layer"], spec)]
+        )
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(engine.block_size, sha256)
+        self.scheduler = GatedScheduler(
+            vllm_config=config,
+            kv_cache_config=cache,
+            structured_output_manager=hw.StructuredOutputManager(config),
+            block_size=engine.block_size,
+            log_stats=False,
+        )
+
+    def add(self, request: int, prompt: list[int], output: int) -> None:
+        self.scheduler.add_request(
+            hw.Request(
+                request_id=str(request),
+                prompt_token_ids=prompt,
+                sampling_params=hw.SamplingParams(max_tokens=output, ignore_eos=True),
+                pooling_params=None,
+                arrival_time=float(request),
+                block_hasher=self.hasher,
+            )
+        )
+
+    def step(self, admit: list[int], hold: list[int]) -> tuple[dict[int, int], list[int], dict[int, int]]:
+        """(tokens by request, preempted, tokens already there by admitted request)."""
+        scheduler = self.scheduler
+        scheduler.gate = gate = Admission(admit=[str(r) for r in admit], hold=frozenset(map(str, hold)))
+        output = scheduler.schedule()
+        ids = list(output.num_scheduled_tokens)
+        self.free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+        hits = {int(r): scheduler.requests[r].num_computed_tokens - output.num_scheduled_tokens[r] for r in gate.admitted}
+        requests = [scheduler.requests[r] for r in ids]
+        sampled = [[10**9 + 10**5 * int(r.request_id) + r.num_tokens] if r.num_computed_tokens >= r.num_tokens else [] for r in requests]
+        scheduler.update_from_output(
+            output,
+            hw.ModelRunnerOutput(
+                req_ids=ids,
+                req_id_to_index={r: i for i, r in enumerate(ids)},
+                sampled_token_ids=sampled,
+                logprobs=None,
+                prompt_logprobs_dict={},
+                pooler_output=[],
+            ),
+        )
+        return {int(r): k for r, k in output.num_scheduled_tokens.items()}, [int(r) for r in gate.preempted], hits
+
+
+def common_heads(prompts: list[list[int]]) -> SharedPrompts:
+    """For each prompt the first of the earlier ones with the longest common head."""
+    donor, tokens = [], []
+    for i, prompt in enumerate(prompts):
+        best, length = -1, 0
+        for j in range(i):
+            n = 0
+            while n < min(len(prompt), len(prompts[j])) and prompt[n] == prompts[j][n]:
+                n += 1
+            if n > length:
+                best, length = j, n
+        donor.append(best)
+        tokens.append(length)
+    return SharedPrompts.of(donor, tokens)
+
+
+def random_prompts(g: np.random.Generator, n: int, longest: int) -> list[list[int]]:
+    """Some begin like an earlier one, some are the same."""
+    prompts: list[list[int]] = []
+    for i in range(n):
+        size = int(g.integers(1, longest))
+        head: list[int] = []
+        if prompts and g.random() < 0.5:
+            other = prompts[int(g.integers(len(prompts)))]
+            head = other[: int(g.integers(1, len(other) + 1))][:size]
+        prompts.append(head + [10**6 + 10**4 * i + k for k in range(size - len(head))])
+    return prompts
+
+
+def decisions(g: np.random.Generator, greedy: bool) -> Iterator[tuple[int, int]]:
+    """(run, admit) of the one queue."""
+    while True:
+        if greedy or g.random() < 0.6:
+            yield 1, ADMIT_ALL
+        else:
+            yield int(g.random() < 0.8), int(g.integers(0, 4))
+
+
+def lockstep(seed: int, folder: Any) -> tuple[int, int, int]:
+    """One episode on both; returns (iterations, preemptions, cached tokens)."""
+    g = np.random.default_rng(seed)
+    block = int(g.choice([4, 8, 16]))
+    blocks = int(g.integers(16, 90))
+    longest = min(blocks * block, int(g.integers(40, 400)))
+    seqs = int(g.integers(3, 40))
+    chunked = bool(g.random() < 0.7)
+    budget = int(g.integers(max(seqs, 8), 240))
+    engine = EngineConfig.vllm(
+        time_model=LinearTime(0.01, 1e-6),
+        block_size=block,
+        num_blocks=blocks,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget if chunked else max(budget, longest),
+        max_model_len=longest,
+        enable_chunked_prefill=chunked,
+        watermark=float(g.choice([0, 0, 0.05])),
+        scheduler_reserve_full_isl=bool(g.random() < 0.5),
+    )
+    n = int(g.integers(30, 90))
+    prompts = random_prompts(g, n, max(2, longest // 2))
+    output = np.array([int(g.integers(1, max(2, longest - len(p)))) for p in prompts])
+    workload = Workload.of(np.cumsum(g.exponential(float(g.choice([0.002, 0.05])), n)), [len(p) for p in prompts], output)
+    backend = PrefixCachingBackend(common_heads(prompts), trace=True)
+    view = backend.reset(workload, QueueLayout(), engine, EpisodeLimits(drain=False))
+    vllm = VllmScheduler(engine, folder)
+    choose = decisions(g, greedy=seed % 3 == 0)
+    submitted = iterations = preemptions = hits = 0
+    while not backend.done:
+        while submitted < n and workload.arrival[submitted] <= view.clock:
+            vllm.add(submitted, prompts[submitted], int(output[submitted]))
+            submitted += 1
+        run, admit = (1, ADMIT_ALL) if submitted == n else next(choose)
+        waiting = view.waiting_requests(0, min(admit, n)).id.tolist()
+        residents = view.resident_requests().id.tolist()
+        before = backend.hit_tokens
+        report = backend.step(Decision.of([run], [admit]))
+        tokens, preempted, cached = vllm.step(waiting, [] if run else residents)
+        ids, counts = backend.scheduled() if not report.idle else (np.array([], int), np.array([], int))
+        where = f"seed {seed}, step at {report.start}"
+        assert tokens == dict(zip(ids.tolist(), counts.tolist(), strict=True)), where
+        assert preempted == list(report.preempted), where
+        assert engine.num_blocks - report.kv_used == vllm.free, where
+        assert sum(cached.values()) == backend.hit_tokens - before, where
+        iterations += not report.idle
+        preemptions += len(preempted)
+        hits += sum(cached.values())
+    assert backend.end == "finished"
+    return iterations, preemptions, hits
+
+
+def test_equal_to_vllm_with_prefix_caching(tmp_path: Any) -> None:
+    totals = np.zeros(3, dtype=np.int64)
+    for seed in range(WORKLOADS):
+        totals += lockstep(seed, tmp_path)
+    iterations, preemptions, hits = totals.tolist()
+    print(f"{iterations} iterations, {preemptions} preemptions, {hits} cached tokens: no difference")
+    assert preemptions > 5 * WORKLOADS and hits > 100 * WORKLOADS
