@@ -51,8 +51,10 @@ def _register() -> None:
     # Worker processes import again; registering twice would warn.
     if "LLMSched-v0" in gym.registry:
         return
-    gym.register(id="LLMSched-v0", entry_point="llmsched_env.env:LLMSchedEnv")
-    gym.register(id="LLMSchedKnown-v0", entry_point="llmsched_env.env:LLMSchedEnv", kwargs={"reveal_output_length": True})
+    vector = "llmsched_env.vector:LLMSchedVectorEnv"
+    gym.register(id="LLMSched-v0", entry_point="llmsched_env.env:LLMSchedEnv", vector_entry_point=vector)
+    known = {"reveal_output_length": True}
+    gym.register(id="LLMSchedKnown-v0", entry_point="llmsched_env.env:LLMSchedEnv", vector_entry_point=vector, kwargs=known)
 
 
 _register()

@@ -78,6 +78,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return _compile(function)
 
 
+def parallel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, with ``numba.prange`` loops spread over threads."""
+    return _compile(function, parallel=True)
+
+
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same, for a function of the hot path: an array costs a dozen machine words to pass, so it is merged into its callers."""
     return _compile(function, forceinline=True)

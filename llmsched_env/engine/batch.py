@@ -1,0 +1,99 @@
+"""One step of many engines in one compiled call: actions in; observations, rewards, masks and ends out."""
+
+from __future__ import annotations
+
+from numba import prange
+
+from llmsched_env.action import fill_mask
+from llmsched_env.compiled import compiled, inlined, parallel
+from llmsched_env.engine.kernel import reset, step
+from llmsched_env.engine.state import (
+    END_FINISHED,
+    END_NOT,
+    F_STEP_SYSTEM_SECONDS,
+    I_COMPLETED,
+    I_COMPLETED_TOKENS,
+    I_DONE,
+    R_OUTPUT,
+    T_ARRIVAL,
+    T_COMPLETED,
+    T_FIRST_TOKEN,
+)
+from llmsched_env.observation import encode
+from llmsched_env.types import ADMIT_ALL
+
+REWARD_LATENCY = 0
+REWARD_THROUGHPUT = 1
+REWARD_SLO_GOODPUT = 2
+
+
+@inlined
+def decode(action, max_admit, decision):  # type: ignore[no-untyped-def]
+    """``llmsched_env.action.ActionCodec.decode`` for one engine."""
+    num_queues = decision.shape[1]
+    for q in range(num_queues):
+        decision[0, q] = action[q]
+        count = action[num_queues + q]
+        decision[1, q] = ADMIT_ALL if count >= max_admit else count
+
+
+@inlined
+def reward_of(kind, ttft, tpot, requests, times, scalars, clocks, events):  # type: ignore[no-untyped-def]
+    """``llmsched_env.reward`` for one engine."""
+    num_requests = requests.shape[1]
+    if kind == REWARD_LATENCY:
+        return -clocks[F_STEP_SYSTEM_SECONDS] / num_requests
+    if kind == REWARD_THROUGHPUT:
+        return float(scalars[I_COMPLETED_TOKENS])
+    met = 0
+    for i in range(scalars[I_COMPLETED]):
+        r = events[2, i]
+        first = times[T_FIRST_TOKEN, r] - times[T_ARRIVAL, r]
+        rest = requests[R_OUTPUT, r] - 1
+        each = (times[T_COMPLETED, r] - times[T_ARRIVAL, r] - first) / rest if rest > 0 else 0.0
+        met += first <= ttft and each <= tpot
+    return met / num_requests
+
+
+@compiled
+def step_one(  # type: ignore[no-untyped-def]
+    action, max_admit, reward_kind, ttft, tpot, decision, model, settings, ends, requests, times, slots, queues, queue_f,
+    scalars, clocks, batch, events, trace, context, observation, mask,
+):  # fmt: skip
+    """Decode, step, observe, mask. Returns the reward."""
+    decode(action, max_admit, decision)
+    step(decision, model, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace)
+    encode(settings, context, queues, queue_f, scalars, clocks, observation)
+    fill_mask(queues, max_admit, mask)
+    return reward_of(reward_kind, ttft, tpot, requests, times, scalars, clocks, events)
+
+
+@parallel
+def step_all(  # type: ignore[no-untyped-def]
+    actions, max_admit, reward_kind, ttft, tpot, decisions, models, settings, ends, requests, times, slots, queues, queue_f,
+    scalars, clocks, batches, events, trace, contexts, observations, masks, rewards, terminated, truncated,
+):  # fmt: skip
+    """``step_one`` for every engine whose episode runs; the others keep still with reward 0. Leading axis: engine."""
+    for e in prange(actions.shape[0]):
+        rewards[e] = 0.0
+        terminated[e] = False
+        truncated[e] = False
+        if scalars[e, I_DONE] != END_NOT:
+            continue
+        rewards[e] = step_one(
+            actions[e], max_admit, reward_kind, ttft, tpot, decisions[e], models[e], settings[e], ends[e], requests[e], times[e],
+            slots[e], queues[e], queue_f[e], scalars[e], clocks[e], batches[e], events[e], trace[e], contexts[e],
+            observations[e], masks[e],
+        )  # fmt: skip
+        terminated[e] = scalars[e, I_DONE] == END_FINISHED
+        truncated[e] = scalars[e, I_DONE] > END_FINISHED
+
+
+@compiled
+def reset_one(  # type: ignore[no-untyped-def]
+    max_admit, settings, requests, times, queues, queue_f, scalars, clocks, context, observation, mask
+):
+    """Start the episode whose requests are in the arrays, and observe it."""
+    reset(settings, requests, times, queues, queue_f, scalars, clocks)
+    encode(settings, context, queues, queue_f, scalars, clocks, observation)
+    fill_mask(queues, max_admit, mask)
