@@ -125,7 +125,7 @@ def decoding_prefix(n, entered, free, run_all, decision, settings, slots, queues
     (m, tokens held by the first m slots); m = 0 leaves everything to the general loop, with the same
     outcome. The token budget is no matter: it is at least the sequence cap.
     """
-    if n == 0 or scalars[I_BOUNDARY] > 0 or settings[C_FREE_BLOCK] != 0 or scalars[I_RESIDENTS] != n:
+    if n == 0 or scalars[I_BOUNDARY] > 0 or scalars[I_RESIDENTS] != n:
         return 0, 0
     num_queues = queues.shape[1]
     if not run_all:
@@ -143,7 +143,8 @@ def decoding_prefix(n, entered, free, run_all, decision, settings, slots, queues
     full = 0
     for i in range(m):
         full += computed[i] == blocks[i] * block
-    if full > free:
+    spare = 1 if settings[C_FREE_BLOCK] != 0 else 0  # Vidur's rule: one free block more, for the last decode too
+    if full + spare > free:
         return 0, 0
     for q in range(num_queues):
         grown = 0
