@@ -1,1 +1,1 @@
-"""Real engines behind the `Backend` protocol. Empty in this version: ``sim`` is the only backend."""
+"""Other engines behind the `Backend` protocol; loaded by name through ``make_backend`` only."""
