@@ -20,7 +20,7 @@ class Fcfs(Policy):
     def __init__(self, setting: Setting) -> None:
         self.layout = QueueLayout()
         self.engine = setting.engine_for()
-        self._decision = Decision.greedy(1)
+        self.constant = self._decision = Decision.greedy(1)
 
     def decide(self, view: View) -> Decision:
         return self._decision

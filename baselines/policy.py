@@ -47,6 +47,7 @@ class Policy(ABC):
         layout: the queues it wants the engine to keep.
         engine: the engine it runs on (a token budget is part of what ``sarathi`` means).
         notes: what a reader of a table must know, such as overload mode; empty if nothing.
+        constant: the one decision of a policy that always decides the same; episodes then run without asking it.
     """
 
     name: ClassVar[str]
@@ -54,6 +55,7 @@ class Policy(ABC):
     layout: QueueLayout
     engine: EngineConfig
     notes: str = ""
+    constant: Decision | None = None
 
     @abstractmethod
     def decide(self, view: View) -> Decision:

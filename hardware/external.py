@@ -12,8 +12,6 @@ from llmsched_env.engine import state as st
 from llmsched_env.engine.arrays import ArrayBackend, ArrayView
 from llmsched_env.engine.vllm import batch_sums
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf import iteration_time
-from llmsched_env.perf.batch import BATCH_SIZE
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 
 
@@ -104,9 +102,8 @@ class ExternalBackend(ArrayBackend):
             n = self._schedule(n, True, decision, [])
             moves.requeue(events[1], preempted, scalars[st.I_STEP_PREEMPTED], settings, requests, queues, scalars)
             kernel.note_drain(scalars, self.batch)
-        seconds = 0.0
-        if self.batch[BATCH_SIZE] > 0:
-            seconds = float(iteration_time(self.model, self.batch)) if self._seconds is None else self._seconds
+        modelled = float(kernel.model_seconds(self.model, scalars, self.batch))
+        seconds = modelled if self._seconds is None else self._seconds
         kernel.finish_step(
             n,
             seconds,

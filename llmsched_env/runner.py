@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llmsched_env.backend import Backend, Counters, View, make_backend
+from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.constant import run_constant
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, RequestLog, Workload
 
@@ -86,9 +88,11 @@ def run_episode(
             on_step(engine.step(policy.decide(view)), view)
     else:
         # The simulator can advance without building a report, which costs as much as the step itself.
-        advance: Callable[[Decision], object] = getattr(engine, "advance", engine.step)
+        constant: Decision | None = getattr(policy, "constant", None)
+        if constant is not None and type(engine) is SimBackend and not engine.done:
+            run_constant(engine, constant)
         while not engine.done:
-            advance(policy.decide(view))
+            engine.advance(policy.decide(view))
     wall_seconds = time.perf_counter() - start
     log = engine.log()
     counters = engine.counters()

@@ -198,6 +198,20 @@ def test_buckets() -> None:
     assert prompt_classes(TWO_TYPES, 4) == QueueLayout()
 
 
+@pytest.mark.parametrize("name", ["fcfs", "vllm", "sarathi"])
+def test_constant_policies_run_the_same_without_being_asked(name: str) -> None:
+    scenario = load_scenario("azure-conv")
+    policy = make_policy(name, Setting(scenario.statistics, 8.0, scenario.engine.replace(num_blocks=2000)))
+    workload = scenario.generate(4, rate=8.0, num_requests=300)
+    assert policy.constant is not None
+    compiled = run_episode(policy, workload)
+    policy.constant = None
+    asked = run_episode(policy, workload)
+    assert compiled.summary == asked.summary
+    assert compiled.counters == asked.counters
+    assert compiled.log.completed.tobytes() == asked.log.completed.tobytes()
+
+
 def test_decisions_are_well_formed() -> None:
     scenario = load_scenario("lmsys")
     setting = Setting(scenario.statistics, 30.0, scenario.engine)
