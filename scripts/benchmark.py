@@ -1,0 +1,211 @@
+"""Speed of the simulator, each figure beside its yardstick in the same run.
+
+    python scripts/benchmark.py --json out.json [--out docs/performance.md]
+
+A figure is the median of repeated measurements; batch sizes stand beside it. No test asserts any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a program: imports go from the project's root, not from scripts/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import gymnasium as gym
+import numba
+import numpy as np
+
+import llmsched_env
+from llmsched_env import EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.engine import state as st
+from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.constant import run_constant
+from llmsched_env.types import Decision
+
+# Published or measured elsewhere; sources in the table.
+BLIS_REAL_TIME, VIDUR_REAL_TIME = 212, 141
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the table; ``ratio`` is what the bar is about."""
+
+    what: str
+    value: str
+    yardstick: str
+    ratio: float
+    bar: float
+    higher_is_better: bool = True
+
+    @property
+    def holds(self) -> bool:
+        return self.ratio >= self.bar if self.higher_is_better else self.ratio <= self.bar
+
+
+def median(measure: Callable[[], float], repeats: int) -> float:
+    return statistics.median(measure() for _ in range(repeats))
+
+
+def scalar_steps(env: gym.Env[Any, Any], action: Any, steps: int) -> float:
+    """Steps per second through the public API, resets included."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        _, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            env.reset()
+    return steps / (time.perf_counter() - start)
+
+
+def scalar_figure(repeats: int) -> Figure:
+    ours = gym.make("LLMSched-v0", num_requests=4000, rate=30.0, engine={"max_num_seqs": 64})
+    ours.reset(seed=0)
+    greedy = np.array([1] * 4 + [16] * 4)
+    scalar_steps(ours, greedy, 2000)
+    cartpole = gym.make("CartPole-v1")
+    cartpole.reset(seed=0)
+    pairs = [(scalar_steps(ours, greedy, 20_000), scalar_steps(cartpole, 1, 20_000)) for _ in range(repeats)]
+    a, b = (statistics.median(x) for x in zip(*pairs, strict=True))
+    running = ours.unwrapped.view().num_residents  # type: ignore[attr-defined]
+    what = f"scalar `gym.make` environment, {running} running: steps/s"
+    return Figure(what, f"{a:,.0f}", f"`CartPole-v1`: {b:,.0f}", a / b, 1.0)
+
+
+def vector_figures(repeats: int) -> list[Figure]:
+    num, found, rates = 256, [], {}
+    for threads in (1, 2):
+        if threads > numba.config.NUMBA_NUM_THREADS:
+            continue
+        settings = {"max_num_seqs": 128, "num_blocks": 20_000}
+        env = gym.make_vec("LLMSched-v0", num_envs=num, num_requests=4096, rate=30.0, engine=settings, threads=threads)
+        env.reset(seed=0)
+        action = np.tile(np.array([1] * 4 + [16] * 4), (num, 1))
+        for _ in range(500):
+            env.step(action)
+
+        def decisions(env: Any = env, action: Any = action) -> float:
+            start = time.perf_counter()
+            for _ in range(100):
+                env.step(action)
+            return 100 * num / (time.perf_counter() - start)
+
+        rates[threads] = median(decisions, repeats)
+        if threads == 1:
+            running = float(env.unwrapped._scalars[:, st.I_RESIDENTS].mean())  # type: ignore[attr-defined]
+            megabytes = env.unwrapped.nbytes / num / 1e6  # type: ignore[attr-defined]
+    cartpole = gym.make_vec("CartPole-v1", num_envs=num, vectorization_mode="vector_entry_point")
+    cartpole.reset(seed=0)
+    ones = np.ones(num, dtype=np.int64)
+    start = time.perf_counter()
+    for _ in range(500):
+        cartpole.step(ones)
+    yardstick = 500 * num / (time.perf_counter() - start)
+    what = f"vector environment, {num} environments, {running:.0f} running each: decisions/s on one core, observations included"
+    found.append(Figure(what, f"{rates[1]:,.0f}", f"`CartPoleVectorEnv`: {yardstick:,.0f}", rates[1], 500_000))
+    if 2 in rates:
+        found.append(Figure("two threads against one, the same", f"{rates[2]:,.0f}", f"{rates[1]:,.0f}", rates[2] / rates[1], 1.7))
+    found.append(Figure("memory per environment, 4,096-request episodes", f"{megabytes:.2f} MB", "-", megabytes, 1.0, False))
+    return found
+
+
+def kernel_rate(running: int, repeats: int) -> tuple[float, float]:
+    """(iterations per second, simulated over real time) with the batch kept at ``running``."""
+    rng = np.random.default_rng(0)
+    n = 2000 + 20 * running
+    workload = Workload.of(np.zeros(n), rng.integers(50, 200, n), rng.integers(100, 500, n))
+    engine = EngineConfig.vllm(max_num_seqs=running, max_num_batched_tokens=max(2048, running), num_blocks=200_000)
+    backend, rates, ratios = SimBackend(), [], []
+    for _ in range(repeats + 1):
+        backend.reset(workload, QueueLayout(), engine, EpisodeLimits())
+        start = time.perf_counter()
+        run_constant(backend, Decision.greedy(1))
+        seconds = time.perf_counter() - start
+        rates.append(int(backend.scalars[st.I_ITERATIONS]) / seconds)
+        ratios.append(float(backend.clocks[st.F_CLOCK]) / seconds)
+    return statistics.median(rates[1:]), statistics.median(ratios[1:])
+
+
+def kernel_figures(repeats: int) -> list[Figure]:
+    sizes = (32, 128, 256, 512, 1024)
+    measured = {size: kernel_rate(size, repeats) for size in sizes}
+    found = [Figure("kernel alone, 128 running: iterations/s on one core", f"{measured[128][0]:,.0f}", "-", measured[128][0], 1_500_000)]
+    for small, large in ((32, 128), (128, 512), (512, 1024)):
+        growth = measured[small][0] / measured[large][0]
+        value = f"{1e9 / measured[small][0]:.0f} -> {1e9 / measured[large][0]:.0f} ns"
+        what = f"kernel, cost of an iteration from {small} to {large} running, over the growth of the batch"
+        found.append(Figure(what, value, f"batch x {large / small:.0f}", growth / (large / small), 1.0, False))
+    yardstick = f"BLIS {BLIS_REAL_TIME}, Vidur {VIDUR_REAL_TIME} (published)"
+    found.append(Figure("simulated over real time, 256 running", f"{measured[256][1]:,.0f}", yardstick, measured[256][1], 10_000))
+    return found
+
+
+def start_figures() -> list[Figure]:
+    """First make and step in a fresh process, with an empty compilation cache and with a full one."""
+    program = "import gymnasium as gym; e = gym.make('llmsched_env:LLMSched-v0'); e.reset(seed=0); e.step(e.action_space.sample())"
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "PYTHONPATH": str(ROOT)}
+        for name, bar in (("cold", 20.0), ("warm", 2.0)):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+            seconds = time.perf_counter() - start
+            what = f"first `gym.make` and step in a fresh process, {name} cache"
+            found.append(Figure(what, f"{seconds:.1f} s", "-", seconds, bar, False))
+    return found
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = f"{names[0]}, {len(names)} cores" if names else model
+    return f"{model}; Python {platform.python_version()}, numba {numba.__version__}, llmsched_env {llmsched_env.__version__}"
+
+
+def page(figures: list[Figure]) -> str:
+    lines = ["# Performance", "", "Generated by `python scripts/benchmark.py`: medians of repeated measurements in one run, each beside"]
+    lines += [f"its yardstick. Machine: {machine()}.", "", "| what | ours | yardstick | ratio | bar | verdict |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
+    for f in figures:
+        sign = ">=" if f.higher_is_better else "<="
+        verdict = "holds" if f.holds else "**missed**"
+        ratio = f"{f.ratio:,.0f}" if f.ratio >= 1000 else f"{f.ratio:.2f}"
+        lines.append(f"| {f.what} | {f.value} | {f.yardstick} | {ratio} | {sign} {f.bar:,g} | {verdict} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--out", type=Path, help="write the page here")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: must be >= 1")
+    figures = [scalar_figure(args.repeats), *vector_figures(args.repeats), *kernel_figures(args.repeats), *start_figures()]
+    text = page(figures)
+    if args.json:
+        record = {"machine": machine(), "figures": [{**asdict(f), "holds": f.holds} for f in figures]}
+        args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    if args.out:
+        args.out.write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
