@@ -38,6 +38,16 @@ def fill_mask(queues, max_admit, out):  # type: ignore[no-untyped-def]
         at += max_admit + 1
 
 
+@compiled
+def decode_action(action, max_admit, decision):  # type: ignore[no-untyped-def]
+    """Write the ``run`` and ``admit`` rows of ``decision`` (3, Q) int32 from an action (2 Q,) int64."""
+    num_queues = decision.shape[1]
+    for q in range(num_queues):
+        decision[0, q] = action[q]
+        count = action[num_queues + q]
+        decision[1, q] = ADMIT_ALL if count >= max_admit else count
+
+
 @dataclass(frozen=True, slots=True)
 class ActionCodec:
     """Action <-> Decision for Q queues.
@@ -63,14 +73,11 @@ class ActionCodec:
 
     def decode(self, action: npt.ArrayLike, out: Decision) -> Decision:
         """Write the decision an action stands for into ``out``; ``evict`` stays 0."""
-        values = np.asarray(action)
+        values = np.ascontiguousarray(action, dtype=np.int64)
         n = self.num_queues
         if values.shape != (2 * n,):
             raise ConfigError(f"action: shape {values.shape}, must be ({2 * n},)")
-        out.array[0] = values[:n]
-        admit = out.array[1]
-        admit[:] = values[n:]
-        admit[admit >= self.max_admit] = ADMIT_ALL
+        decode_action(values, self.max_admit, out.array)
         return out
 
     def encode(self, decision: Decision) -> npt.NDArray[np.int64]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from llmsched_env.action import ActionCodec, fill_mask
 from llmsched_env.backend import Backend, View, make_backend
+from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
@@ -50,6 +51,13 @@ def engine_with(base: EngineConfig, changes: Mapping[str, Any] | EngineConfig | 
         if name not in allowed:
             raise ConfigError(f"engine.{name}: unknown field (allowed: {', '.join(allowed)}, d0, d1)")
     return base.replace(**fields)
+
+
+@compiled
+def observe(settings, context, queues, queue_f, scalars, clocks, max_admit, observation, mask):  # type: ignore[no-untyped-def]
+    """Observation and mask in one call."""
+    encode(settings, context, queues, queue_f, scalars, clocks, observation)
+    fill_mask(queues, max_admit, mask)
 
 
 class StepOutcome:
@@ -206,8 +214,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self.action_space = cast("gym.Space[npt.NDArray[np.int64]]", self.codec.space())
         self.render_mode = render_mode
         self._slices = observation.slices()
-        self._flat = np.zeros(observation.size, dtype=np.float32)
-        self._mask = np.zeros(self.codec.mask_size, dtype=np.bool_)
+        self._size = observation.size
+        self._mask_size = self.codec.mask_size
         self._decision = Decision(self.layout.num_queues)
         self._contexts: dict[float, npt.NDArray[np.float64]] = {}
         self._context = self._context_at(self.rate)
@@ -267,6 +275,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
             workload, self.layout, self.engine, self.limits, reveal_output_length=self.reveal_output_length
         )
         self._outcome = StepOutcome(self.backend, len(workload))
+        b = self.backend
+        self._observed = (b.settings, self._context, b.queues, b.queue_f, b.scalars, b.clocks, self.codec.max_admit)
         self._started = True
         observation, info = self._observe()
         if self.render_mode == "human":
@@ -294,8 +304,9 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """(2 Q + (max_admit + 1) Q,) bool, components concatenated (sb3-contrib's convention)."""
-        fill_mask(self.backend.queues, self.codec.max_admit, self._mask)
-        return self._mask.copy()
+        mask = np.empty(self.codec.mask_size, dtype=np.bool_)
+        fill_mask(self.backend.queues, self.codec.max_admit, mask)
+        return mask
 
     def view(self) -> View:
         """What expert policies decide from."""
@@ -307,12 +318,11 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         return {name: float(value) for name, value in summary.as_dict().items() if math.isfinite(value)}
 
     def _observe(self) -> tuple[Observation, dict[str, Any]]:
-        backend = self.backend
-        flat = self._flat
-        encode(backend.settings, self._context, backend.queues, backend.queue_f, backend.scalars, backend.clocks, flat)
-        flat = flat.copy()
+        flat = np.empty(self._size, dtype=np.float32)
+        mask = np.empty(self._mask_size, dtype=np.bool_)
+        observe(*self._observed, flat, mask)
         observation = {name: flat[where] for name, where in self._slices}
-        return observation, {"clock": float(backend.clocks[st.F_CLOCK]), "action_mask": self.action_masks()}
+        return observation, {"clock": float(self.backend.clocks[st.F_CLOCK]), "action_mask": mask}
 
     def render(self) -> npt.NDArray[np.uint8] | None:
         if self.render_mode is None:

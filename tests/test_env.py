@@ -115,6 +115,8 @@ def test_pickle_keeps_the_state() -> None:
     for _ in range(20):
         action = np.array([1] * 4 + [16] * 4)
         assert data_equivalence(env.step(action), copy.step(action), exact=True)
+        assert np.array_equal(env.view().residents, copy.view().residents)
+        assert env.view().clock == copy.view().clock > 0
 
 
 def test_observations_stay_in_their_space_and_masks_are_legal() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -229,6 +230,14 @@ class ArrayBackend(ABC):
         kernel.reset(self.settings, self.requests, self.times, self.queues, self.queue_f, self.scalars, self.clocks)
         self._view = ArrayView(self)
         return self._view
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_view"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self._workload is not None:
+            self._view = ArrayView(self)  # views of arrays would come back as copies
 
     def _allocate(self, n: int, num_queues: int, num_slots: int) -> None:
         if self._sizes == (n, num_queues, num_slots):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import prange
 
-from llmsched_env.action import fill_mask
+from llmsched_env.action import decode_action, fill_mask
 from llmsched_env.compiled import compiled, inlined, parallel
 from llmsched_env.engine.kernel import reset, step
 from llmsched_env.engine.state import (
@@ -20,21 +20,10 @@ from llmsched_env.engine.state import (
     T_FIRST_TOKEN,
 )
 from llmsched_env.observation import encode
-from llmsched_env.types import ADMIT_ALL
 
 REWARD_LATENCY = 0
 REWARD_THROUGHPUT = 1
 REWARD_SLO_GOODPUT = 2
-
-
-@inlined
-def decode(action, max_admit, decision):  # type: ignore[no-untyped-def]
-    """``llmsched_env.action.ActionCodec.decode`` for one engine."""
-    num_queues = decision.shape[1]
-    for q in range(num_queues):
-        decision[0, q] = action[q]
-        count = action[num_queues + q]
-        decision[1, q] = ADMIT_ALL if count >= max_admit else count
 
 
 @inlined
@@ -61,7 +50,7 @@ def step_one(  # type: ignore[no-untyped-def]
     scalars, clocks, batch, events, trace, context, observation, mask,
 ):  # fmt: skip
     """Decode, step, observe, mask. Returns the reward."""
-    decode(action, max_admit, decision)
+    decode_action(action, max_admit, decision)
     step(decision, model, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace)
     encode(settings, context, queues, queue_f, scalars, clocks, observation)
     fill_mask(queues, max_admit, mask)
