@@ -15,6 +15,7 @@ import argparse
 import math
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,7 +156,12 @@ def run(comparison: Comparison, tasks: Sequence[Task], out: Path, rows: list[Row
     workers = joblib.Parallel(n_jobs=min(jobs, max(len(tasks), 1)), return_as="generator_unordered")
     with SummaryFile(out / SUMMARY_FILE) as file, bar:
         line = bar.add_task("runs", total=len(tasks))
-        results = workers(calls)
+        # Workers inherit an ignored SIGINT: Ctrl-C is this process's business, which then ends them.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            results = workers(calls)
+        finally:
+            signal.signal(signal.SIGINT, before)
         try:
             for row in results:
                 rows.append(row)
