@@ -21,6 +21,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ class Choice:
     evict: list[Request]
 
 
-class Policy:
+class Policy(ABC):
     """Base: one queue, no segments."""
 
     num_queues = 1
@@ -89,8 +90,9 @@ class Policy:
     def queue_of(self, request: Request) -> int:
         return 0
 
+    @abstractmethod
     def choose(self, system: System) -> Choice:
-        raise NotImplementedError
+        """The batch of the next iteration and what is evicted first."""
 
 
 class FCFS(Policy):
