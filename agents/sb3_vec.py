@@ -151,7 +151,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
         if attr_name == "action_masks":
             return [partial(self._action_mask, i) for i in chosen]
         if attr_name in SETTINGS:
-            return [getattr(self.vector._template(i), attr_name) for i in chosen]
+            return [getattr(self.vector.template(i), attr_name) for i in chosen]
         missing = [i for i in chosen if attr_name not in self._attributes[i]]
         if missing:
             raise AttributeError(f"{attr_name}: no attribute of environment {missing[0]} (settings: {', '.join(SETTINGS)})")
@@ -164,7 +164,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
             AttributeError: the name of an attribute of the environment: these are fixed when it is built.
         """
         chosen = self._chosen(indices)
-        if any(hasattr(self.vector._template(i), attr_name) for i in chosen):
+        if any(hasattr(self.vector.template(i), attr_name) for i in chosen):
             raise AttributeError(f"{attr_name}: fixed when the environment is built, pass it to LLMSchedVectorEnv")
         for i in chosen:
             self._attributes[i][attr_name] = value

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from abc import abstractmethod
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from llmsched_env.engine import kernel, moves
 from llmsched_env.engine import state as st
@@ -136,16 +136,17 @@ class ExternalBackend(ArrayBackend):
 
     def _outside(self, run_all: bool, decision: Decision, places: int) -> list[int]:
         """Outside requests the decision admits, in the global admission order, at most ``places``."""
-        keyed: list[tuple[int, int]] = []
-        segments = self.layout.num_segments
+        segments, by_class = self.layout.num_segments, self.engine.admission_order == "class"
+        queues: list[list[tuple[bool, int, int, int]]] = []
         for j in range(self.layout.num_classes):
             count = places if run_all else min(int(decision.admit[j * segments]), places)
             waiting = self._view.waiting_requests(j, max(count, 0))
-            rank = waiting.key if self.engine.admission_order == "arrival" else np.full_like(waiting.key, j)
-            keyed.extend(zip(rank.tolist(), waiting.id.tolist(), strict=True))
-        if self.engine.admission_order == "arrival":
-            keyed.sort()
-        return [r for _, r in keyed[:places]]
+            timely = int(self._view.waiting[j, 0] - self._view.late[j])
+            rank = int(self.settings[st.C_ROWS + j]) if by_class else 0
+            pairs = zip(waiting.key.tolist(), waiting.id.tolist(), strict=True)
+            queues.append([(i >= timely, rank, key, r) for i, (key, r) in enumerate(pairs)])
+        # Heads against heads, each queue in its own order: what ``moves.next_outside`` does.
+        return [r for *_, r in itertools.islice(heapq.merge(*queues), places)]
 
     def _schedule(self, n: int, run_all: bool, decision: Decision, evicted: list[int]) -> int:
         """One iteration of the engine, written into the arrays. Returns the number of slots in use."""

@@ -1,17 +1,25 @@
-"""Actions of an agent <-> decisions of the engine, and action masks.
+"""Actions of an agent <-> decisions of the engine, and action masks. Two action sets.
 
-``MultiDiscrete([2] * Q + [max_admit + 1] * Q)``: the first Q components are ``run``, the others
-``admit``; the largest count stands for "as many as fit". Eviction is not in the agent's action
-space: the engine evicts when memory runs out, expert policies may ask for it.
-
+``admit`` (default): ``MultiDiscrete([2] * Q + [max_admit + 1] * Q)``: the first Q components are
+``run``, the others ``admit``; the largest count stands for "as many as fit". Eviction is not in the
+agent's action space: the engine evicts when memory runs out, expert policies may ask for it.
 Mask: ``run = 0`` (hold) is offered only where the segment has residents; ``admit = n`` only up to
 the length of the queue, "as many as fit" only where the queue is not empty. ``run = 1`` and
 ``admit = 0`` are always legal.
+
+``reserve``: ``Discrete(len(thetas))``: everything runs, boundary queues are admitted, and outside
+requests enter in the engine's admission order while the final KV to expect of all residents stays
+within ``theta * C``. Expected lengths come from the scenario's statistics (``llmsched_env.forecast``).
+An empty engine takes the first request whatever it is expected to need, unless theta is 0.
+Every action is legal. The ``reserve`` policy of ``baselines`` is one constant action of this set.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -20,12 +28,17 @@ import numpy.typing as npt
 from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError
+from llmsched_env.observation import X_CAPACITY_TOKENS, X_ROWS, X_TABLE
 from llmsched_env.types import ADMIT_ALL, Decision
+
+ADMIT = 0
+RESERVE = 1
+THETAS = (0.0, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, math.inf)
 
 
 @compiled
 def fill_mask(queues, max_admit, out):  # type: ignore[no-untyped-def]
-    """Write the mask, components concatenated, into ``out`` (2 Q + (max_admit + 1) Q,) bool."""
+    """Write the mask of ``admit``, components concatenated, into ``out`` (2 Q + (max_admit + 1) Q,) bool."""
     num_queues = queues.shape[1]
     at = 2 * num_queues
     for q in range(num_queues):
@@ -40,7 +53,7 @@ def fill_mask(queues, max_admit, out):  # type: ignore[no-untyped-def]
 
 @compiled
 def decode_action(action, max_admit, decision):  # type: ignore[no-untyped-def]
-    """Write the ``run`` and ``admit`` rows of ``decision`` (3, Q) int32 from an action (2 Q,) int64."""
+    """Write the ``run`` and ``admit`` rows of ``decision`` (3, Q) int32 from an action (2 Q,) int64 of ``admit``."""
     num_queues = decision.shape[1]
     for q in range(num_queues):
         decision[0, q] = action[q]
@@ -48,9 +61,71 @@ def decode_action(action, max_admit, decision):  # type: ignore[no-untyped-def]
         decision[1, q] = ADMIT_ALL if count >= max_admit else count
 
 
+@compiled
+def decode_reserve(theta, settings, context, requests, slots, queues, scalars, decision):  # type: ignore[no-untyped-def]
+    """Write the decision of ``reserve`` at this theta; the queues' scratch row holds the next request to look at."""
+    num_queues, num_segments = queues.shape[1], settings[st.C_SEGMENTS]
+    num_classes = num_queues // num_segments
+    for q in range(num_queues):
+        decision[0, q] = 1
+        decision[1, q] = 0 if q % num_segments == 0 and theta < math.inf else ADMIT_ALL
+        queues[st.Q_LEFT, q] = queues[st.Q_HEAD, q]
+    if theta == math.inf or theta == 0.0 or scalars[st.I_WAITING] == 0:
+        return
+    expected = context[X_ROWS + num_classes + num_queues :]
+    top = int(context[X_TABLE]) - 1
+    room = theta * context[X_CAPACITY_TOKENS]
+    for i in range(scalars[st.I_RESIDENTS]):
+        room -= slots[st.S_PROMPT, i] + expected[min(slots[st.S_GENERATED, i], top)]
+    by_class = settings[st.C_BY_CLASS] != 0
+    empty = scalars[st.I_RESIDENTS] == 0
+    while True:
+        best, best_rank, best_key = -1, 0, 0
+        for q in range(0, num_queues, num_segments):
+            r = queues[st.Q_LEFT, q]
+            if r < 0:
+                continue
+            key = requests[st.R_KEY, r]
+            rank = settings[st.C_ROWS + q // num_segments] if by_class else 0
+            if key >= st.LATE_KEY // 2:
+                rank += st.LATE_KEY
+            if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
+                best, best_rank, best_key = q, rank, key
+        if best < 0:
+            return
+        r = queues[st.Q_LEFT, best]
+        generated = requests[st.R_GENERATED, r]
+        # A fresh request is expected to be as long as its class; a preempted one as those of its length.
+        length = context[X_ROWS + best // num_segments] if generated == 0 else expected[min(generated, top)]
+        room -= requests[st.R_PROMPT, r] + length
+        if room < 0.0 and not empty:
+            return
+        empty = False
+        decision[1, best] += 1
+        queues[st.Q_LEFT, best] = requests[st.R_NEXT, r]
+
+
+@compiled
+def decode(kind, levels, action, settings, context, requests, slots, queues, scalars, decision):  # type: ignore[no-untyped-def]
+    """An action of either set; ``levels`` are its thetas, or max_admit alone."""
+    if kind == RESERVE:
+        decode_reserve(levels[action[0]], settings, context, requests, slots, queues, scalars, decision)
+    else:
+        decode_action(action, int(levels[0]), decision)
+
+
+@compiled
+def mask(kind, levels, queues, out):  # type: ignore[no-untyped-def]
+    """The mask of either set."""
+    if kind == RESERVE:
+        out[:] = True
+    else:
+        fill_mask(queues, int(levels[0]), out)
+
+
 @dataclass(frozen=True, slots=True)
 class ActionCodec:
-    """Action <-> Decision for Q queues.
+    """Action <-> Decision of the set ``admit`` for Q queues.
 
     Attributes:
         num_queues: Q.
@@ -64,8 +139,21 @@ class ActionCodec:
         if not 1 <= self.max_admit <= 4096:
             raise ConfigError(f"max_admit: {self.max_admit}, must be from 1 to 4096")
 
+    @property
+    def kind(self) -> int:
+        return ADMIT
+
+    @property
+    def levels(self) -> npt.NDArray[np.float64]:
+        return np.array([self.max_admit], dtype=np.float64)
+
     def space(self) -> gym.spaces.MultiDiscrete:
         return gym.spaces.MultiDiscrete([2] * self.num_queues + [self.max_admit + 1] * self.num_queues)
+
+    @property
+    def width(self) -> int:
+        """Integers in one action."""
+        return 2 * self.num_queues
 
     @property
     def mask_size(self) -> int:
@@ -87,3 +175,53 @@ class ActionCodec:
         action[:n] = decision.run != 0
         action[n:] = np.clip(decision.admit, 0, self.max_admit)
         return action
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveCodec:
+    """The action set ``reserve``.
+
+    Attributes:
+        thetas: over-commitment of each action; 0 admits nothing, ``math.inf`` as many as fit.
+    """
+
+    thetas: tuple[float, ...] = THETAS
+
+    def __post_init__(self) -> None:
+        if not self.thetas or any(math.isnan(theta) or theta < 0 for theta in self.thetas):
+            raise ConfigError(f"thetas: {self.thetas}, must be numbers >= 0 and at least one")
+
+    @property
+    def kind(self) -> int:
+        return RESERVE
+
+    @property
+    def levels(self) -> npt.NDArray[np.float64]:
+        return np.array(self.thetas, dtype=np.float64)
+
+    def space(self) -> gym.spaces.Discrete:
+        return gym.spaces.Discrete(len(self.thetas))
+
+    @property
+    def width(self) -> int:
+        return 1
+
+    @property
+    def mask_size(self) -> int:
+        return len(self.thetas)
+
+
+def make_codec(action_set: str, num_queues: int, max_admit: int, thetas: Sequence[float]) -> ActionCodec | ReserveCodec:
+    """The action set of that name.
+
+    Raises:
+        ConfigError: unknown name, or parameters it refuses.
+    """
+    makers: dict[str, Any] = {
+        "admit": lambda: ActionCodec(num_queues, max_admit),
+        "reserve": lambda: ReserveCodec(tuple(float(theta) for theta in thetas)),
+    }
+    if action_set not in makers:
+        raise ConfigError(f"action_set: {action_set!r}, must be 'admit' or 'reserve'")
+    codec: ActionCodec | ReserveCodec = makers[action_set]()
+    return codec

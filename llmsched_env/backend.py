@@ -92,6 +92,9 @@ class View(Protocol):
     def boundary_kv(self) -> IntArray:
         """(J, K) KV units of the boundary queues."""
     @property
+    def late(self) -> IntArray:
+        """(J,) late requests outside (``EngineConfig.late_after``), the last of their queue."""
+    @property
     def head_tokens(self) -> IntArray:
         """(J,) tokens to prefill (prompt + kept) of each outside queue's head; 0 if empty."""
     @property
@@ -159,12 +162,13 @@ class Backend(Protocol):
 
     Besides its methods a backend keeps the summary arrays of ``llmsched_env.engine.state`` (rows
     named there), from which observations, masks and rewards are computed: ``settings``,
-    ``requests``, ``times``, ``queues``, ``queue_f``, ``scalars``, ``clocks`` and ``events``.
+    ``requests``, ``times``, ``slots``, ``queues``, ``queue_f``, ``scalars``, ``clocks`` and ``events``.
     """
 
     settings: npt.NDArray[np.int64]
     requests: IntArray
     times: FloatArray
+    slots: IntArray
     queues: IntArray
     queue_f: FloatArray
     scalars: npt.NDArray[np.int64]

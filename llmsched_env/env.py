@@ -10,15 +10,17 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.action import ActionCodec, fill_mask
+from llmsched_env.action import THETAS, ActionCodec, decode, make_codec, mask
 from llmsched_env.backend import Backend, View, make_backend
 from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
+from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.batch import step_one
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.observation import ObservationLayout, encode, static_context
 from llmsched_env.perf import LinearTime, load_calibration
-from llmsched_env.reward import FinishedRequests, Reward, make_reward
+from llmsched_env.reward import FinishedRequests, Reward, compiled_reward, make_reward
 from llmsched_env.types import ClassBy, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.workload import Scenario, load_scenario, scenario_from_trace
 
@@ -54,10 +56,16 @@ def engine_with(base: EngineConfig, changes: Mapping[str, Any] | EngineConfig | 
 
 
 @compiled
-def observe(settings, context, queues, queue_f, scalars, clocks, max_admit, observation, mask):  # type: ignore[no-untyped-def]
+def observe(settings, context, queues, queue_f, scalars, clocks, action_kind, levels, observation, legal):  # type: ignore[no-untyped-def]
     """Observation and mask in one call."""
     encode(settings, context, queues, queue_f, scalars, clocks, observation)
-    fill_mask(queues, max_admit, mask)
+    mask(action_kind, levels, queues, legal)
+
+
+def draw_backlog(backlog: tuple[int, int], rng: np.random.Generator) -> int:
+    """Requests at time 0; nothing is drawn where there is no choice."""
+    low, high = backlog
+    return low if low == high else int(rng.integers(low, high + 1))
 
 
 class StepOutcome:
@@ -128,6 +136,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
 
     The engine does what its token budget, sequence cap and KV memory allow. Requests admitted in an
     iteration advance in it. ``action_masks()`` and ``info["action_mask"]`` give the legal values.
+    With ``action_set="reserve"`` the action is a ``Discrete`` choice of how far admission may
+    over-commit KV memory (``llmsched_env.action``).
 
     ## Observation Space
     A ``Dict`` of float32 arrays in [0, 1]; the table is in ``llmsched_env.observation``.
@@ -159,7 +169,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | class_by, class_edges | scenario's | ``single``, ``type``, ``prompt`` or ``output`` classes and their upper edges |
     | segment_ends | scenario's | decode lengths that end segments |
     | reveal_output_length | False (True in LLMSchedKnown-v0) | classes by output length and per-request lengths in the view |
+    | action_set | "admit" | the actions above, or "reserve" |
     | max_admit | 16 | largest admit count |
+    | thetas | ``action.THETAS`` | over-commitments of "reserve" |
+    | backlog | 0 | requests waiting at time 0, taken from the front of the episode: a number, or (low, high) to draw it |
     | reward | "latency" | name, ``{"name": ..., arguments}`` or callable |
     | horizon, drain, max_iterations | inf, True, 1,000,000 | see Episode End |
     | backend, backend_config | "sim", {} | what runs the iterations |
@@ -185,7 +198,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         class_edges: Sequence[int] = (),
         segment_ends: Sequence[int] | None = None,
         reveal_output_length: bool = False,
+        action_set: str = "admit",
         max_admit: int = 16,
+        thetas: Sequence[float] = THETAS,
+        backlog: int | tuple[int, int] = 0,
         reward: str | Mapping[str, Any] | Reward = "latency",
         horizon: float = math.inf,
         drain: bool = True,
@@ -208,17 +224,21 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self.limits = EpisodeLimits(drain=drain, horizon=horizon, max_iterations=max_iterations)
         self.reward = make_reward(reward)
         self.backend = make_backend(backend, **(backend_config or {}))
-        self.codec = ActionCodec(self.layout.num_queues, max_admit)
+        self.codec = make_codec(action_set, self.layout.num_queues, max_admit, thetas)
+        self.backlog = self._checked_backlog(backlog)
         observation = ObservationLayout.of(self.layout)
         self.observation_space = cast("gym.Space[Observation]", observation.space())
         self.action_space = cast("gym.Space[npt.NDArray[np.int64]]", self.codec.space())
+        self._levels = self.codec.levels
+        self._compiled_reward = compiled_reward(self.reward)
         self.render_mode = render_mode
-        self._slices = observation.slices()
+        names, slices = zip(*observation.slices(), strict=True)
+        self._names, self._slices = names, slices
         self._size = observation.size
         self._mask_size = self.codec.mask_size
         self._decision = Decision(self.layout.num_queues)
         self._contexts: dict[float, npt.NDArray[np.float64]] = {}
-        self._context = self._context_at(self.rate)
+        self.context = self._context_at(self.rate)
         self._started = False
         self._viewer: Any = None
 
@@ -250,9 +270,16 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
             raise ConfigError(f"num_requests: {num_requests!r}, must be an integer >= 1")
         return int(num_requests)
 
+    @staticmethod
+    def _checked_backlog(backlog: int | Sequence[int]) -> tuple[int, int]:
+        pair = (backlog, backlog) if isinstance(backlog, int | np.integer) else tuple(backlog)
+        if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
+            raise ConfigError(f"backlog: {backlog!r}, must be a number of requests >= 0 or (low, high) of two")
+        return int(pair[0]), int(pair[1])
+
     def _context_at(self, rate: float) -> npt.NDArray[np.float64]:
         if rate not in self._contexts:
-            self._contexts[rate] = static_context(self.scenario.statistics, rate, self.engine)
+            self._contexts[rate] = static_context(self.scenario.statistics, rate, self.engine, self.layout)
         return self._contexts[rate]
 
     # --- Gymnasium API ----------------------------------------------------------------------------
@@ -264,19 +291,26 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         rate = self._checked_rate(chosen.pop("rate", self.rate))
         count = self._checked_count(chosen.pop("num_requests", self.num_requests))
         workload: Workload | None = chosen.pop("workload", None)
+        backlog = self._checked_backlog(chosen.pop("backlog", self.backlog))
         if chosen:
-            raise ConfigError(f"options: {sorted(chosen)} unknown (allowed: rate, num_requests, workload)")
+            raise ConfigError(f"options: {sorted(chosen)} unknown (allowed: rate, num_requests, workload, backlog)")
         # Drawn even for a given workload: the generator's state then depends on the seed alone.
         episode_seed = int(self.np_random.integers(2**63))
         if workload is None:
             workload = self.scenario.generate(episode_seed, rate=rate, num_requests=count)
-        self._context = self._context_at(rate)
+            workload = workload.with_backlog(draw_backlog(backlog, self.np_random))
+        self.context = self._context_at(rate)
         self.backend.reset(
             workload, self.layout, self.engine, self.limits, reveal_output_length=self.reveal_output_length
         )
         self._outcome = StepOutcome(self.backend, len(workload))
         b = self.backend
-        self._observed = (b.settings, self._context, b.queues, b.queue_f, b.scalars, b.clocks, self.codec.max_admit)
+        kind, levels = self.codec.kind, self._levels
+        self._observed = (b.settings, self.context, b.queues, b.queue_f, b.scalars, b.clocks, kind, levels)
+        self._compiled_step: tuple[Any, ...] | None = None
+        if type(b) is SimBackend and self._compiled_reward is not None:
+            # Everything of a step in one call; collected once an episode, as looking up so many attributes takes long.
+            self._compiled_step = (kind, levels, *self._compiled_reward, self._decision.array, *b.arrays, self.context)
         self._started = True
         observation, info = self._observe()
         if self.render_mode == "human":
@@ -288,13 +322,32 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
-        return self.step_decision(self.codec.decode(action, self._decision))
+        values = np.ascontiguousarray(action, dtype=np.int64)
+        if values.shape != (self.codec.width,):
+            raise ConfigError(f"action: shape {np.shape(action)}, must be {self.action_space.shape}")
+        b = self.backend
+        if self._compiled_step is None or b.scalars[st.I_DONE] != st.END_NOT:
+            chosen = self._decision
+            decode(self.codec.kind, self._levels, values, b.settings, self.context, b.requests, b.slots, b.queues, b.scalars, chosen.array)
+            return self.step_decision(chosen)
+        flat = np.empty(self._size, dtype=np.float32)
+        legal = np.empty(self._mask_size, dtype=np.bool_)
+        reward = step_one(values, *self._compiled_step, flat, legal)
+        if b.scalars[st.I_DONE] == st.END_STUCK:
+            cast(SimBackend, b).check_progress()
+        observation = dict(zip(self._names, map(flat.__getitem__, self._slices), strict=True))
+        return self._result(observation, reward, {"clock": float(b.clocks[st.F_CLOCK]), "action_mask": legal})
 
     def step_decision(self, decision: Decision) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """``step`` for expert policies, whose decisions may also evict."""
         self.backend.advance(decision)
         reward = float(self.reward(self._outcome))
         observation, info = self._observe()
+        return self._result(observation, reward, info)
+
+    def _result(
+        self, observation: Observation, reward: float, info: dict[str, Any]
+    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         end = int(self.backend.scalars[st.I_DONE])
         if end != st.END_NOT:
             info["summary"] = self.summary()
@@ -303,10 +356,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         return observation, reward, end == st.END_FINISHED, end > st.END_FINISHED, info
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """(2 Q + (max_admit + 1) Q,) bool, components concatenated (sb3-contrib's convention)."""
-        mask = np.empty(self.codec.mask_size, dtype=np.bool_)
-        fill_mask(self.backend.queues, self.codec.max_admit, mask)
-        return mask
+        """(2 Q + (max_admit + 1) Q,) bool, components concatenated (sb3-contrib's convention); (n,) for ``reserve``."""
+        legal = np.empty(self.codec.mask_size, dtype=np.bool_)
+        mask(self.codec.kind, self._levels, self.backend.queues, legal)
+        return legal
 
     def view(self) -> View:
         """What expert policies decide from."""
@@ -319,10 +372,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
 
     def _observe(self) -> tuple[Observation, dict[str, Any]]:
         flat = np.empty(self._size, dtype=np.float32)
-        mask = np.empty(self._mask_size, dtype=np.bool_)
-        observe(*self._observed, flat, mask)
-        observation = {name: flat[where] for name, where in self._slices}
-        return observation, {"clock": float(self.backend.clocks[st.F_CLOCK]), "action_mask": mask}
+        legal = np.empty(self._mask_size, dtype=np.bool_)
+        observe(*self._observed, flat, legal)
+        observation = dict(zip(self._names, map(flat.__getitem__, self._slices), strict=True))
+        return observation, {"clock": float(self.backend.clocks[st.F_CLOCK]), "action_mask": legal}
 
     def render(self) -> npt.NDArray[np.uint8] | None:
         if self.render_mode is None:
@@ -357,6 +410,8 @@ class AdmitOnly(gym.ActionWrapper[Observation, Any, npt.NDArray[np.int64]]):
         base = cast(LLMSchedEnv, self.unwrapped)
         if not isinstance(base, LLMSchedEnv):
             raise ConfigError(f"AdmitOnly: wraps {type(base).__name__}, must wrap LLMSchedEnv")
+        if not isinstance(base.codec, ActionCodec):
+            raise ConfigError("AdmitOnly: wraps action_set='reserve', which is Discrete already; must be 'admit'")
         self._codec, self._num_segments = base.codec, base.layout.num_segments
         self.action_space = gym.spaces.Discrete(base.codec.max_admit + 1)
 

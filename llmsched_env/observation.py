@@ -21,12 +21,17 @@ head_tokens           (J,)   share   its tokens to prefill / longest request the
 arrival_rate          (J,)   share   recent arrival rate (30 s window) / twice the stability boundary
 iteration             (1,)   time    length of the latest iteration
 evictions             (2,)   count   evictions in the last step; evictions in the episode so far
+late                  (J,)   count   late requests outside (``EngineConfig.late_after``)
+expected_output       (J,)   share   static: E[output | class] / longest request the engine serves
+committed             (1,)   share   final KV to expect of all residents / KV capacity / 2: KV now plus
+                                     the mean remaining tokens of each segment
 context               (4,)   share   static: log2(KV capacity in tokens) / 24; rho / 2; M*/C / 2;
                                      rate / (2 * stability boundary)
 ====================  =====  ======  =================================================================
 
-``context`` comes from the scenario's length statistics, its rate and the engine: what an operator
-knows beforehand, never from the requests of the episode. No output length enters any element.
+``context``, ``expected_output`` and the means in ``committed`` come from the scenario's length
+statistics, its rate and the engine: what an operator knows beforehand, never from the requests of
+the episode. No output length enters any element.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ import numpy.typing as npt
 from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
 from llmsched_env.fluid import equilibrium_of, stability_boundary
+from llmsched_env.forecast import expected_output, expected_output_by_class, expected_remaining
 from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
 
 FloatObservation = npt.NDArray[np.float32]
@@ -55,7 +61,9 @@ X_RHO = 1
 X_MEMORY = 2
 X_LOAD = 3
 X_BOUNDARY_RATE = 4
-X_ROWS = 5
+X_CAPACITY_TOKENS = 5
+X_TABLE = 6  # length of the last table
+X_ROWS = 7  # then J expected outputs of a class, Q expected remaining tokens of a segment, and E[output | output > g] for g = 0, 1, ...
 
 
 @compiled
@@ -109,21 +117,42 @@ def encode(settings, context, queues, queue_f, scalars, clocks, out):  # type: i
     out[at] = _time(clocks[st.F_LAST_ITERATION])
     out[at + 1] = _count(float(scalars[st.I_STEP_EVICTED] + scalars[st.I_STEP_PREEMPTED]))
     out[at + 2] = _count(float(scalars[st.I_EVICTIONS]))
+    at += 3
+    final = float(scalars[st.I_KV_TOKENS])
+    for j in range(num_classes):
+        out[at + j] = _count(float(queues[st.Q_LATE, j * num_segments]))
+        out[at + num_classes + j] = _share(context[X_ROWS + j] / float(settings[st.C_MAX_LEN]))
+    for q in range(num_queues):
+        inside = queues[st.Q_RESIDENTS, q]
+        if q % num_segments != 0:
+            inside += queues[st.Q_WAITING, q]
+        final += float(inside) * context[X_ROWS + num_classes + q]
+    at += 2 * num_classes
+    out[at] = _share(final / (2.0 * context[X_CAPACITY_TOKENS]))
     for i in range(4):
-        out[at + 3 + i] = context[i]
+        out[at + 1 + i] = context[i]
 
 
-def static_context(statistics: LengthStatistics, rate: float, engine: EngineConfig) -> npt.NDArray[np.float64]:
-    """(X_ROWS,) float64: what an operator knows of load and capacity, scaled as the table says."""
+def static_context(
+    statistics: LengthStatistics, rate: float, engine: EngineConfig, layout: QueueLayout
+) -> npt.NDArray[np.float64]:
+    """(X_ROWS + J + Q + G,) float64: what an operator knows of load, capacity and lengths; the first four as the table scales them."""
     boundary = stability_boundary(statistics, engine)
     equilibrium = equilibrium_of(statistics, rate, engine)
-    context = np.empty(X_ROWS, dtype=np.float64)
+    lengths = (
+        expected_output_by_class(statistics, layout),
+        expected_remaining(statistics, layout).ravel(),
+        expected_output(statistics),
+    )
+    context = np.concatenate([np.empty(X_ROWS), *lengths])
     context[X_CAPACITY] = math.log2(engine.kv_capacity_tokens) / 24.0
     context[X_RHO] = equilibrium.rho / 2.0
     context[X_MEMORY] = equilibrium.kv_tokens / engine.kv_capacity_tokens / 2.0
     context[X_LOAD] = rate / (2.0 * boundary)
     context[:4] = np.clip(np.nan_to_num(context[:4], nan=1.0, posinf=1.0), 0.0, 1.0)
     context[X_BOUNDARY_RATE] = boundary
+    context[X_CAPACITY_TOKENS] = engine.kv_capacity_tokens
+    context[X_TABLE] = lengths[2].size
     return context
 
 
@@ -148,6 +177,9 @@ class ObservationLayout:
                 ("arrival_rate", num_classes),
                 ("iteration", 1),
                 ("evictions", 2),
+                ("late", num_classes),
+                ("expected_output", num_classes),
+                ("committed", 1),
                 ("context", 4),
             )
         )

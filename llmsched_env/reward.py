@@ -110,6 +110,22 @@ class SloGoodputReward:
         return float(np.count_nonzero((done.ttft <= self.ttft) & (done.tpot <= self.tpot))) / outcome.num_requests
 
 
+REWARD_LATENCY = 0
+REWARD_THROUGHPUT = 1
+REWARD_SLO_GOODPUT = 2
+
+
+def compiled_reward(reward: Reward) -> tuple[int, float, float] | None:
+    """(kind, TTFT limit, TPOT limit) of a built-in reward for the compiled step; None for a user's own."""
+    if type(reward) is LatencyReward:
+        return REWARD_LATENCY, 0.0, 0.0
+    if type(reward) is ThroughputReward:
+        return REWARD_THROUGHPUT, 0.0, 0.0
+    if type(reward) is SloGoodputReward:
+        return REWARD_SLO_GOODPUT, reward.ttft, reward.tpot
+    return None
+
+
 _REWARDS: dict[str, type[LatencyReward] | type[ThroughputReward] | type[SloGoodputReward]] = {
     "latency": LatencyReward,
     "throughput": ThroughputReward,

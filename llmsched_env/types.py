@@ -151,6 +151,14 @@ class Workload:
     def __len__(self) -> int:
         return int(self.arrival.shape[0])
 
+    def with_backlog(self, count: int) -> Workload:
+        """The same requests, the first ``count`` at time 0 and the others as long after it as after request ``count - 1``."""
+        count = min(count, len(self))
+        if count <= 0:
+            return self
+        arrival = np.maximum(self.arrival - self.arrival[count - 1], 0.0)
+        return Workload(arrival, self.prompt_tokens, self.output_tokens, self.type_id, self.request_id)
+
 
 @dataclass(frozen=True, slots=True)
 class LengthStatistics:
@@ -284,7 +292,11 @@ class EngineConfig:
             (KV in blocks, chunked prefill, recompute preemption).
         time_model: seconds of one iteration from its batch.
         admission_order: global order of outside requests: queue key (``arrival``: arrival order,
-            evicted requests first) or class index first (``class``).
+            evicted requests first) or class first (``class``), requests of one class by queue key.
+        class_rank: order of the classes under ``class``, one rank a class, smallest first; classes of
+            equal rank by queue key. Empty: by index.
+        late_after: seconds: a request that has waited longer for its first token is admitted after
+            all others. 0: no request is late.
         capacity_tokens: KV capacity C of the ``paper`` preset.
         boundary_slot: variant A of Nested WAIT: entering from a boundary queue costs one iteration
             that yields no token (``paper`` only).
@@ -305,6 +317,8 @@ class EngineConfig:
     preset: Preset = "vllm"
     time_model: IterationTimeModel = field(default_factory=lambda: load_calibration("a100-llama2-7b-c10"))
     admission_order: AdmissionOrder = "arrival"
+    class_rank: tuple[int, ...] = ()
+    late_after: float = 0.0
     capacity_tokens: int = 137_000
     boundary_slot: bool = False
     num_blocks: int = 7_424
@@ -335,6 +349,13 @@ class EngineConfig:
             raise ConfigError(f"engine.preset: {self.preset!r}, must be 'paper' or 'vllm'")
         if self.admission_order not in ("arrival", "class"):
             raise ConfigError(f"engine.admission_order: {self.admission_order!r}, must be 'arrival' or 'class'")
+        object.__setattr__(self, "class_rank", tuple(int(rank) for rank in self.class_rank))
+        if self.class_rank and self.admission_order != "class":
+            raise ConfigError(f"engine.class_rank: {self.class_rank}, needs admission_order='class'")
+        if any(not 0 <= rank < 2**29 for rank in self.class_rank):
+            raise ConfigError(f"engine.class_rank: {self.class_rank}, ranks must be integers from 0 to 2**29 - 1")
+        if not (0.0 <= self.late_after < math.inf):
+            raise ConfigError(f"engine.late_after: {self.late_after}, must be finite and >= 0 seconds")
         if self.oversize not in ("error", "reject"):
             raise ConfigError(f"engine.oversize: {self.oversize!r}, must be 'error' or 'reject'")
         if not isinstance(self.time_model, IterationTimeModel):

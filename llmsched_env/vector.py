@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,18 +17,14 @@ from gymnasium.vector.utils import batch_space
 
 from llmsched_env.engine import state as st
 from llmsched_env.engine.arrays import check_served, engine_settings
-from llmsched_env.engine.batch import (
-    REWARD_LATENCY,
-    REWARD_SLO_GOODPUT,
-    REWARD_THROUGHPUT,
-    reset_one,
-    step_all,
-)
-from llmsched_env.env import LLMSchedEnv
+from llmsched_env.engine.batch import reset_one, step_all
+from llmsched_env.env import LLMSchedEnv, draw_backlog
 from llmsched_env.errors import ConfigError
-from llmsched_env.observation import X_ROWS, ObservationLayout
+from llmsched_env.observation import ObservationLayout
 from llmsched_env.perf.batch import BATCH_FIELDS
-from llmsched_env.reward import LatencyReward, Reward, SloGoodputReward, ThroughputReward, make_reward
+from llmsched_env.reward import Reward, compiled_reward, make_reward
+
+_CHOSEN = threading.local()  # as numba keeps it: one setting for each Python thread
 
 Observations = dict[str, npt.NDArray[np.float32]]
 
@@ -81,9 +78,12 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             raise ConfigError(f"autoreset_mode: {mode}, must be SAME_STEP or NEXT_STEP")
         self.metadata = {**self.metadata, "autoreset_mode": mode}
         self._same_step = mode == AutoresetMode.SAME_STEP
-        self._threads = threads
+        self._threads = threads or 0
         self.num_envs = int(num_envs)
-        self._kind, self._ttft, self._tpot = _reward_code(make_reward(reward))
+        code = compiled_reward(make_reward(reward))
+        if code is None:
+            raise ConfigError(f"reward: {reward!r}, must be a built-in one in a vector environment (latency, throughput, slo_goodput)")
+        self._reward_code = code
         if max_episode_steps is not None:
             kwargs["max_iterations"] = min(max_episode_steps, kwargs.get("max_iterations", max_episode_steps))
         self._templates = self._make_templates(scenario, rate, engine, reward, kwargs)
@@ -114,7 +114,8 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
                 raise ConfigError(f"{name}: {sorted(shapes)} among the environments, must be the same in all")
         return made
 
-    def _template(self, i: int) -> LLMSchedEnv:
+    def template(self, i: int) -> LLMSchedEnv:
+        """The scalar environment with the settings of environment i (scenario, rate, engine, layout, codec); never stepped."""
         return self._templates[i % len(self._templates)]
 
     def _allocate(self, first: LLMSchedEnv) -> None:
@@ -124,17 +125,17 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         packed = [g.time_model.pack() for g in engines]
         width = max(p.size for p in packed)
         self._models = np.zeros((e, width))
-        self._settings = np.zeros((e, st.C_ROWS), dtype=np.int64)
+        self._settings = np.zeros((e, st.C_ROWS + first.layout.num_classes), dtype=np.int64)
         self._ends = np.full((e, max(first.layout.num_segments - 1, 1)), st.NO_END, dtype=np.int32)
-        self._contexts = np.zeros((e, X_ROWS))
+        self._contexts = np.zeros((e, max(t.context.size for t in self._templates)))
         for i in range(e):
-            t = self._template(i)
+            t = self.template(i)
             p = packed[i % len(packed)]
             self._models[i, : p.size] = p
             self._settings[i] = engine_settings(t.engine, t.layout, t.limits, False)
             if t.layout.segment_ends:
                 self._ends[i] = t.layout.segment_ends
-            self._contexts[i] = t._context
+            self._contexts[i, : t.context.size] = t.context
         self._decisions = np.zeros((e, 3, q), dtype=np.int32)
         self._requests = np.zeros((e, st.R_ROWS, n), dtype=np.int32)
         self._times = np.zeros((e, st.T_ROWS, n))
@@ -148,14 +149,22 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self._trace = np.zeros((e, 2, 1), dtype=np.int32)
         layout = ObservationLayout.of(first.layout)
         self._where = layout.slices()
-        self._observations = np.zeros((e, layout.size), dtype=np.float32)
-        self._masks = np.zeros((e, first.codec.mask_size), dtype=np.bool_)
-        self._rewards = np.zeros(e)
-        self._terminated = np.zeros(e, dtype=np.bool_)
-        self._truncated = np.zeros(e, dtype=np.bool_)
+        self._codec, self._levels = first.codec, first.codec.levels
+        self._observation_size = layout.size
+        self._new_outputs()
         self._ended = np.zeros(e, dtype=np.bool_)
+        self._any_ended = False
         self._returns = np.zeros(e)
         self._lengths = np.zeros(e, dtype=np.int64)
+
+    def _new_outputs(self) -> None:
+        """Arrays that one call returns: fresh ones, written by the compiled loop, so that nothing need be copied."""
+        e = self.num_envs
+        self._observations = np.empty((e, self._observation_size), dtype=np.float32)
+        self._masks = np.empty((e, self._codec.mask_size), dtype=np.bool_)
+        self._rewards = np.empty(e)
+        self._terminated = np.empty(e, dtype=np.bool_)
+        self._truncated = np.empty(e, dtype=np.bool_)
 
     @property
     def nbytes(self) -> int:
@@ -175,16 +184,19 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             kept: Sequence[np.random.Generator | None] = self._generators or [None] * self.num_envs
             pairs = zip(base, kept, strict=True)
             self._generators = [old if s is None and old is not None else seeding.np_random(s)[0] for s, old in pairs]
+        self._new_outputs()
         for i in range(self.num_envs):
             self._start(i)
         self._ended[:] = False
+        self._any_ended = False
         return self._observed(), self._infos()
 
     def _start(self, i: int) -> None:
         """The next episode of environment i: its requests into the arrays, and the first observation."""
-        t = self._template(i)
+        t = self.template(i)
         seed = int(self._generators[i].integers(2**63))
         workload = t.scenario.generate(seed, rate=t.rate, num_requests=t.num_requests)
+        workload = workload.with_backlog(draw_backlog(t.backlog, self._generators[i]))
         check_served(workload, t.engine)
         requests, times = self._requests[i], self._times[i]
         requests[:] = 0
@@ -193,10 +205,12 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         times[:] = np.nan
         times[st.T_ARRIVAL] = workload.arrival
         self._clocks[i, st.F_HORIZON] = t.limits.horizon
+        self._clocks[i, st.F_LATE_AFTER] = t.engine.late_after
         self._returns[i] = 0.0
         self._lengths[i] = 0
         reset_one(
-            t.codec.max_admit,
+            self._codec.kind,
+            self._levels,
             self._settings[i],
             requests,
             times,
@@ -217,14 +231,14 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         chosen = np.ascontiguousarray(actions, dtype=np.int64)
         if chosen.shape != self.action_space.shape:
             raise ConfigError(f"actions: shape {chosen.shape}, must be {self.action_space.shape}")
-        if self._threads is not None and numba.get_num_threads() != self._threads:
-            numba.set_num_threads(self._threads)
-        step_all(
-            chosen,
-            self._templates[0].codec.max_admit,
-            self._kind,
-            self._ttft,
-            self._tpot,
+        self._new_outputs()
+        if self._threads:
+            _use_threads(self._threads)
+        ends = step_all(
+            chosen.reshape(self.num_envs, self._codec.width),
+            self._codec.kind,
+            self._levels,
+            *self._reward_code,
             self._decisions,
             self._models,
             self._settings,
@@ -245,16 +259,16 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             self._rewards,
             self._terminated,
             self._truncated,
+            self._returns,
+            self._lengths,
         )
-        restarted = np.flatnonzero(self._ended) if not self._same_step else ()
-        self._returns += self._rewards
-        self._lengths += 1
-        ended = self._terminated | self._truncated
         infos: dict[str, Any] = {}
-        for i in restarted:  # NEXT_STEP: this step was the reset, its action was ignored
-            self._start(int(i))
-            self._ended[i] = False
-        for i in np.flatnonzero(ended):
+        if not self._same_step and self._any_ended:
+            for i in np.flatnonzero(self._ended):  # NEXT_STEP: this step was the reset, its action was ignored
+                self._start(int(i))
+                self._ended[i] = False
+        self._any_ended = ends > 0
+        for i in np.flatnonzero(self._terminated | self._truncated) if ends else ():
             infos = self._add_info(infos, {"episode": {"r": self._returns[i], "l": int(self._lengths[i])}}, int(i))
             if self._same_step:
                 last = {name: self._observations[i, where].copy() for name, where in self._where}
@@ -264,33 +278,29 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             else:
                 self._ended[i] = True
         infos.update(self._infos())
-        return self._observed(), self._rewards.copy(), self._terminated.copy(), self._truncated.copy(), infos
+        return self._observed(), self._rewards, self._terminated, self._truncated, infos
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """(num_envs, 2 Q + (max_admit + 1) Q) bool."""
+        """(num_envs, size of the mask of ``llmsched_env.action``) bool."""
         return self._masks.copy()
 
     def _observed(self) -> Observations:
-        flat = self._observations.copy()
-        return {name: flat[:, where] for name, where in self._where}
+        return {name: self._observations[:, where] for name, where in self._where}
 
     def _infos(self) -> dict[str, Any]:
-        return {"clock": self._clocks[:, st.F_CLOCK].copy(), "action_mask": self._masks.copy()}
+        return {"clock": self._clocks[:, st.F_CLOCK].copy(), "action_mask": self._masks}
 
     def close_extras(self, **kwargs: Any) -> None:
         for template in self._templates:
             template.close()
 
 
+def _use_threads(count: int) -> None:
+    """numba's thread count, set only where it changes: asking numba takes as long as ten engines' steps."""
+    if getattr(_CHOSEN, "threads", None) != count:
+        numba.set_num_threads(count)
+        _CHOSEN.threads = count
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
-
-
-def _reward_code(reward: Reward) -> tuple[int, float, float]:
-    if isinstance(reward, LatencyReward):
-        return REWARD_LATENCY, 0.0, 0.0
-    if isinstance(reward, ThroughputReward):
-        return REWARD_THROUGHPUT, 0.0, 0.0
-    if isinstance(reward, SloGoodputReward):
-        return REWARD_SLO_GOODPUT, reward.ttft, reward.tpot
-    raise ConfigError(f"reward: {reward!r}, must be a built-in one in a vector environment (latency, throughput, slo_goodput)")

@@ -55,8 +55,15 @@ def _read_only(array: npt.NDArray) -> npt.NDArray:  # type: ignore[type-arg]
 
 
 def engine_settings(engine: EngineConfig, layout: QueueLayout, limits: EpisodeLimits, trace: bool) -> npt.NDArray[np.int64]:
-    """(C_ROWS,) int64: the settings as the kernel reads them."""
-    settings = np.zeros(st.C_ROWS, dtype=np.int64)
+    """(C_ROWS + J,) int64: the settings as the kernel reads them.
+
+    Raises:
+        ConfigError: ``engine.class_rank`` does not have one rank a class.
+    """
+    if len(engine.class_rank) not in (0, layout.num_classes):
+        raise ConfigError(f"engine.class_rank: {len(engine.class_rank)} ranks, must be one for each of {layout.num_classes} classes")
+    settings = np.zeros(st.C_ROWS + layout.num_classes, dtype=np.int64)
+    settings[st.C_ROWS :] = engine.class_rank or np.arange(layout.num_classes)
     settings[st.C_PRESET] = st.PRESET_PAPER if engine.preset == "paper" else st.PRESET_VLLM
     settings[st.C_CAPACITY] = engine.kv_capacity
     settings[st.C_BLOCK_SIZE] = engine.block_size
@@ -108,6 +115,7 @@ class ArrayView:
         shape = (self.layout.num_classes, self.layout.num_segments)
         queues = _read_only(backend.queues)
         self.waiting: IntArray = queues[st.Q_WAITING].reshape(shape)
+        self.late: IntArray = queues[st.Q_LATE].reshape(shape)[:, 0]
         self.residents: IntArray = queues[st.Q_RESIDENTS].reshape(shape)
         self.resident_kv: IntArray = queues[st.Q_RESIDENT_KV].reshape(shape)
         self.boundary_kv: IntArray = queues[st.Q_BOUNDARY_KV].reshape(shape)
@@ -227,6 +235,7 @@ class ArrayBackend(ABC):
         self.times[:] = np.nan
         self.times[st.T_ARRIVAL] = workload.arrival
         self.clocks[st.F_HORIZON] = limits.horizon
+        self.clocks[st.F_LATE_AFTER] = engine.late_after
         kernel.reset(self.settings, self.requests, self.times, self.queues, self.queue_f, self.scalars, self.clocks)
         self._view = ArrayView(self)
         return self._view

@@ -24,7 +24,7 @@ class SimBackend(ArrayBackend):
     ) -> ArrayView:
         view = super().reset(workload, layout, engine, limits, reveal_output_length=reveal_output_length)
         # Collected once an episode: looking up thirteen attributes takes as long as a small iteration.
-        self._arrays: tuple[Any, ...] = (
+        self.arrays: tuple[Any, ...] = (
             self.model,
             self.settings,
             self.ends,
@@ -44,6 +44,6 @@ class SimBackend(ArrayBackend):
     def advance(self, decision: Decision) -> None:
         if self.scalars[I_DONE] != END_NOT:
             self.check_running()
-        kernel.step(decision.array, *self._arrays)
+        kernel.step(decision.array, *self.arrays)
         if self.scalars[I_DONE] == END_STUCK:
             self.check_progress()

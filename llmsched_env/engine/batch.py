@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numba import prange
 
-from llmsched_env.action import decode_action, fill_mask
+from llmsched_env.action import decode, mask
 from llmsched_env.compiled import compiled, inlined, parallel
 from llmsched_env.engine.kernel import reset, step
 from llmsched_env.engine.state import (
@@ -20,10 +20,7 @@ from llmsched_env.engine.state import (
     T_FIRST_TOKEN,
 )
 from llmsched_env.observation import encode
-
-REWARD_LATENCY = 0
-REWARD_THROUGHPUT = 1
-REWARD_SLO_GOODPUT = 2
+from llmsched_env.reward import REWARD_LATENCY, REWARD_THROUGHPUT
 
 
 @inlined
@@ -46,43 +43,54 @@ def reward_of(kind, ttft, tpot, requests, times, scalars, clocks, events):  # ty
 
 @compiled
 def step_one(  # type: ignore[no-untyped-def]
-    action, max_admit, reward_kind, ttft, tpot, decision, model, settings, ends, requests, times, slots, queues, queue_f,
-    scalars, clocks, batch, events, trace, context, observation, mask,
+    action, action_kind, levels, reward_kind, ttft, tpot, decision, model, settings, ends, requests, times, slots, queues, queue_f,
+    scalars, clocks, batch, events, trace, context, observation, legal,
 ):  # fmt: skip
     """Decode, step, observe, mask. Returns the reward."""
-    decode_action(action, max_admit, decision)
+    decode(action_kind, levels, action, settings, context, requests, slots, queues, scalars, decision)
     step(decision, model, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace)
     encode(settings, context, queues, queue_f, scalars, clocks, observation)
-    fill_mask(queues, max_admit, mask)
+    mask(action_kind, levels, queues, legal)
     return reward_of(reward_kind, ttft, tpot, requests, times, scalars, clocks, events)
 
 
 @parallel
 def step_all(  # type: ignore[no-untyped-def]
-    actions, max_admit, reward_kind, ttft, tpot, decisions, models, settings, ends, requests, times, slots, queues, queue_f,
-    scalars, clocks, batches, events, trace, contexts, observations, masks, rewards, terminated, truncated,
+    actions, action_kind, levels, reward_kind, ttft, tpot, decisions, models, settings, ends, requests, times, slots,
+    queues, queue_f, scalars, clocks, batches, events, trace, contexts, observations, masks, rewards, terminated, truncated,
+    returns, lengths,
 ):  # fmt: skip
-    """``step_one`` for every engine whose episode runs; the others keep still with reward 0. Leading axis: engine."""
+    """``step_one`` for every engine whose episode runs; the others keep still with reward 0. Leading axis: engine.
+
+    Returns how many episodes ended.
+    """
+    ended = 0
     for e in prange(actions.shape[0]):
-        rewards[e] = 0.0
-        terminated[e] = False
-        truncated[e] = False
         if scalars[e, I_DONE] != END_NOT:
+            rewards[e] = 0.0
+            terminated[e] = False
+            truncated[e] = False
+            encode(settings[e], contexts[e], queues[e], queue_f[e], scalars[e], clocks[e], observations[e])
+            mask(action_kind, levels, queues[e], masks[e])
             continue
         rewards[e] = step_one(
-            actions[e], max_admit, reward_kind, ttft, tpot, decisions[e], models[e], settings[e], ends[e], requests[e], times[e],
+            actions[e], action_kind, levels, reward_kind, ttft, tpot, decisions[e], models[e], settings[e], ends[e], requests[e], times[e],
             slots[e], queues[e], queue_f[e], scalars[e], clocks[e], batches[e], events[e], trace[e], contexts[e],
             observations[e], masks[e],
         )  # fmt: skip
         terminated[e] = scalars[e, I_DONE] == END_FINISHED
         truncated[e] = scalars[e, I_DONE] > END_FINISHED
+        returns[e] += rewards[e]
+        lengths[e] += 1
+        ended += scalars[e, I_DONE] != END_NOT
+    return ended
 
 
 @compiled
 def reset_one(  # type: ignore[no-untyped-def]
-    max_admit, settings, requests, times, queues, queue_f, scalars, clocks, context, observation, mask
+    action_kind, levels, settings, requests, times, queues, queue_f, scalars, clocks, context, observation, legal
 ):
     """Start the episode whose requests are in the arrays, and observe it."""
     reset(settings, requests, times, queues, queue_f, scalars, clocks)
     encode(settings, context, queues, queue_f, scalars, clocks, observation)
-    fill_mask(queues, max_admit, mask)
+    mask(action_kind, levels, queues, legal)

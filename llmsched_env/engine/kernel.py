@@ -14,6 +14,7 @@ from llmsched_env.engine.moves import (
     compact,
     enter_boundaries,
     evict_boundaries,
+    mark_late,
     push_back,
     release_kv,
     requeue,
@@ -37,6 +38,7 @@ from llmsched_env.engine.state import (
     F_HORIZON,
     F_KV_SECONDS,
     F_LAST_ITERATION,
+    F_LATE_AFTER,
     F_RATE_SECONDS,
     F_START,
     F_STEP_SYSTEM_SECONDS,
@@ -80,6 +82,7 @@ from llmsched_env.engine.state import (
     Q_RESIDENT_KV,
     Q_RESIDENTS,
     Q_TAIL,
+    Q_TIMELY,
     Q_WAITING,
     QF_ARRIVALS,
     QF_HEAD_ARRIVAL,
@@ -298,12 +301,14 @@ def reset(settings, requests, times, queues, queue_f, scalars, clocks):  # type:
     for q in range(queues.shape[1]):
         queues[Q_HEAD, q] = -1
         queues[Q_TAIL, q] = -1
+        queues[Q_TIMELY, q] = -1
     queue_f[:] = 0.0
     scalars[:] = 0
     scalars[I_LOW_KEY] = -1
-    horizon = clocks[F_HORIZON]
+    horizon, late_after = clocks[F_HORIZON], clocks[F_LATE_AFTER]
     clocks[:] = 0.0
     clocks[F_HORIZON] = horizon
+    clocks[F_LATE_AFTER] = late_after
     arrivals(0.0, settings, requests, times, queues, queue_f, scalars, clocks)
     refresh_heads(settings, requests, times, queues, queue_f)
     if scalars[I_NEXT_ARRIVAL] == requests.shape[1] and scalars[I_WAITING] == 0:
@@ -418,6 +423,8 @@ def finish_step(n, seconds, settings, ends, requests, times, slots, queues, queu
     scalars[I_TOTAL_TOKENS] += scalars[I_COMPLETED_TOKENS]
     clocks[F_STEP_SYSTEM_SECONDS] += arrivals(start, settings, requests, times, queues, queue_f, scalars, clocks)
     clocks[F_SYSTEM_SECONDS] += clocks[F_STEP_SYSTEM_SECONDS]
+    if clocks[F_LATE_AFTER] > 0.0:
+        mark_late(settings, requests, times, queues, clocks)
     refresh_heads(settings, requests, times, queues, queue_f)
     if scalars[I_DONE] == 0:
         if scalars[I_NEXT_ARRIVAL] == num_requests and scalars[I_WAITING] + scalars[I_RESIDENTS] == 0:

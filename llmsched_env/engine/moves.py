@@ -1,7 +1,8 @@
 """Moves of requests between outside queues, slots and boundary queues (compiled).
 
 Outside queues are linked lists through ``R_NEXT``: arrivals join at the tail, evicted requests at
-the head, so each list is sorted by queue key (design rule 7). Slots are dense and in admission
+the head, so each list is sorted by queue key (design rule 7). Where the engine serves late requests
+last, a list is its timely requests up to ``Q_TIMELY``, then its late ones. Slots are dense and in admission
 order; a slot that leaves is marked ``SLOT_GONE`` and squeezed out by ``compact``.
 """
 
@@ -11,7 +12,10 @@ from llmsched_env.compiled import compiled, inlined
 from llmsched_env.engine.state import (
     C_BY_CLASS,
     C_PRESET,
+    C_ROWS,
     C_SEGMENTS,
+    F_CLOCK,
+    F_LATE_AFTER,
     I_BOUNDARY,
     I_EVICTIONS,
     I_KV_BLOCKS,
@@ -21,14 +25,17 @@ from llmsched_env.engine.state import (
     I_RESIDENTS,
     I_STEP_EVICTED,
     I_WAITING,
+    LATE_KEY,
     NO_END,
     PRESET_PAPER,
     Q_BOUNDARY_KV,
     Q_HEAD,
+    Q_LATE,
     Q_LEFT,
     Q_RESIDENT_KV,
     Q_RESIDENTS,
     Q_TAIL,
+    Q_TIMELY,
     Q_WAITING,
     R_CLASS,
     R_EVICTIONS,
@@ -58,19 +65,24 @@ from llmsched_env.engine.state import (
     STATUS_RESIDENT,
     STATUS_WAITING,
     T_ADMITTED,
+    T_ARRIVAL,
+    T_FIRST_TOKEN,
 )
 
 
 @inlined
 def push_back(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
-    """An arrival joins the tail of outside queue q."""
-    requests[R_NEXT, r] = -1
-    tail = queues[Q_TAIL, q]
-    if tail < 0:
+    """An arrival joins outside queue q after its last timely request."""
+    before = queues[Q_TIMELY, q]
+    if before < 0:
+        requests[R_NEXT, r] = queues[Q_HEAD, q]
         queues[Q_HEAD, q] = r
     else:
-        requests[R_NEXT, tail] = r
-    queues[Q_TAIL, q] = r
+        requests[R_NEXT, r] = requests[R_NEXT, before]
+        requests[R_NEXT, before] = r
+    queues[Q_TIMELY, q] = r
+    if requests[R_NEXT, r] < 0:
+        queues[Q_TAIL, q] = r
     queues[Q_WAITING, q] += 1
     scalars[I_WAITING] += 1
 
@@ -80,6 +92,8 @@ def push_front(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     """An evicted request becomes the head of outside queue q."""
     requests[R_NEXT, r] = queues[Q_HEAD, q]
     queues[Q_HEAD, q] = r
+    if queues[Q_TIMELY, q] < 0:
+        queues[Q_TIMELY, q] = r
     if queues[Q_TAIL, q] < 0:
         queues[Q_TAIL, q] = r
     queues[Q_WAITING, q] += 1
@@ -92,6 +106,10 @@ def pop_front(q, requests, queues, scalars):  # type: ignore[no-untyped-def]
     queues[Q_HEAD, q] = requests[R_NEXT, r]
     if queues[Q_HEAD, q] < 0:
         queues[Q_TAIL, q] = -1
+    if queues[Q_TIMELY, q] == r:
+        queues[Q_TIMELY, q] = -1
+    elif queues[Q_TIMELY, q] < 0:
+        queues[Q_LATE, q] -= 1
     queues[Q_WAITING, q] -= 1
     scalars[I_WAITING] -= 1
     return r
@@ -99,21 +117,65 @@ def pop_front(q, requests, queues, scalars):  # type: ignore[no-untyped-def]
 
 @inlined
 def next_outside(settings, requests, queues):  # type: ignore[no-untyped-def]
-    """Outside queue whose head is next in the global admission order among those with count left; -1 if none."""
+    """Outside queue whose head is next in the global admission order among those with count left; -1 if none.
+
+    Timely requests before late ones; then, in the order by class, the rank of the class; then the queue key.
+    """
     num_segments = settings[C_SEGMENTS]
+    by_class = settings[C_BY_CLASS] != 0
     best = -1
+    best_rank = 0
     best_key = 0
     for q in range(0, queues.shape[1], num_segments):
         head = queues[Q_HEAD, q]
         if head < 0 or queues[Q_LEFT, q] <= 0:
             continue
         key = requests[R_KEY, head]
-        if best < 0 or key < best_key:
+        rank = settings[C_ROWS + q // num_segments] if by_class else 0
+        if queues[Q_TIMELY, q] < 0:
+            rank += LATE_KEY
+        if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
             best = q
+            best_rank = rank
             best_key = key
-            if settings[C_BY_CLASS] != 0:  # the first class in index order
-                return q
     return best
+
+
+@compiled
+def mark_late(settings, requests, times, queues, clocks):  # type: ignore[no-untyped-def]
+    """Requests that have waited too long for a first token move behind the timely ones of their queue.
+
+    A preempted request that has its first token is never late. The others stand in arrival order, so the
+    search ends at the first that is in time.
+    """
+    limit = clocks[F_LATE_AFTER]
+    clock = clocks[F_CLOCK]
+    for q in range(0, queues.shape[1], settings[C_SEGMENTS]):
+        last = queues[Q_TIMELY, q]
+        previous = -1
+        r = queues[Q_HEAD, q] if last >= 0 else -1
+        while r >= 0:
+            following = requests[R_NEXT, r]
+            if times[T_FIRST_TOKEN, r] == times[T_FIRST_TOKEN, r]:
+                previous = r
+            elif clock - times[T_ARRIVAL, r] > limit:
+                requests[R_KEY, r] += LATE_KEY
+                queues[Q_LATE, q] += 1
+                if following >= 0:
+                    if previous < 0:
+                        queues[Q_HEAD, q] = following
+                    else:
+                        requests[R_NEXT, previous] = following
+                    requests[R_NEXT, queues[Q_TAIL, q]] = r
+                    requests[R_NEXT, r] = -1
+                    queues[Q_TAIL, q] = r
+                if r == last:
+                    queues[Q_TIMELY, q] = previous
+            else:
+                break
+            if r == last:
+                break
+            r = following
 
 
 @inlined

@@ -67,6 +67,7 @@ SLOT_ENTERING = 2  # left the boundary queue in this iteration
 SLOT_GONE = 3  # evicted or completed, compacted at the end of the step
 
 NO_END = 2**31 - 1
+LATE_KEY = 2**30  # added to the queue key of a late request: after every timely one
 
 # --- queues (int32) -----------------------------------------------------------------------------
 Q_WAITING = 0  # requests in queue q: outside (k = 0) or at the boundary (k >= 1)
@@ -78,7 +79,9 @@ Q_HEAD_KEY = 5  # k = 0: queue key of the head
 Q_HEAD = 6  # k = 0: request at the head, -1 if empty
 Q_TAIL = 7
 Q_LEFT = 8  # scratch: admissions or evictions left to grant
-Q_ROWS = 9
+Q_TIMELY = 9  # k = 0: last request that is not late, -1 if none; late ones stand after it
+Q_LATE = 10  # k = 0: late requests
+Q_ROWS = 11
 
 # --- queue_f (float64) --------------------------------------------------------------------------
 QF_HEAD_ARRIVAL = 0  # k = 0: arrival time of the head, NaN if empty
@@ -142,7 +145,8 @@ F_STEP_SYSTEM_SECONDS = 6
 F_LAST_ITERATION = 7  # seconds of the latest real iteration
 F_BUSY_SECONDS = 8
 F_HORIZON = 9  # setting, kept by reset
-F_ROWS = 10
+F_LATE_AFTER = 10  # setting, kept by reset: seconds after which a request without a first token is late; 0 never
+F_ROWS = 11
 
 RATE_WINDOW_SECONDS = 30.0
 
@@ -164,7 +168,7 @@ C_DRAIN = 13
 C_MAX_ITERATIONS = 14
 C_SEGMENTS = 15
 C_TRACE = 16
-C_ROWS = 17
+C_ROWS = 17  # then one entry a class: its rank in the admission order by class
 
 PRESET_PAPER = 0
 PRESET_VLLM = 1
