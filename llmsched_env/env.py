@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -229,11 +230,11 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         observation = ObservationLayout.of(self.layout)
         self.observation_space = cast("gym.Space[Observation]", observation.space())
         self.action_space = cast("gym.Space[npt.NDArray[np.int64]]", self.codec.space())
-        self._levels = self.codec.levels
+        self._levels, self._action_shape = self.codec.levels, (self.codec.width,)
         self._compiled_reward = compiled_reward(self.reward)
         self.render_mode = render_mode
         names, slices = zip(*observation.slices(), strict=True)
-        self._names, self._slices = names, slices
+        self._names, self._parts = names, operator.itemgetter(*slices)
         self._size = observation.size
         self._mask_size = self.codec.mask_size
         self._decision = Decision(self.layout.num_queues)
@@ -323,32 +324,31 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
         values = np.ascontiguousarray(action, dtype=np.int64)
-        if values.shape != (self.codec.width,):
+        if values.shape != self._action_shape:
             raise ConfigError(f"action: shape {np.shape(action)}, must be {self.action_space.shape}")
         b = self.backend
-        if self._compiled_step is None or b.scalars[st.I_DONE] != st.END_NOT:
+        if self._compiled_step is None or b.scalars.item(st.I_DONE) != st.END_NOT:
             chosen = self._decision
             decode(self.codec.kind, self._levels, values, b.settings, self.context, b.requests, b.slots, b.queues, b.scalars, chosen.array)
             return self.step_decision(chosen)
         flat = np.empty(self._size, dtype=np.float32)
         legal = np.empty(self._mask_size, dtype=np.bool_)
-        reward = step_one(values, *self._compiled_step, flat, legal)
-        if b.scalars[st.I_DONE] == st.END_STUCK:
+        reward, end, clock = step_one(values, *self._compiled_step, flat, legal)
+        if end == st.END_STUCK:
             cast(SimBackend, b).check_progress()
-        observation = dict(zip(self._names, map(flat.__getitem__, self._slices), strict=True))
-        return self._result(observation, reward, {"clock": float(b.clocks[st.F_CLOCK]), "action_mask": legal})
+        observation = dict(zip(self._names, self._parts(flat), strict=True))
+        return self._result(observation, reward, end, {"clock": clock, "action_mask": legal})
 
     def step_decision(self, decision: Decision) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """``step`` for expert policies, whose decisions may also evict."""
         self.backend.advance(decision)
         reward = float(self.reward(self._outcome))
         observation, info = self._observe()
-        return self._result(observation, reward, info)
+        return self._result(observation, reward, int(self.backend.scalars[st.I_DONE]), info)
 
     def _result(
-        self, observation: Observation, reward: float, info: dict[str, Any]
+        self, observation: Observation, reward: float, end: int, info: dict[str, Any]
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        end = int(self.backend.scalars[st.I_DONE])
         if end != st.END_NOT:
             info["summary"] = self.summary()
         if self.render_mode == "human":
@@ -374,7 +374,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         flat = np.empty(self._size, dtype=np.float32)
         legal = np.empty(self._mask_size, dtype=np.bool_)
         observe(*self._observed, flat, legal)
-        observation = dict(zip(self._names, map(flat.__getitem__, self._slices), strict=True))
+        observation = dict(zip(self._names, self._parts(flat), strict=True))
         return observation, {"clock": float(self.backend.clocks[st.F_CLOCK]), "action_mask": legal}
 
     def render(self) -> npt.NDArray[np.uint8] | None:

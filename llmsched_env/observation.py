@@ -11,7 +11,9 @@ J classes, K segments, Q = J * K queues, queue q = j * K + k.
 ====================  =====  ======  =================================================================
 name                  shape  scale   holds
 ====================  =====  ======  =================================================================
-kv                    (3,)   share   KV used; KV held in boundary queues; KV free after the watermark
+kv                    (4,)   share   KV used; KV held in boundary queues; KV free after the watermark;
+                                     final KV to expect of all residents / 2: KV now plus the mean
+                                     remaining tokens of each segment
 sequences             (1,)   share   free sequence slots (1 in the ``paper`` preset, which has no cap)
 segment_residents     (Q,)   count   residents inside each segment
 segment_kv            (Q,)   share   their KV
@@ -22,16 +24,14 @@ arrival_rate          (J,)   share   recent arrival rate (30 s window) / twice t
 iteration             (1,)   time    length of the latest iteration
 evictions             (2,)   count   evictions in the last step; evictions in the episode so far
 late                  (J,)   count   late requests outside (``EngineConfig.late_after``)
-expected_output       (J,)   share   static: E[output | class] / longest request the engine serves
-committed             (1,)   share   final KV to expect of all residents / KV capacity / 2: KV now plus
-                                     the mean remaining tokens of each segment
-context               (4,)   share   static: log2(KV capacity in tokens) / 24; rho / 2; M*/C / 2;
-                                     rate / (2 * stability boundary)
+context               (4+J,) share   static: log2(KV capacity in tokens) / 24; rho / 2; M*/C / 2;
+                                     rate / (2 * stability boundary); then for each class
+                                     E[output | class] / longest request the engine serves
 ====================  =====  ======  =================================================================
 
-``context``, ``expected_output`` and the means in ``committed`` come from the scenario's length
-statistics, its rate and the engine: what an operator knows beforehand, never from the requests of
-the episode. No output length enters any element.
+``context`` and the mean remaining tokens come from the scenario's length statistics, its rate and
+the engine: what an operator knows beforehand, never from the requests of the episode. No output
+length enters any element.
 """
 
 from __future__ import annotations
@@ -96,8 +96,16 @@ def encode(settings, context, queues, queue_f, scalars, clocks, out):  # type: i
     out[1] = _share(held / capacity)
     out[2] = _share((capacity - used - float(settings[st.C_WATERMARK])) / capacity)
     cap = float(settings[st.C_MAX_SEQS])
-    out[3] = 1.0 if paper else _share((cap - float(scalars[st.I_RESIDENTS])) / cap)
-    at = 4
+    final = float(scalars[st.I_KV_TOKENS])
+    remaining = context[X_ROWS + num_queues // num_segments :]
+    for q in range(num_queues):
+        inside = queues[st.Q_RESIDENTS, q]
+        if q % num_segments != 0:
+            inside += queues[st.Q_WAITING, q]
+        final += float(inside) * remaining[q]
+    out[3] = _share(final / (2.0 * context[X_CAPACITY_TOKENS]))
+    out[4] = 1.0 if paper else _share((cap - float(scalars[st.I_RESIDENTS])) / cap)
+    at = 5
     for q in range(num_queues):
         out[at + q] = _count(float(queues[st.Q_RESIDENTS, q]))
         out[at + num_queues + q] = _share(queues[st.Q_RESIDENT_KV, q] / capacity)
@@ -118,19 +126,13 @@ def encode(settings, context, queues, queue_f, scalars, clocks, out):  # type: i
     out[at + 1] = _count(float(scalars[st.I_STEP_EVICTED] + scalars[st.I_STEP_PREEMPTED]))
     out[at + 2] = _count(float(scalars[st.I_EVICTIONS]))
     at += 3
-    final = float(scalars[st.I_KV_TOKENS])
     for j in range(num_classes):
         out[at + j] = _count(float(queues[st.Q_LATE, j * num_segments]))
-        out[at + num_classes + j] = _share(context[X_ROWS + j] / float(settings[st.C_MAX_LEN]))
-    for q in range(num_queues):
-        inside = queues[st.Q_RESIDENTS, q]
-        if q % num_segments != 0:
-            inside += queues[st.Q_WAITING, q]
-        final += float(inside) * context[X_ROWS + num_classes + q]
-    at += 2 * num_classes
-    out[at] = _share(final / (2.0 * context[X_CAPACITY_TOKENS]))
+    at += num_classes
     for i in range(4):
-        out[at + 1 + i] = context[i]
+        out[at + i] = context[i]
+    for j in range(num_classes):
+        out[at + 4 + j] = _share(context[X_ROWS + j] / float(settings[st.C_MAX_LEN]))
 
 
 def static_context(
@@ -167,7 +169,7 @@ class ObservationLayout:
         num_queues, num_classes = layout.num_queues, layout.num_classes
         return cls(
             (
-                ("kv", 3),
+                ("kv", 4),
                 ("sequences", 1),
                 ("segment_residents", num_queues),
                 ("segment_kv", num_queues),
@@ -178,9 +180,7 @@ class ObservationLayout:
                 ("iteration", 1),
                 ("evictions", 2),
                 ("late", num_classes),
-                ("expected_output", num_classes),
-                ("committed", 1),
-                ("context", 4),
+                ("context", 4 + num_classes),
             )
         )
 

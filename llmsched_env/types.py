@@ -295,7 +295,7 @@ class EngineConfig:
             evicted requests first) or class first (``class``), requests of one class by queue key.
         class_rank: order of the classes under ``class``, one rank a class, smallest first; classes of
             equal rank by queue key. Empty: by index.
-        late_after: seconds: a request that has waited longer for its first token is admitted after
+        late_after: seconds: a request that has waited longer for its first admission is admitted after
             all others. 0: no request is late.
         capacity_tokens: KV capacity C of the ``paper`` preset.
         boundary_slot: variant A of Nested WAIT: entering from a boundary queue costs one iteration

@@ -10,6 +10,7 @@ from llmsched_env.engine.kernel import reset, step
 from llmsched_env.engine.state import (
     END_FINISHED,
     END_NOT,
+    F_CLOCK,
     F_STEP_SYSTEM_SECONDS,
     I_COMPLETED,
     I_COMPLETED_TOKENS,
@@ -46,12 +47,13 @@ def step_one(  # type: ignore[no-untyped-def]
     action, action_kind, levels, reward_kind, ttft, tpot, decision, model, settings, ends, requests, times, slots, queues, queue_f,
     scalars, clocks, batch, events, trace, context, observation, legal,
 ):  # fmt: skip
-    """Decode, step, observe, mask. Returns the reward."""
+    """Decode, step, observe, mask. Returns (reward, END_* state, clock)."""
     decode(action_kind, levels, action, settings, context, requests, slots, queues, scalars, decision)
     step(decision, model, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace)
     encode(settings, context, queues, queue_f, scalars, clocks, observation)
     mask(action_kind, levels, queues, legal)
-    return reward_of(reward_kind, ttft, tpot, requests, times, scalars, clocks, events)
+    reward = reward_of(reward_kind, ttft, tpot, requests, times, scalars, clocks, events)
+    return reward, scalars[I_DONE], clocks[F_CLOCK]
 
 
 @parallel
@@ -73,16 +75,16 @@ def step_all(  # type: ignore[no-untyped-def]
             encode(settings[e], contexts[e], queues[e], queue_f[e], scalars[e], clocks[e], observations[e])
             mask(action_kind, levels, queues[e], masks[e])
             continue
-        rewards[e] = step_one(
+        rewards[e], end, _ = step_one(
             actions[e], action_kind, levels, reward_kind, ttft, tpot, decisions[e], models[e], settings[e], ends[e], requests[e], times[e],
             slots[e], queues[e], queue_f[e], scalars[e], clocks[e], batches[e], events[e], trace[e], contexts[e],
             observations[e], masks[e],
         )  # fmt: skip
-        terminated[e] = scalars[e, I_DONE] == END_FINISHED
-        truncated[e] = scalars[e, I_DONE] > END_FINISHED
+        terminated[e] = end == END_FINISHED
+        truncated[e] = end > END_FINISHED
         returns[e] += rewards[e]
         lengths[e] += 1
-        ended += scalars[e, I_DONE] != END_NOT
+        ended += end != END_NOT
     return ended
 
 

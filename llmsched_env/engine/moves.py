@@ -66,7 +66,6 @@ from llmsched_env.engine.state import (
     STATUS_WAITING,
     T_ADMITTED,
     T_ARRIVAL,
-    T_FIRST_TOKEN,
 )
 
 
@@ -143,10 +142,10 @@ def next_outside(settings, requests, queues):  # type: ignore[no-untyped-def]
 
 @compiled
 def mark_late(settings, requests, times, queues, clocks):  # type: ignore[no-untyped-def]
-    """Requests that have waited too long for a first token move behind the timely ones of their queue.
+    """Requests that have waited too long for their first admission move behind the timely ones of their queue.
 
-    A preempted request that has its first token is never late. The others stand in arrival order, so the
-    search ends at the first that is in time.
+    Those evicted since (key below 0) are not late. The others stand in arrival order, so the search ends
+    at the first that is in time.
     """
     limit = clocks[F_LATE_AFTER]
     clock = clocks[F_CLOCK]
@@ -156,7 +155,7 @@ def mark_late(settings, requests, times, queues, clocks):  # type: ignore[no-unt
         r = queues[Q_HEAD, q] if last >= 0 else -1
         while r >= 0:
             following = requests[R_NEXT, r]
-            if times[T_FIRST_TOKEN, r] == times[T_FIRST_TOKEN, r]:
+            if requests[R_KEY, r] < 0:
                 previous = r
             elif clock - times[T_ARRIVAL, r] > limit:
                 requests[R_KEY, r] += LATE_KEY

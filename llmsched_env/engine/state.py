@@ -145,7 +145,7 @@ F_STEP_SYSTEM_SECONDS = 6
 F_LAST_ITERATION = 7  # seconds of the latest real iteration
 F_BUSY_SECONDS = 8
 F_HORIZON = 9  # setting, kept by reset
-F_LATE_AFTER = 10  # setting, kept by reset: seconds after which a request without a first token is late; 0 never
+F_LATE_AFTER = 10  # setting, kept by reset: seconds after which a request never admitted is late; 0 never
 F_ROWS = 11
 
 RATE_WINDOW_SECONDS = 30.0
