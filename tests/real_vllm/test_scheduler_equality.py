@@ -65,6 +65,11 @@ class Case:
         num_classes, num_segments = int(g.integers(1, 4)), int(g.integers(1, 4))
         ends = tuple(sorted({int(e) for e in g.integers(1, 40, num_segments - 1)}))
         layout = QueueLayout("type" if num_classes > 1 else "single", (), num_classes, ends)
+        orders = np.random.default_rng((seed, 1))  # a stream of its own
+        if engine.admission_order == "class" and orders.random() < 0.7:
+            engine = engine.replace(class_rank=tuple(orders.integers(0, 3, num_classes)))
+        if orders.random() < 0.5:
+            engine = engine.replace(late_after=float(orders.choice([0.01, 0.1, 1.0])))
         n = int(g.integers(60, 160))
         prompt = g.integers(1, max(2, max_len // 3), n)
         output = np.minimum(g.integers(1, max(2, max_len // 2), n), max_len - prompt)
