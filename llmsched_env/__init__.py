@@ -3,7 +3,8 @@
 ``import llmsched_env`` registers
 
 * ``LLMSched-v0``: output lengths hidden, K segments of decode length;
-* ``LLMSchedKnown-v0``: classes with known output lengths.
+* ``LLMSchedKnown-v0``: classes with known output lengths;
+* ``LLMSchedHardware-v0``: ``LLMSched-v0`` on a real vLLM engine (needs vLLM).
 
 ``gym.make("llmsched_env:LLMSched-v0", scenario="azure-conv", rate=6.0)`` works without the import.
 """
@@ -55,6 +56,7 @@ def _register() -> None:
     gym.register(id="LLMSched-v0", entry_point="llmsched_env.env:LLMSchedEnv", vector_entry_point=vector)
     known = {"reveal_output_length": True}
     gym.register(id="LLMSchedKnown-v0", entry_point="llmsched_env.env:LLMSchedEnv", vector_entry_point=vector, kwargs=known)
+    gym.register(id="LLMSchedHardware-v0", entry_point="llmsched_env.env:LLMSchedEnv", nondeterministic=True, kwargs={"backend": "vllm"})
 
 
 _register()

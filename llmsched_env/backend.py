@@ -208,6 +208,7 @@ _BACKENDS = {
     "sim": "llmsched_env.engine.backend:SimBackend",
     "sim-prefix-cache": "llmsched_env.engine.prefix_backend:PrefixCachingBackend",
     "vllm-scheduler": "hardware.vllm_scheduler:VllmSchedulerBackend",
+    "vllm": "hardware.vllm_engine:VllmEngineBackend",
 }
 
 

@@ -29,14 +29,21 @@ import numba
 import numpy as np
 
 import llmsched_env
+from baselines import Setting, make_policy
 from llmsched_env import EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.engine import state as st
 from llmsched_env.engine.backend import SimBackend
 from llmsched_env.engine.constant import run_constant
+from llmsched_env.perf import load_calibration
+from llmsched_env.runner import run_episode
 from llmsched_env.types import Decision
+from llmsched_env.workload import load_scenario
 
-# Published or measured elsewhere; sources in the table.
+# Simulated over real time, published: BLIS (inference-sim) and Vidur (arXiv 2405.05465).
 BLIS_REAL_TIME, VIDUR_REAL_TIME = 212, 141
+# Requests a second of Vidur's own event loop, sarathi scheduler, Azure conversation lengths at 5 and 7 requests/s:
+# microsoft/vidur @ 7d47513, measured on another machine of two cores (start-up of 8 to 10 s a process not counted).
+VIDUR_REQUESTS = {5.0: 698, 7.0: 1059}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -152,6 +159,83 @@ def kernel_figures(repeats: int) -> list[Figure]:
     return found
 
 
+def trace_figures(repeats: int) -> list[Figure]:
+    """20,000 requests under ``sarathi``, KV and iteration times as in Vidur's runs; generating the requests not counted."""
+    scenario = load_scenario("azure-conv")
+    engine = scenario.engine.replace(time_model=load_calibration("a100-llama2-7b-vidur"))
+    found = []
+    for rate, theirs in VIDUR_REQUESTS.items():
+        policy = make_policy("sarathi", Setting(scenario.statistics, rate, engine))
+        workload = scenario.generate(0, rate=rate, num_requests=20_000)
+        run_episode(policy, scenario.generate(0, rate=rate, num_requests=100))
+
+        def speed(policy: Any = policy, workload: Workload = workload) -> float:
+            start = time.perf_counter()
+            result = run_episode(policy, workload)
+            assert result.summary.completed == len(workload)
+            return len(workload) / (time.perf_counter() - start)
+
+        ours = median(speed, repeats)
+        what = f"20,000 requests under `sarathi` at {rate:g} requests/s: requests/s, metrics included"
+        found.append(Figure(what, f"{ours:,.0f}", f"Vidur's event loop: {theirs:,} (another machine)", ours / theirs, 300))
+    return found
+
+
+def ppo_figure() -> Figure:
+    """Share of the environment in the wall time of stable-baselines3's PPO, 256 environments."""
+    import torch
+    from stable_baselines3 import PPO
+
+    from agents.sb3_vec import SB3VecEnv
+
+    class Timed(SB3VecEnv):
+        seconds = 0.0
+
+        def step_wait(self) -> Any:
+            start = time.perf_counter()
+            result = super().step_wait()
+            self.seconds += time.perf_counter() - start
+            return result
+
+    threads = torch.get_num_threads()
+    inner = gym.make_vec("LLMSched-v0", num_envs=256, num_requests=2000, rate=7.0, engine={"num_blocks": 2816}, backlog=(0, 200))
+    env = Timed(inner.unwrapped)
+    model = PPO("MultiInputPolicy", env, n_steps=64, batch_size=4096, n_epochs=4, device="cpu", seed=0)
+    model.learn(256 * 64)  # compiles, and numba's threads start: they change torch's count
+    torch.set_num_threads(threads)
+    env.seconds, start, steps = 0.0, time.perf_counter(), 256 * 64 * 8
+    model.learn(steps, reset_num_timesteps=False)
+    seconds = time.perf_counter() - start
+    share = env.seconds / seconds
+    what = "PPO (stable-baselines3, 256 environments, 64 steps, 4 epochs): share of wall time inside the environment"
+    return Figure(what, f"{share:.1%}", f"{steps / seconds:,.0f} steps/s end to end", share, 0.2, False)
+
+
+def reset_figure(repeats: int) -> Figure:
+    """What drawing and queueing the requests of an episode costs beside stepping it."""
+    env = gym.make_vec("LLMSched-v0", num_envs=64, num_requests=4096, rate=6.0, threads=1).unwrapped
+    greedy = np.tile(np.array([1] * 4 + [16] * 4), (64, 1))
+    env.reset(seed=0)
+
+    def reset() -> float:
+        start = time.perf_counter()
+        env.reset(seed=0)
+        return time.perf_counter() - start
+
+    seconds = median(reset, repeats)
+    start, steps = time.perf_counter(), 0
+    ended = False
+    while not ended:
+        _, _, terminated, _, _ = env.step(greedy)
+        ended = bool(terminated.all())
+        steps += 1
+        if terminated.any() and not ended:
+            break
+    episode = time.perf_counter() - start
+    what = f"reset of an episode of 4,096 requests over its {steps:,} steps, 64 environments, one thread"
+    return Figure(what, f"{1e3 * seconds / 64:.2f} ms", f"{1e3 * episode / 64:.0f} ms", seconds / episode, 0.05, False)
+
+
 def start_figures() -> list[Figure]:
     """First make and step in a fresh process, with an empty compilation cache and with a full one."""
     program = "import gymnasium as gym; e = gym.make('llmsched_env:LLMSched-v0'); e.reset(seed=0); e.step(e.action_space.sample())"
@@ -196,7 +280,15 @@ def main() -> int:
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: must be >= 1")
-    figures = [scalar_figure(args.repeats), *vector_figures(args.repeats), *kernel_figures(args.repeats), *start_figures()]
+    figures = [
+        scalar_figure(args.repeats),
+        *vector_figures(args.repeats),
+        reset_figure(args.repeats),
+        *kernel_figures(args.repeats),
+        *trace_figures(args.repeats),
+        ppo_figure(),
+        *start_figures(),
+    ]
     text = page(figures)
     if args.json:
         record = {"machine": machine(), "figures": [{**asdict(f), "holds": f.holds} for f in figures]}
