@@ -437,14 +437,19 @@ def finish_step(n, seconds, settings, ends, requests, times, slots, queues, queu
 def step(decision, model, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace):  # type: ignore[no-untyped-def]
     """One engine iteration, or an idle step when the decision schedules nothing."""
     n = begin_step(decision, settings, requests, slots, queues, scalars, clocks, events)
-    n = schedule(n, False, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events)
-    requeue(events[0], 0, scalars[I_STEP_EVICTED], settings, requests, queues, scalars)
-    requeue(events[1], 0, scalars[I_STEP_PREEMPTED], settings, requests, queues, scalars)
-    if needs_drain(settings, requests, scalars, batch):
+    run_all = False
+    preempted = 0
+    while True:  # a second time where a drain iteration replaces the decision; one call, as the compiler merges it in here
+        n = schedule(n, run_all, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events)
+        if not run_all:
+            requeue(events[0], 0, scalars[I_STEP_EVICTED], settings, requests, queues, scalars)
+        requeue(events[1], preempted, scalars[I_STEP_PREEMPTED], settings, requests, queues, scalars)
+        if run_all or not needs_drain(settings, requests, scalars, batch):
+            break
         n = compact(n, slots)
         preempted = scalars[I_STEP_PREEMPTED]
-        n = schedule(n, True, decision, settings, ends, requests, times, slots, queues, scalars, clocks, batch, events)
-        requeue(events[1], preempted, scalars[I_STEP_PREEMPTED], settings, requests, queues, scalars)
+        run_all = True
+    if run_all:
         note_drain(scalars, batch)
     seconds = model_seconds(model, scalars, batch)
     finish_step(n, seconds, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batch, events, trace)
