@@ -8,6 +8,8 @@
 # With the raw data of other simulators and of recorded runs (LLMSCHED_CALIBRATION, LLMSCHED_PEERS, LLMSCHED_TRACES):
 #   make fidelity    measure the simulator against them and write docs/fidelity.md
 #
+#   make benchmark   speed, each figure beside its yardstick: docs/performance.md
+#
 # PIP_FLAGS goes to every pip install; with PyTorch's own index the smaller CPU build of torch is taken:
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
@@ -20,7 +22,7 @@ HOUSE := pyproject.toml constraints.txt
 DEMO_OUT ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-vllm setup-vllm fidelity lint clean distclean
+.PHONY: help demo test test-all benchmark test-vllm setup-vllm fidelity lint clean distclean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -58,6 +60,10 @@ $(VENV)/.fidelity: $(HOUSE) | $(BIN)/python
 
 fidelity: $(VENV)/.fidelity
 	$(BIN)/python scripts/fidelity.py --out docs/fidelity.md
+
+# Processes that wait sleep: PyTorch's threads spinning would slow the other figures' neighbours down.
+benchmark: $(VENV)/.dev
+	OMP_WAIT_POLICY=passive $(BIN)/python scripts/benchmark.py --json results/benchmark.json --out docs/performance.md
 
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin

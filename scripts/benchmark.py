@@ -290,6 +290,9 @@ def main() -> int:
         *start_figures(),
     ]
     text = page(figures)
+    for path in (args.json, args.out):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
     if args.json:
         record = {"machine": machine(), "figures": [{**asdict(f), "holds": f.holds} for f in figures]}
         args.json.write_text(json.dumps(record, indent=1), encoding="utf-8")
