@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from llmsched_env.engine import kernel, moves
 from llmsched_env.engine import state as st
-from llmsched_env.engine.arrays import ArrayBackend, ArrayView
+from llmsched_env.engine.arrays import ArrayBackend, ArrayView, check_served
 from llmsched_env.engine.vllm import batch_sums
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
@@ -52,7 +52,14 @@ class Executed:
 
 
 class ExternalBackend(ArrayBackend):
-    """Everything of a backend but the scheduling of one iteration, which ``iterate`` asks of an engine."""
+    """Everything of a backend but the scheduling of one iteration, which ``iterate`` asks of an engine.
+
+    Attributes:
+        discovers_lengths: the engine may finish a request before the workload's output length, which
+            is then only an upper limit; the log holds the lengths found.
+    """
+
+    discovers_lengths = False
 
     @abstractmethod
     def start(self, engine: EngineConfig) -> None:
@@ -80,6 +87,9 @@ class ExternalBackend(ArrayBackend):
         for name in ("padded_prefill", "decode_needs_free_block"):
             if getattr(engine, name):
                 raise ConfigError(f"engine.{name}: True, must be False on backend {type(self).__name__} (not a rule of vLLM)")
+        if engine.eviction != "recompute":
+            raise ConfigError(f"engine.eviction: {engine.eviction!r}, must be 'recompute' on backend {type(self).__name__} (vLLM's rule)")
+        check_served(workload, engine)  # before an engine is built for it
         self.start(engine)
         view = super().reset(workload, layout, engine, limits, reveal_output_length=reveal_output_length)
         self._submitted = 0
@@ -102,8 +112,9 @@ class ExternalBackend(ArrayBackend):
             n = self._schedule(n, True, decision, [])
             moves.requeue(events[1], preempted, scalars[st.I_STEP_PREEMPTED], settings, requests, queues, scalars)
             kernel.note_drain(scalars, self.batch)
-        modelled = float(kernel.model_seconds(self.model, scalars, self.batch))
-        seconds = modelled if self._seconds is None else self._seconds
+        seconds = self._seconds
+        if seconds is None:
+            seconds = float(kernel.model_seconds(self.model, scalars, self.batch))
         kernel.finish_step(
             n,
             seconds,
@@ -187,6 +198,9 @@ class ExternalBackend(ArrayBackend):
                 slots[st.S_BLOCKS, i] += more
                 queues[st.Q_RESIDENT_KV, slots[st.S_QUEUE, i]] += more
                 scalars[st.I_KV_BLOCKS] += more
+            if self.discovers_lengths and r in done.finished:
+                length = int(slots[st.S_GENERATED, i]) + 1
+                requests[st.R_OUTPUT, r] = slots[st.S_OUTPUT, i] = length
         scalars[st.I_KV_RESERVED] = scalars[st.I_KV_BLOCKS]
         batch_sums(n, slots, self.batch)
         return n

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-# vLLM reads these when it is imported. One process, no network, no usage report, quiet.
-for _name, _value in (
-    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
-    ("VLLM_CPU_KVCACHE_SPACE", "1"),
-    ("VLLM_NO_USAGE_STATS", "1"),
-    ("VLLM_LOGGING_LEVEL", "ERROR"),
-    ("HF_HUB_OFFLINE", "1"),
-):
-    os.environ.setdefault(_name, _value)
+from hardware.real_engine import prepare_environment, write_tiny_llama
+
+prepare_environment()
 
 import torch
 from vllm import EngineArgs, SamplingParams
@@ -30,28 +22,6 @@ from hardware.gated_scheduler import Admission, GatedScheduler
 from llmsched_env.types import EngineConfig
 
 _FAKE_TOKEN = 7
-
-
-def write_tiny_llama(folder: Path, max_model_len: int) -> Path:
-    """A config.json of a Llama far too small to matter: vLLM wants a model to derive its settings from."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "vocab_size": 128,
-        "max_position_embeddings": max_model_len,
-        "torch_dtype": "float32",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return folder
 
 
 class VllmSchedulerBackend(ExternalBackend):
@@ -132,12 +102,11 @@ class VllmSchedulerBackend(ExternalBackend):
             admit=[str(r) for r in gate.admit], hold=frozenset(map(str, gate.hold)), evict=[str(r) for r in gate.evict]
         )
         output = scheduler.schedule()
-        ids = list(output.num_scheduled_tokens)
-        manager = scheduler.kv_cache_manager
-        blocks = {int(r.request_id): len(manager.get_block_ids(r.request_id)[0]) for r in scheduler.running}
-        used = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1 - manager.block_pool.get_num_free_blocks()
-        if used != sum(blocks.values()):
-            raise RuntimeError(f"vLLM's block pool has {used} blocks in use, its requests hold {sum(blocks.values())}")
+        ids = list(admission.tokens)
+        pool = scheduler.kv_cache_manager.block_pool
+        used = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+        if used != sum(admission.blocks.values()):
+            raise RuntimeError(f"vLLM's block pool has {used} blocks in use, its requests hold {sum(admission.blocks.values())}")
         # One token for every request whose tokens are now all computed, none for an unfinished prefill.
         caught_up = [scheduler.requests[i].num_computed_tokens >= scheduler.requests[i].num_tokens for i in ids]
         scheduler.update_from_output(
@@ -152,10 +121,10 @@ class VllmSchedulerBackend(ExternalBackend):
             ),
         )
         return Executed(
-            tokens={int(r): k for r, k in output.num_scheduled_tokens.items()},
+            tokens={int(r): k for r, k in admission.tokens.items()},
             admitted=[int(r) for r in admission.admitted],
             preempted=[int(r) for r in admission.preempted],
-            blocks=blocks,
+            blocks={int(r): k for r, k in admission.blocks.items()},
             finished={int(r) for r in ids if r not in scheduler.requests},
         )
 

@@ -176,7 +176,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | backlog | 0 | requests waiting at time 0, taken from the front of the episode: a number, or (low, high) to draw it |
     | reward | "latency" | name, ``{"name": ..., arguments}`` or callable |
     | horizon, drain, max_iterations | inf, True, 1,000,000 | see Episode End |
-    | backend, backend_config | "sim", {} | what runs the iterations |
+    | backend, backend_config | "sim", {} | "sim", "sim-prefix-cache", "vllm-scheduler" or "vllm" (a real engine), and its arguments |
     | render_mode | None | "rgb_array" or "human" (needs the ``plots`` extra) |
 
     ``reset(options={"rate": ..., "num_requests": ..., "workload": Workload})`` changes one episode.

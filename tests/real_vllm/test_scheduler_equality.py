@@ -250,8 +250,8 @@ def test_settings_vllm_does_not_have_are_refused() -> None:
 
 
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hardware import gated_scheduler
+    from hardware import real_engine
 
-    monkeypatch.setattr(gated_scheduler.metadata, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(real_engine.metadata, "version", lambda name: "0.99.0")
     with pytest.raises(ConfigError, match=r"0\.99\.0 is not supported \(tested: 0\.28\.0\)"):
-        gated_scheduler.check_version()
+        real_engine.check_version()
