@@ -6,17 +6,38 @@ import difflib
 import inspect
 from typing import Any
 
+from baselines.expected_work import ExpectedWork
 from baselines.greedy import Fcfs, Sarathi, Vllm
+from baselines.late_last import LateLast
 from baselines.mc_sf import McSf
+from baselines.modified_wait import ModifiedWait
 from baselines.nested_wait import NestedWait
+from baselines.oracle import OracleSjf
 from baselines.policy import Policy, Setting
 from baselines.reserve import Reserve, ShortestPrompt
 from baselines.vllm_v0 import VllmV0
 from baselines.wait import Wait
+from baselines.wait_cp import WaitCp
 from llmsched_env.errors import ConfigError
 
 _POLICIES: dict[str, type[Policy]] = {
-    cls.name: cls for cls in (Fcfs, Vllm, VllmV0, Sarathi, Wait, NestedWait, ShortestPrompt, Reserve, McSf)
+    cls.name: cls
+    for cls in (
+        Fcfs,
+        Vllm,
+        VllmV0,
+        Sarathi,
+        Wait,
+        NestedWait,
+        ShortestPrompt,
+        Reserve,
+        ExpectedWork,
+        LateLast,
+        McSf,
+        OracleSjf,
+        ModifiedWait,
+        WaitCp,
+    )
 }
 
 

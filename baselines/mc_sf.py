@@ -6,33 +6,99 @@ from typing import ClassVar
 
 import numpy as np
 
-from baselines.policy import Policy, Setting, output_classes
-from llmsched_env.backend import View
+from baselines.policy import RulePolicy, Setting, output_classes
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.fleet import Rule, next_in_order, start_of_queues
+from llmsched_env.engine.state import (
+    C_BLOCK_SIZE,
+    C_PRESET,
+    I_RESIDENTS,
+    I_WAITING,
+    PRESET_PAPER,
+    Q_LEFT,
+    R_GENERATED,
+    R_NEXT,
+    R_OUTPUT,
+    R_PROMPT,
+    S_COMPUTED,
+    S_GENERATED,
+    S_OUTPUT,
+    S_TARGET,
+)
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import Decision
 
 
-def fits_forever(held: np.ndarray, remaining: np.ndarray, capacity: float) -> bool:
+@compiled
+def fits_forever(held, remaining, capacity):  # type: ignore[no-untyped-def]
     """Whether requests that each grow by one token an iteration stay within capacity until all are done.
 
     Args:
         held: (n,) tokens held before the next iteration.
-        remaining: (n,) iterations until completion.
+        remaining: (n,) iterations until completion, ascending.
         capacity: tokens.
 
     Memory only peaks just before a completion (Jaillet et al., arXiv 2502.07115): at remaining time t
     every request with remaining >= t holds held + t.
     """
-    order = np.argsort(remaining, kind="stable")
-    times = remaining[order]
-    active = np.arange(times.shape[0], 0, -1)
-    total = np.cumsum(held[order][::-1])[::-1]
-    # Requests ending together are all still there: take the first of each group.
-    first = np.searchsorted(times, times, side="left")
-    return bool(np.all(total[first] + active[first] * times <= capacity))
+    n = held.shape[0]
+    total = 0
+    for i in range(n - 1, -1, -1):
+        total += held[i]
+        # Requests ending together are all still there: the first of each group counts.
+        if (i == 0 or remaining[i - 1] != remaining[i]) and total + (n - i) * remaining[i] > capacity:
+            return False
+    return True
 
 
-class McSf(Policy):
+@compiled
+def insert(value, weight, n, values, weights):  # type: ignore[no-untyped-def]
+    """Put (value, weight) where it belongs among the first n of two arrays sorted by value."""
+    i = n
+    while i > 0 and values[i - 1] > value:
+        values[i], weights[i] = values[i - 1], weights[i - 1]
+        i -= 1
+    values[i], weights[i] = value, weight
+
+
+@compiled
+def shortest_that_fit(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
+    """Admit in the engine's order until one does not fit. ``parameters``: the capacity in tokens."""
+    decision[0, :] = 1
+    decision[1, :] = 0
+    decision[2, :] = 0
+    if scalars[I_WAITING] == 0:
+        return
+    paper = settings[C_PRESET] == PRESET_PAPER
+    # A block partly filled counts whole: at most block_size - 1 tokens more for each request.
+    rounding = 0 if paper else settings[C_BLOCK_SIZE] - 1
+    # Prefill takes one iteration, whose token is the first output in the vllm preset only.
+    first_stage = 1 if paper else 0
+    n = scalars[I_RESIDENTS]
+    remaining = np.empty(n + scalars[I_WAITING], dtype=np.int64)
+    held = np.empty(n + scalars[I_WAITING], dtype=np.int64)
+    order = np.argsort(slots[S_OUTPUT, :n] - slots[S_GENERATED, :n])
+    for at in range(n):
+        i = order[at]
+        remaining[at] = slots[S_OUTPUT, i] - slots[S_GENERATED, i]
+        held[at] = max(slots[S_COMPUTED, i], slots[S_TARGET, i]) + rounding
+    start_of_queues(settings, queues)
+    q = next_in_order(settings, requests, queues)
+    while q >= 0:
+        r = queues[Q_LEFT, q]
+        generated = requests[R_GENERATED, r]
+        insert(
+            requests[R_OUTPUT, r] - generated + first_stage, requests[R_PROMPT, r] + generated + rounding, n, remaining, held
+        )  # fmt: skip
+        # An empty engine takes the first request whatever it needs.
+        if n > 0 and not fits_forever(held[: n + 1], remaining[: n + 1], parameters[0]):
+            return
+        n += 1
+        decision[1, q] += 1
+        queues[Q_LEFT, q] = requests[R_NEXT, r]
+        q = next_in_order(settings, requests, queues)
+
+
+class McSf(RulePolicy):
     """Memory-constrained shortest first (Jaillet et al., arXiv 2502.07115).
 
     Classes are buckets by true output length, shortest first, first come first served inside a
@@ -51,34 +117,5 @@ class McSf(Policy):
             raise ConfigError(f"policy.margin: {margin}, must be in [0, 1)")
         self.layout = output_classes(setting.statistics, num_classes)
         self.engine = setting.engine_for(admission_order="class")
-        self._capacity = (1.0 - margin) * self.engine.kv_capacity_tokens
-        # A block partly filled counts whole: at most block_size - 1 tokens more for each request.
-        self._rounding = 0 if self.engine.preset == "paper" else self.engine.block_size - 1
-        self._first_stage = 1 if self.engine.preset == "paper" else 0
-        self._decision = Decision.of([1] * self.layout.num_queues, [0] * self.layout.num_queues)
-
-    def decide(self, view: View) -> Decision:
-        admit = self._decision.admit
-        admit[:] = 0
-        if view.num_waiting == 0:
-            return self._decision
-        residents = view.resident_requests()
-        assert residents.output_tokens is not None, "mc-sf needs revealed output lengths"
-        held = (np.maximum(residents.computed, residents.prefill_target) + self._rounding).astype(np.float64)
-        # Prefill takes one iteration, whose token is the first output in the vllm preset only.
-        remaining = (residents.output_tokens - residents.generated).astype(np.float64)
-        for j in range(self.layout.num_classes):
-            q = self.layout.queue(j)
-            waiting = int(view.waiting[j, 0])
-            while admit[q] < waiting:
-                limit = min(waiting, int(admit[q]) + 8)
-                batch = view.waiting_requests(j, limit)
-                assert batch.output_tokens is not None
-                for i in range(int(admit[q]), limit):
-                    new_held = np.append(held, batch.prompt_tokens[i] + batch.generated[i] + self._rounding)
-                    new_remaining = np.append(remaining, batch.output_tokens[i] - batch.generated[i] + self._first_stage)
-                    if not fits_forever(new_held, new_remaining, self._capacity) and held.size + admit.sum() > 0:
-                        return self._decision
-                    held, remaining = new_held, new_remaining
-                    admit[q] += 1
-        return self._decision
+        capacity = (1.0 - margin) * self.engine.kv_capacity_tokens
+        self.rule = Rule(shortest_that_fit, self.layout.num_queues, [capacity])

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmsched_env.backend import View
+from llmsched_env.engine.fleet import Rule
 from llmsched_env.env import engine_with
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import Decision, EngineConfig, IntArray, LengthStatistics, QueueLayout
+from llmsched_env.types import Decision, EngineConfig, LengthStatistics, QueueLayout
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Policy(ABC):
         engine: the engine it runs on (a token budget is part of what ``sarathi`` means).
         notes: what a reader of a table must know, such as overload mode; empty if nothing.
         constant: the one decision of a policy that always decides the same; episodes then run without asking it.
+        rule: the decision as compiled code; episodes on the simulator then run without Python between iterations.
     """
 
     name: ClassVar[str]
@@ -56,6 +58,7 @@ class Policy(ABC):
     engine: EngineConfig
     notes: str = ""
     constant: Decision | None = None
+    rule: Rule | None = None
 
     @abstractmethod
     def decide(self, view: View) -> Decision:
@@ -65,30 +68,22 @@ class Policy(ABC):
         """Forget the previous episode."""
 
 
+class RulePolicy(Policy):
+    """A policy whose decision is a compiled rule, so that whole episodes run without Python (``llmsched_env.engine.fleet``)."""
+
+    rule: Rule
+
+    def reset(self) -> None:
+        self.rule.reset()
+
+    def decide(self, view: View) -> Decision:
+        return self.rule.decide(view)
+
+
 def need_vllm(name: str, engine: EngineConfig) -> None:
     """Refuse the ``paper`` preset, where a token budget has no meaning."""
     if engine.preset != "vllm":
         raise ConfigError(f"policy {name!r}: engine.preset is {engine.preset!r}, must be 'vllm' (use 'fcfs' with the paper preset)")
-
-
-def first_head_fits(view: View, admit: IntArray) -> bool:
-    """Whether the oldest of the outside requests that ``admit`` asks for fits while all residents are held.
-
-    A policy that freezes residents can freeze memory with them: where this is False and nothing
-    else would run, no later decision of the same kind could ever run anything again.
-    """
-    engine, outside = view.engine, admit[:: view.layout.num_segments]
-    classes = np.flatnonzero((outside > 0) & (view.waiting[:, 0] > 0))
-    if classes.size == 0:
-        return False
-    if engine.admission_order == "arrival":
-        classes = classes[np.argmin(view.head_key[classes])][None]
-    tokens = int(view.head_tokens[classes[0]])
-    if engine.preset == "paper":  # a resident outside a boundary queue is charged one token more than it holds
-        return tokens <= view.kv_free - int(view.residents.sum())
-    if not engine.scheduler_reserve_full_isl:
-        tokens = min(tokens, engine.max_num_batched_tokens)
-    return -(-tokens // engine.block_size) <= view.kv_free and view.num_residents < engine.max_num_seqs
 
 
 def output_classes(statistics: LengthStatistics, num_classes: int) -> QueueLayout:

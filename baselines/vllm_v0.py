@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from baselines.policy import Policy, Setting
-from llmsched_env.backend import View
-from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout
+from baselines.policy import RulePolicy, Setting
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.fleet import Rule, kv_free
+from llmsched_env.engine.state import (
+    C_BLOCK_SIZE,
+    C_MAX_SEQS,
+    C_PRESET,
+    C_WATERMARK,
+    I_RESIDENTS,
+    I_WAITING,
+    PRESET_PAPER,
+    Q_HEAD_TOKENS,
+)
+from llmsched_env.types import ADMIT_ALL, QueueLayout
 
 
-class VllmV0(Policy):
+@compiled
+def prefill_first(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
+    """Everything that waits and nothing that runs where the head fits, else the reverse."""
+    fits = False
+    if scalars[I_WAITING] > 0:
+        tokens = queues[Q_HEAD_TOKENS, 0]
+        if settings[C_PRESET] == PRESET_PAPER:  # every resident is charged one token more than it holds
+            fits = tokens <= kv_free(settings, scalars) - scalars[I_RESIDENTS]
+        else:
+            blocks = (tokens + settings[C_BLOCK_SIZE] - 1) // settings[C_BLOCK_SIZE]
+            fits = blocks + settings[C_WATERMARK] <= kv_free(settings, scalars) and scalars[I_RESIDENTS] < settings[C_MAX_SEQS]
+    decision[0, 0] = 0 if fits else 1
+    decision[1, 0] = ADMIT_ALL if fits else 0
+    decision[2, 0] = 0
+
+
+class VllmV0(RulePolicy):
     """If the head of the queue fits, an iteration of prefills alone; otherwise all residents decode.
 
     Design rule 16: the head fits if its blocks and the watermark are free and a sequence slot is.
@@ -35,16 +62,4 @@ class VllmV0(Policy):
                 max_num_seqs=max_num_seqs,
                 watermark=0.01,
             )
-        self._prefill = Decision.of([0], [ADMIT_ALL])
-        self._decode = Decision.of([1], [0])
-
-    def decide(self, view: View) -> Decision:
-        return self._prefill if view.num_waiting and self._head_fits(view) else self._decode
-
-    def _head_fits(self, view: View) -> bool:
-        engine = self.engine
-        tokens = int(view.head_tokens[0])
-        if engine.preset == "paper":  # every resident is charged one token more than it holds
-            return tokens <= view.kv_free - view.num_residents
-        blocks = -(-tokens // engine.block_size)
-        return blocks + engine.watermark_blocks <= view.kv_free and view.num_residents < engine.max_num_seqs
+        self.rule = Rule(prefill_first, self.layout.num_queues)

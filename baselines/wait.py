@@ -3,15 +3,75 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
-from baselines.policy import Policy, Setting, first_head_fits, output_classes
-from llmsched_env.backend import View
-from llmsched_env.fluid import WaitThresholds, check_wait, class_profiles, rotation_quota, wait_thresholds_of
-from llmsched_env.types import Decision
+import numpy as np
+
+from baselines.policy import RulePolicy, Setting, output_classes
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.fleet import Rule, first_head_fits, rotated
+from llmsched_env.engine.state import Q_RESIDENTS, Q_WAITING
+from llmsched_env.errors import ConfigError
+from llmsched_env.fluid import WaitThresholds, check_wait, class_profiles, wait_thresholds_of
+from llmsched_env.fluid.equilibrium import stage_shift
+from llmsched_env.types import FloatArray
+
+Variant = Literal["paper", "any-trigger", "cap-releases", "implemented", "no-wait"]
 
 
-class Wait(Policy):
+@compiled
+def collect(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
+    """Every class whose queue holds its threshold. ``parameters``: the thresholds; ``memory``: iterations launched, by class."""
+    num_classes = queues.shape[1]
+    run, admit = decision[0], decision[1]
+    decision[2, :] = 0
+    launched = False
+    advances = False
+    for j in range(num_classes):
+        need = rotated(parameters[j], memory[j])
+        if queues[Q_RESIDENTS, j] == 0:
+            # Nothing to advance: an iteration of this class is worth launching for new requests only.
+            need = max(need, 1)
+        ready = queues[Q_WAITING, j] >= need
+        run[j] = ready
+        admit[j] = need if ready else 0
+        if ready:
+            memory[j] += 1
+            launched = True
+            advances = advances or queues[Q_RESIDENTS, j] > 0
+    if launched and not advances and not first_head_fits(settings, requests, queues, scalars, admit):
+        run[:] = 1
+
+
+@compiled
+def collect_variant(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
+    """The variants of ``Wait``. ``parameters``: thresholds, caps on residents, then 1 or 0 for any-trigger, cap-releases, no-wait."""
+    num_classes = queues.shape[1]
+    flags = parameters[2 * num_classes :]
+    any_trigger, cap_releases, no_wait = flags[0] != 0.0, flags[1] != 0.0, flags[2] != 0.0
+    run, admit = decision[0], decision[1]
+    decision[2, :] = 0
+    launched = False
+    advances = False
+    for j in range(num_classes):
+        quota = int(parameters[j])
+        room = int(parameters[num_classes + j]) - queues[Q_RESIDENTS, j]
+        need = min(quota, room) if cap_releases else quota
+        ready = no_wait or queues[Q_WAITING, j] >= need
+        run[j] = ready
+        admit[j] = max(min(quota, room), 0)
+        launched = launched or ready
+    for j in range(num_classes):
+        if any_trigger and launched:
+            run[j] = 1
+        if run[j] == 0:
+            admit[j] = 0
+        advances = advances or (run[j] != 0 and queues[Q_RESIDENTS, j] > 0)
+    if launched and not advances and not first_head_fits(settings, requests, queues, scalars, admit):
+        run[:] = 1
+
+
+class Wait(RulePolicy):
     """Algorithm 1 of arXiv 2504.11320 v4, per class j with threshold n_j.
 
     A class joins the iteration when its outside queue holds n_j requests: n_j enter and all its
@@ -30,8 +90,22 @@ class Wait(Policy):
         rounding: ``auto``, ``integer`` or ``rotation``.
         overload: accept a rate outside the stability region (thresholds then fill memory) or given
             thresholds that break a condition; said in ``notes``.
+        variant: ``paper``, or one of the rules that the authors' own experiments ran in its place (below).
+
+    The other variants use whole thresholds max(floor(n_j), 1) and a cap on the residents of a class, n_j times
+    its iterations per request, which no class may exceed:
+
+    ================  ==============================================================================
+    variant           rule
+    ================  ==============================================================================
+    ``any-trigger``   one class that has collected its threshold starts an iteration of all classes
+    ``cap-releases``  a class whose cap is used up advances without waiting
+    ``implemented``   both: the scheduler behind the curves of the paper's first version
+    ``no-wait``       nobody waits: all residents advance, at most n_j enter, the cap alone remains
+    ================  ==============================================================================
 
     Raises:
+        ConfigError: an unknown variant.
         InfeasibleError: the conditions cannot be met, with the nearest feasible value.
     """
 
@@ -46,7 +120,10 @@ class Wait(Policy):
         slack: float = 1.25,
         rounding: str = "auto",
         overload: bool = False,
+        variant: Variant = "paper",
     ) -> None:
+        if variant not in get_args(Variant):
+            raise ConfigError(f"policy.variant: {variant!r}, must be one of {', '.join(get_args(Variant))}")
         self.layout = output_classes(setting.statistics, num_classes)
         self.engine = setting.engine_for()
         self.parameters: WaitThresholds
@@ -73,30 +150,20 @@ class Wait(Policy):
                 overload=overload,
             )
         self.notes = "; ".join(self.parameters.notes)
-        self._decision = Decision(self.layout.num_queues)
-        self._launched = [0] * self.layout.num_classes
-        self.reset()
+        if variant == "paper":
+            self.rule = Rule(collect, self.layout.num_queues, self.parameters.thresholds, memory=self.layout.num_classes)
+        else:
+            flags = [variant in ("any-trigger", "implemented"), variant in ("cap-releases", "implemented"), variant == "no-wait"]
+            self.rule = Rule(collect_variant, self.layout.num_queues, np.concatenate([*self._quotas_and_caps(setting), flags]))
 
-    def reset(self) -> None:
-        self._launched = [0] * self.layout.num_classes
-
-    def decide(self, view: View) -> Decision:
-        run, admit = self._decision.run, self._decision.admit
-        waiting = view.waiting
-        residents = view.residents
-        quotas = rotation_quota(self.parameters.thresholds, self._launched)
-        for j, launched in enumerate(self._launched):
-            need = int(quotas[j])
-            if residents[j, 0] == 0:
-                # Nothing to advance: an iteration of this class is worth launching for new requests only.
-                need = max(need, 1)
-            ready = waiting[j, 0] >= need
-            run[j] = ready
-            admit[j] = need if ready else 0
-            if ready:
-                self._launched[j] = launched + 1
-        if run.any() and not residents[run != 0].any() and not first_head_fits(view, admit):
-            run[:] = 1
-        return self._decision
-
-
+    def _quotas_and_caps(self, setting: Setting) -> tuple[FloatArray, FloatArray]:
+        """(J,) whole thresholds, and (J,) caps on residents: threshold times the mean iterations of a request."""
+        points = class_profiles(setting.statistics, self.layout)
+        stages = points.output - stage_shift(self.engine) + 1
+        mean = np.ones(points.num_classes)
+        for j in range(points.num_classes):
+            own = points.class_id == j
+            if points.weight[own].sum() > 0:
+                mean[j] = np.average(stages[own], weights=points.weight[own])
+        n = self.parameters.thresholds
+        return np.maximum(np.floor(n + 1e-9), 1.0), np.maximum(np.floor(n * mean + 1e-9), 1.0)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from llmsched_env.backend import Backend, Counters, View, make_backend
 from llmsched_env.engine.backend import SimBackend
-from llmsched_env.engine.constant import run_constant
+from llmsched_env.engine.fleet import Rule
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, RequestLog, Workload
 
@@ -40,6 +40,13 @@ class Policy(Protocol):
 
     def decide(self, view: View) -> Decision:
         """The decision for the next iteration, from the view alone."""
+
+
+def rule_of(policy: Policy) -> Rule | None:
+    """The policy as compiled code: its attribute ``constant`` or ``rule``, where it has one."""
+    constant: Decision | None = getattr(policy, "constant", None)
+    rule: Rule | None = getattr(policy, "rule", None)
+    return rule if constant is None else Rule.constant(constant)
 
 
 OnStep = Callable[[IterationReport, View], None]
@@ -87,10 +94,9 @@ def run_episode(
         while not engine.done:
             on_step(engine.step(policy.decide(view)), view)
     else:
-        # The simulator can advance without building a report, which costs as much as the step itself.
-        constant: Decision | None = getattr(policy, "constant", None)
-        if constant is not None and type(engine) is SimBackend and not engine.done:
-            run_constant(engine, constant)
+        rule = rule_of(policy)
+        if rule is not None and type(engine) is SimBackend:
+            rule.play(engine)
         while not engine.done:
             engine.advance(policy.decide(view))
     wall_seconds = time.perf_counter() - start

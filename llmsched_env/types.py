@@ -310,6 +310,8 @@ class EngineConfig:
         watermark: fraction of blocks kept free at admissions while something runs.
         padded_prefill: Vidur's accounting of prefill batches: count x longest prompt <= budget.
         decode_needs_free_block: Vidur's accounting: every decode needs one free block.
+        eviction: what a preempted request keeps in the ``vllm`` preset: its generated tokens, whose KV is
+            rebuilt (``recompute``, vLLM), or nothing (``lose_progress``, as always in the ``paper`` preset).
         oversize: requests above ``max_model_len`` (``paper``: above ``capacity_tokens``) are an
             ``error`` before the episode or are ``reject``-ed on arrival, as a server answers 400.
     """
@@ -331,6 +333,7 @@ class EngineConfig:
     watermark: float = 0.0
     padded_prefill: bool = False
     decode_needs_free_block: bool = False
+    eviction: Literal["recompute", "lose_progress"] = "recompute"
     oversize: Literal["error", "reject"] = "error"
 
     @classmethod
@@ -358,6 +361,8 @@ class EngineConfig:
             raise ConfigError(f"engine.late_after: {self.late_after}, must be finite and >= 0 seconds")
         if self.oversize not in ("error", "reject"):
             raise ConfigError(f"engine.oversize: {self.oversize!r}, must be 'error' or 'reject'")
+        if self.eviction not in ("recompute", "lose_progress"):
+            raise ConfigError(f"engine.eviction: {self.eviction!r}, must be 'recompute' or 'lose_progress'")
         if not isinstance(self.time_model, IterationTimeModel):
             raise ConfigError(f"engine.time_model: {self.time_model!r}, must be an IterationTimeModel")
         for name in ("capacity_tokens", "num_blocks", "block_size", "max_num_batched_tokens", "max_num_seqs", "max_model_len"):

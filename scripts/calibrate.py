@@ -1,9 +1,11 @@
-"""Build a calibration from a raw profile, as the shipped ones were built.
+"""Build a calibration: from a raw profile, as the shipped ones were built, or from the vLLM engine on this machine.
 
     python scripts/calibrate.py import --format vidur SOURCE --model llama-2-7b --name NAME --out FILE
+    python scripts/calibrate.py engine --model MODEL --out FILE.json --budget-seconds 300
 
 SOURCE is the raw profile: a folder or file, as the format's module describes. FILE ends in .npz
-(tables) or .json (coefficients), and serves wherever a calibration's name does.
+(tables) or .json (coefficients), and serves wherever a calibration's name does. ``engine`` writes
+both, and goes on with ``--resume`` where it was interrupted.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from typing import NoReturn, Protocol
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from hardware.real_engine import EngineError
 from llmsched_env.errors import ConfigError, MissingExtraError
 from llmsched_env.perf import IterationTimeModel
 from llmsched_env.perf.store import calibration_bytes
+from scripts import calibration_engine
 from scripts.output import check_file
 
 FORMATS = {
@@ -28,6 +32,8 @@ FORMATS = {
     "llmservingsim": "scripts.calibration_llmservingsim",
     "aiconfigurator": "scripts.calibration_aiconfigurator",
 }
+
+INTERRUPTED = 130
 
 
 class Importer(Protocol):
@@ -57,6 +63,7 @@ def arguments() -> Parser:
     build.add_argument("--model", required=True, metavar="MODEL", help="which model of the profile, such as llama-2-7b")
     build.add_argument("--name", required=True, metavar="NAME", help="name of the calibration")
     build.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .json")
+    calibration_engine.add_engine_command(commands)
     return parser
 
 
@@ -71,21 +78,29 @@ def import_profile(format_name: str, source: Path, model: str, name: str) -> Ite
 def main(words: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(words)
     try:
-        check_file("--out", options.out)
-        if not options.name.strip():
-            raise ConfigError("--name: empty")
-        model = import_profile(options.format, options.source, options.model, options.name)
-        suffix, data = calibration_bytes(model)
-        if options.out.suffix != suffix:
-            raise ConfigError(f"--out: {options.out}, must end in {suffix} for a {type(model).__name__}")
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_bytes(data)
+        return calibration_engine.run(options) if options.command == "engine" else run_import(options)
     except (ConfigError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
+    except (EngineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the points measured so far are kept, go on with --resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_import(options: argparse.Namespace) -> int:
+    """Carry the subcommand ``import`` out; the exit code."""
+    check_file("--out", options.out)
+    if not options.name.strip():
+        raise ConfigError("--name: empty")
+    model = import_profile(options.format, options.source, options.model, options.name)
+    suffix, data = calibration_bytes(model)
+    if options.out.suffix != suffix:
+        raise ConfigError(f"--out: {options.out}, must end in {suffix} for a {type(model).__name__}")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_bytes(data)
     source = model.provenance
     print(f"{options.out}: {len(data):,} bytes, {type(model).__name__}")
     for label, text in (("source", source.source), ("gpu", source.gpu), ("model", source.model), ("engine", source.engine)):

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shlex
-import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,14 +34,18 @@ from scripts.comparison import (
     SummaryFile,
     Task,
     check_same_settings,
+    chunks,
+    extrapolation_reported,
+    finished_rows,
     largest_stable,
     read_rows,
     record,
-    run_task,
+    run_tasks,
     write_rows,
     write_settings,
 )
 from scripts.output import check_folder
+from scripts.parallel import BACKENDS, start_workers, unordered
 from scripts.plots import Figure, plot_against_rate, plot_kv, plot_ttft_cdf
 from scripts.report import print_table, write_html
 from scripts.settings import parse_overrides, with_calibration
@@ -52,6 +54,8 @@ from scripts.tables import Cell, cells, policy_labels
 REPORT_FILE = "report.html"
 FIGURES = ("latency.png", "ttft.png", "kv.png", "ttft_cdf.png")
 INTERRUPTED = 130
+CHUNK_REQUESTS = 100_000
+"""Requests that a worker simulates before it hands back rows: about a second's work."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,7 +75,13 @@ def arguments() -> Parser:
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 .. N-1 (default 5; 1 for a trace, whose requests are given)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where summary.csv, plots and report.html go")
     parser.add_argument("--num-requests", type=int, metavar="N", help="requests of one run (default: the workload's own)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: all cores, of the cluster with --backend ray)")
+    parser.add_argument(
+        "--backend",
+        default="loky",
+        choices=BACKENDS,
+        help="loky: processes of this machine (default); ray: the cluster RAY_ADDRESS names, else one on this machine",
+    )
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="engine.FIELD or policy.NAME.OPTION")
     parser.add_argument(
         "--calibration",
@@ -138,9 +148,8 @@ def kept_rows(options: argparse.Namespace, comparison: Comparison) -> list[Row]:
     return read_rows(path)
 
 
-def run(comparison: Comparison, tasks: Sequence[Task], out: Path, rows: list[Row], *, jobs: int, quiet: bool) -> bool:
+def run(comparison: Comparison, tasks: Sequence[Task], out: Path, rows: list[Row], *, jobs: int, backend: str, quiet: bool) -> bool:
     """Run the tasks, appending to ``rows`` and to summary.csv; False if Ctrl-C ended it early."""
-    joblib = require("joblib", "plots")
     progress = require("rich.progress", "plots")
     console = require("rich.console", "plots").Console(stderr=True)
     bar = progress.Progress(
@@ -152,16 +161,9 @@ def run(comparison: Comparison, tasks: Sequence[Task], out: Path, rows: list[Row
         console=console,
         disable=quiet,
     )
-    calls = (joblib.delayed(run_task)(comparison, task) for task in tasks)
-    workers = joblib.Parallel(n_jobs=min(jobs, max(len(tasks), 1)), return_as="generator_unordered")
-    with SummaryFile(out / SUMMARY_FILE) as file, bar:
+    with SummaryFile(out / SUMMARY_FILE) as file, bar, extrapolation_reported():
         line = bar.add_task("runs", total=len(tasks))
-        # Workers inherit an ignored SIGINT: Ctrl-C is this process's business, which then ends them.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            results = workers(calls)
-        finally:
-            signal.signal(signal.SIGINT, before)
+        results = finished(comparison, tasks, jobs=jobs, backend=backend)
         try:
             for row in results:
                 rows.append(row)
@@ -174,14 +176,30 @@ def run(comparison: Comparison, tasks: Sequence[Task], out: Path, rows: list[Row
     return True
 
 
-def recordings(comparison: Comparison, rate: float, policies: Sequence[str], jobs: int) -> list[Recording]:
-    joblib = require("joblib", "plots")
-    calls = (joblib.delayed(record)(comparison, Task(policy, rate, comparison.seeds[0])) for policy in policies)
-    found: list[Recording] = joblib.Parallel(n_jobs=min(jobs, len(policies)))(calls)
-    return found
+def finished(comparison: Comparison, tasks: Sequence[Task], *, jobs: int, backend: str) -> Generator[Row]:
+    """Rows as their runs end, in this process or in chunks from workers."""
+    # A chunk is a second or so of work, and every job gets several.
+    parts = chunks(tasks, max(min(CHUNK_REQUESTS // comparison.num_requests, len(tasks) // (4 * jobs)), 1))
+    if jobs == 1 and backend == "loky":
+        yield from run_tasks(comparison, [task for part in parts for task in part])
+        return
+    results = unordered(backend, jobs, finished_rows, [(comparison, part) for part in parts])
+    try:
+        for part in results:
+            yield from part
+    finally:
+        results.close()
 
 
-def draw(comparison: Comparison, rows: Sequence[Row], table: Sequence[Cell], out: Path, *, jobs: int, over_time: bool) -> list[Figure]:
+def recordings(comparison: Comparison, rate: float, policies: Sequence[str], jobs: int, backend: str) -> list[Recording]:
+    seed = comparison.seeds[0]
+    found: list[Recording] = list(unordered(backend, jobs, record, [(comparison, Task(policy, rate, seed)) for policy in policies]))
+    return sorted(found, key=lambda one: policies.index(one.task.policy))
+
+
+def draw(
+    comparison: Comparison, rows: Sequence[Row], table: Sequence[Cell], out: Path, *, jobs: int, backend: str, over_time: bool
+) -> list[Figure]:
     """The plots; those over time run one seed again, with ``over_time``."""
     boundary = comparison.boundary
     done = [policy for policy in comparison.policies if any(row.policy == policy for row in rows)]
@@ -196,8 +214,8 @@ def draw(comparison: Comparison, rows: Sequence[Row], table: Sequence[Cell], out
     if over_time:
         highest, stable = max(comparison.rates), largest_stable(comparison.rates, boundary)
         seed = comparison.seeds[0]
-        at_highest = recordings(comparison, highest, done, jobs)
-        at_stable = at_highest if stable == highest else recordings(comparison, stable, done, jobs)
+        at_highest = recordings(comparison, highest, done, jobs, backend)
+        at_stable = at_highest if stable == highest else recordings(comparison, stable, done, jobs, backend)
         plot_kv(kv, at_highest, labels)
         figures.append(Figure(kv, f"KV occupancy at {highest:g} requests/s", f"Seed {seed}, the highest rate."))
         inside = "the highest rate inside the stability region" if stable < boundary else "the lowest; none is inside the stability region"
@@ -218,7 +236,7 @@ def present(comparison: Comparison, rows: list[Row], options: argparse.Namespace
         warnings.append("The trace has recorded arrival times: every seed is the same run and intervals have no width.")
     if not options.quiet:
         print_table(console, table, f"{comparison.scenario.name}: {comparison.num_requests:,} requests a run")
-    figures = draw(comparison, rows, table, options.out, jobs=options.jobs, over_time=complete)
+    figures = draw(comparison, rows, table, options.out, jobs=options.jobs, backend=options.backend, over_time=complete)
     write_html(options.out / REPORT_FILE, comparison, rows, table, figures, command=options.command, warnings=warnings)
     for line in warnings:
         console.print(line, highlight=False)
@@ -240,8 +258,11 @@ def main(words: Sequence[str] | None = None) -> int:
         console = terminal()
         for module in ("joblib", "matplotlib", "jinja2", "scipy"):
             require(module, "plots")
+        if options.backend == "ray":
+            require("ray", "ray")
         comparison = plan(options)
         rows = kept_rows(options, comparison)
+        options.jobs = start_workers(options.backend, options.jobs)
     except (ConfigError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -265,7 +286,7 @@ def carry_out(options: argparse.Namespace, comparison: Comparison, rows: list[Ro
     write_rows(options.out / SUMMARY_FILE, rows)
     finished = {row.task for row in rows}
     tasks = [task for task in comparison.tasks() if task not in finished]
-    complete = run(comparison, tasks, options.out, rows, jobs=options.jobs, quiet=options.quiet)
+    complete = run(comparison, tasks, options.out, rows, jobs=options.jobs, backend=options.backend, quiet=options.quiet)
     if rows:
         present(comparison, rows, options, console, complete=complete, total=len(finished) + len(tasks))
     return 0 if complete else INTERRUPTED

@@ -6,7 +6,8 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,13 +17,17 @@ import numpy as np
 
 from baselines import Policy, Setting, make_policy
 from llmsched_env import __version__
-from llmsched_env.backend import View, make_backend
+from llmsched_env.backend import make_backend
+from llmsched_env.batch_runner import Run, run_batch
+from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.state import F_CLOCK, F_START, I_IDLE, I_KV_RESERVED, I_STEP_EVICTED, I_STEP_PREEMPTED, I_WAITING
 from llmsched_env.env import engine_with
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import ttft
-from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, IterationReport, Workload
+from llmsched_env.perf.base import CalibrationRangeWarning
+from llmsched_env.runner import EpisodeResult, run_episode
+from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, Workload
 from llmsched_env.workload import Scenario
 from scripts.output import replacing
 from scripts.settings import Overrides
@@ -62,6 +67,8 @@ class Row:
     wall_seconds: float
     known_lengths: bool
     notes: str
+    iterations: int
+    out_of_range: int
 
     @property
     def task(self) -> Task:
@@ -170,10 +177,41 @@ def _shortest_request(workload: Workload) -> Workload:
     return Workload.of([0.0], workload.prompt_tokens[i : i + 1], workload.output_tokens[i : i + 1], workload.type_id[i : i + 1])
 
 
-def run_task(comparison: Comparison, task: Task) -> Row:
-    """One run."""
-    policy = comparison.policy(task.policy, task.rate)
-    result = run_episode(policy, comparison.workload(task.rate, task.seed))
+def run_tasks(comparison: Comparison, tasks: Sequence[Task]) -> Iterator[Row]:
+    """The runs in order, each row as its run ends; a policy is built once for all its seeds."""
+    policies: dict[tuple[str, float], Policy] = {}
+
+    def run_of(task: Task) -> Run:
+        key = (task.policy, task.rate)
+        if key not in policies:
+            policies[key] = comparison.policy(*key)
+        return Run(policies[key], comparison.workload(task.rate, task.seed))
+
+    for task, result in zip(tasks, run_batch(map(run_of, tasks)), strict=True):
+        yield _row(comparison, task, policies[task.policy, task.rate], result)
+
+
+def finished_rows(comparison: Comparison, tasks: Sequence[Task]) -> list[Row]:
+    """``run_tasks`` for a worker process, which can only hand back what is complete."""
+    with extrapolation_reported():
+        return list(run_tasks(comparison, tasks))
+
+
+def chunks(tasks: Sequence[Task], size: int) -> list[list[Task]]:
+    """Tasks of one policy and rate, at most ``size`` at a time; the highest rate first, policies side by side."""
+    groups: dict[tuple[float, str], list[Task]] = {}
+    for task in tasks:
+        groups.setdefault((task.rate, task.policy), []).append(task)
+    parts = [(rate, i, group[i : i + size]) for (rate, _), group in groups.items() for i in range(0, len(group), size)]
+    return [part for _, _, part in sorted(parts, key=lambda part: (-part[0], part[1]))]
+
+
+def extrapolation_reported() -> warnings.catch_warnings[None]:
+    """Rows say how many iterations had to be extrapolated and the report what share: no warning on top."""
+    return warnings.catch_warnings(action="ignore", category=CalibrationRangeWarning)
+
+
+def _row(comparison: Comparison, task: Task, policy: Policy, result: EpisodeResult) -> Row:
     summary = result.summary.as_dict()
     notes = [policy.notes] if policy.notes else []
     if result.summary.truncated:
@@ -214,27 +252,27 @@ class Recording:
 
 def record(comparison: Comparison, task: Task) -> Recording:
     """Run a task again and keep its course; the same seed gives the same run."""
-    times: list[float] = []
-    kv: list[int] = []
-    waiting: list[int] = []
-    evicted: list[float] = []
-
-    def on_step(report: IterationReport, view: View) -> None:
-        end = report.start + report.duration
-        times.append(end)
-        kv.append(report.kv_used if not report.idle else view.kv_used)
-        waiting.append(report.waiting)
-        evicted.extend([report.start] * (len(report.evicted) + len(report.preempted)))
-
-    policy = comparison.policy(task.policy, task.rate)
-    result = run_episode(policy, comparison.workload(task.rate, task.seed), on_step=on_step)
-    first = ttft(result.log)
+    policy, backend = comparison.policy(task.policy, task.rate), SimBackend()
+    policy.reset()
+    workload = comparison.workload(task.rate, task.seed)
+    view = backend.reset(workload, policy.layout, policy.engine, EpisodeLimits(), reveal_output_length=policy.known_lengths)
+    scalars, clocks = backend.scalars, backend.clocks
+    steps: list[tuple[float, int, int, int]] = []  # (end, KV, waiting, evictions)
+    starts: list[float] = []
+    with extrapolation_reported():
+        while not backend.done:
+            backend.advance(policy.decide(view))
+            kv = view.kv_used if scalars[I_IDLE] else scalars[I_KV_RESERVED]
+            steps.append((clocks[F_CLOCK], kv, scalars[I_WAITING], scalars[I_STEP_EVICTED] + scalars[I_STEP_PREEMPTED]))
+            starts.append(clocks[F_START])
+        first = ttft(backend.log())
+    course = np.array(steps, dtype=np.float64)
     return Recording(
         task=task,
-        time=np.asarray(times, dtype=np.float64),
-        kv=np.asarray(kv, dtype=np.float64) / policy.engine.kv_capacity,
-        waiting=np.asarray(waiting, dtype=np.float64),
-        eviction_times=np.asarray(evicted, dtype=np.float64),
+        time=course[:, 0],
+        kv=course[:, 1] / policy.engine.kv_capacity,
+        waiting=course[:, 2],
+        eviction_times=np.repeat(starts, course[:, 3].astype(np.int64)),
         ttft=np.sort(first[np.isfinite(first)]),
     )
 

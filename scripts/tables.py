@@ -19,6 +19,7 @@ class Cell:
     Attributes:
         requests, completed: summed over seeds.
         notes: distinct notes of the runs.
+        iterations, out_of_range: engine iterations, and those outside the data behind the time model; summed over seeds.
     """
 
     policy: str
@@ -29,6 +30,8 @@ class Cell:
     known_lengths: bool
     notes: tuple[str, ...]
     intervals: dict[str, Interval]
+    iterations: int = 0
+    out_of_range: int = 0
 
     def __getitem__(self, metric: str) -> Interval:
         return self.intervals[metric]
@@ -70,6 +73,8 @@ def _cell(rows: Sequence[Row]) -> Cell:
         known_lengths=rows[0].known_lengths,
         notes=tuple(sorted({row.notes for row in rows if row.notes})),
         intervals={metric: mean_interval([float(getattr(row, metric)) for row in rows]) for metric in METRICS},
+        iterations=sum(row.iterations for row in rows),
+        out_of_range=sum(row.out_of_range for row in rows),
     )
 
 
@@ -122,12 +127,18 @@ def footnotes(table: Sequence[Cell]) -> list[str]:
 
 
 def short_footnotes(table: Sequence[Cell]) -> list[str]:
-    """In few words: which policy is in overload at which rates, and what is unfinished."""
+    """In few words: which policy is in overload at which rates, what was extrapolated, and what is unfinished."""
     overload: dict[str, list[float]] = {}
     for cell in table:
         if cell.overload:
             overload.setdefault(cell.policy, []).append(cell.rate)
     rates = {policy: ", ".join(f"{r:g}" for r in own) for policy, own in overload.items()}
     lines = [f"overload: {policy} at {own} req/s, outside the region its theory covers" for policy, own in rates.items()]
+    outside: dict[str, list[str]] = {}
+    for cell in table:
+        if cell.out_of_range:
+            outside.setdefault(cell.policy, []).append(f"{cell.rate:g} req/s ({100 * cell.out_of_range / cell.iterations:.2g} %)")
+    reach = "share of iterations outside the range of the time model's data, their times extrapolated"
+    lines += [f"extrapolated: {policy} at {', '.join(own)}, {reach}" for policy, own in outside.items()]
     left = [f"{c.policy} at {c.rate:g} req/s: {c.unfinished:,} of {c.requests:,} requests not completed" for c in table if c.unfinished]
     return lines + left

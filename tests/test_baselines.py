@@ -8,9 +8,9 @@ import pytest
 from baselines import Setting, make_policy, policy_names
 from baselines.mc_sf import fits_forever
 from baselines.policy import bucket_edges, output_classes, prompt_classes
-from baselines.reserve import expected_output
 from llmsched_env.backend import make_backend
 from llmsched_env.errors import ConfigError, InfeasibleError
+from llmsched_env.forecast import expected_output
 from llmsched_env.metrics import lost
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
@@ -174,11 +174,11 @@ def test_fits_forever_is_the_predicted_peak() -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         n = int(rng.integers(1, 8))
-        held = rng.integers(1, 20, n).astype(float)
-        remaining = rng.integers(1, 10, n).astype(float)
+        held = rng.integers(1, 20, n)
+        remaining = np.sort(rng.integers(1, 10, n))
         peak = max(sum(h + t for h, r in zip(held, remaining, strict=True) if r >= t) for t in range(1, 11))
-        assert fits_forever(held, remaining, peak)
-        assert not fits_forever(held, remaining, peak - 1)
+        assert fits_forever(held, remaining, float(peak))
+        assert not fits_forever(held, remaining, float(peak - 1))
 
 
 def test_expected_output_is_the_conditional_mean() -> None:
@@ -198,7 +198,7 @@ def test_buckets() -> None:
     assert prompt_classes(TWO_TYPES, 4) == QueueLayout()
 
 
-@pytest.mark.parametrize("name", ["fcfs", "vllm", "sarathi"])
+@pytest.mark.parametrize("name", ["fcfs", "vllm", "sarathi", "shortest-prompt"])
 def test_constant_policies_run_the_same_without_being_asked(name: str) -> None:
     scenario = load_scenario("azure-conv")
     policy = make_policy(name, Setting(scenario.statistics, 8.0, scenario.engine.replace(num_blocks=2000)))

@@ -13,17 +13,22 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from llmsched_env.errors import ConfigError
+from llmsched_env.backend import View
+from llmsched_env.errors import ConfigError, require
 from llmsched_env.metrics import Interval
+from llmsched_env.runner import run_episode
+from llmsched_env.types import IterationReport
 from llmsched_env.workload import load_scenario
-from scripts import compare, replay
-from scripts.comparison import COLUMNS, Comparison, SummaryFile, Task, read_rows, record, write_rows
+from scripts import compare, parallel, replay
+from scripts.comparison import COLUMNS, Comparison, SummaryFile, Task, chunks, read_rows, record, run_tasks, write_rows
 from scripts.output import replacing
+from scripts.parallel import _in_waves
 from scripts.plots import plot_against_rate
 from scripts.settings import Overrides, parse_overrides, parse_value
 from scripts.tables import Cell, Column, cells, short_footnotes
@@ -32,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SUMMARY_HEADING = (
     "scenario,policy,rate,seed,requests,completed,throughput_tok_s,throughput_req_s,latency_mean,latency_p50,latency_p95,latency_p99,"
     "ttft_mean,ttft_p50,ttft_p95,ttft_p99,tpot_mean,tpot_p50,tpot_p95,tpot_p99,evictions,kv_mean,kv_max,sim_seconds,wall_seconds,"
-    "known_lengths,notes"
+    "known_lengths,notes,iterations,out_of_range"
 )
 REQUESTS_HEADING = "request_id,arrived_at,prompt_tokens,output_tokens,admitted_at,ttft,e2e,evictions,completed"
 ITERATIONS_HEADING = "start,duration,batch_size,prefill_tokens,total_tokens,kv_used,queue_length"
@@ -212,6 +217,7 @@ def test_a_row_is_on_disk_as_soon_as_it_is_appended(tmp_path: Path, run_compare:
         (("--seeds", "0"), ["--seeds", ">= 1"]),
         (("--num-requests", "-5"), ["--num-requests", ">= 1"]),
         (("--jobs", "0"), ["--jobs"]),
+        (("--backend", "rai"), ["--backend", "rai", "ray"]),
         (("--set", "engine.num_block=3"), ["engine.num_block", "'num_blocks'"]),
         (("--set", "engine.num_blocks=3.5"), ["engine.num_blocks", "3.5", "integer"]),
         (("--set", "engine.num_blocks=10"), ["max_model_len"]),
@@ -296,6 +302,96 @@ def test_ctrl_c_keeps_the_finished_rows(tmp_path: Path, jobs: int) -> None:
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_work_is_handed_out_whole_in_chunks_of_one_policy_and_rate() -> None:
+    comparison = Comparison(load_scenario("azure-conv"), ("vllm", "wait"), (4.0, 6.0), tuple(range(7)), 10)
+    tasks = comparison.tasks()
+    for size in (1, 3, 100):
+        parts = chunks(tasks, size)
+        assert sorted(task for part in parts for task in part) == sorted(tasks)
+        assert all(1 <= len(part) <= size and len({(t.policy, t.rate) for t in part}) == 1 for part in parts)
+        assert [part[0].rate for part in parts] == sorted((part[0].rate for part in parts), reverse=True)
+    # an interrupted comparison has the same seeds of every policy
+    assert [(part[0].policy, part[0].seed) for part in chunks(tasks, 4)[:4]] == [("vllm", 0), ("wait", 0), ("vllm", 4), ("wait", 4)]
+    assert chunks([], 3) == []
+
+
+def test_a_policy_is_built_once_for_all_its_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[tuple[str, float]] = []
+    make = Comparison.policy
+
+    def counted(self: Comparison, name: str, rate: float) -> Any:
+        built.append((name, rate))
+        return make(self, name, rate)
+
+    monkeypatch.setattr(Comparison, "policy", counted)
+    comparison = Comparison(load_scenario("azure-conv"), ("vllm", "wait"), (4.0, 6.0), (0, 1, 2), 10)
+    rows = list(run_tasks(comparison, comparison.tasks()))
+    assert [row.task for row in rows] == comparison.tasks()
+    assert sorted(built) == [("vllm", 4.0), ("vllm", 6.0), ("wait", 4.0), ("wait", 6.0)]
+
+
+def test_extrapolated_iterations_are_named_with_their_share(tmp_path: Path, run_compare: Program) -> None:
+    # 128 requests decode at once in the data behind the default iteration time; at this rate far more do.
+    words = ("--scenario", "lmsys", "--rates", 1, 60, "--seeds", 1, "--num-requests", 400, "--jobs", 1, "--policies", "vllm", "reserve")
+    code, text, err = run_compare(*words, "--out", tmp_path)
+    assert code == 0
+    assert "CalibrationRangeWarning" not in err  # the report says it instead
+    rows = {(row.policy, row.rate): row for row in read_rows(tmp_path / "summary.csv")}
+    share = 100 * rows["vllm", 60.0].out_of_range / rows["vllm", 60.0].iterations
+    assert 1 < share < 100 and rows["vllm", 1.0].out_of_range == 0
+    line = f"extrapolated: vllm at 60 req/s ({share:.2g} %), share of iterations outside the range"
+    assert line in " ".join(text.split())
+    assert line in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_same_rows_come_from_a_local_ray_cluster(tmp_path: Path, run_compare: Program) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    words = ("--scenario", "azure-conv", "--seeds", 2, "--num-requests", 40, "--rates", 4, 6, "--policies", "vllm", "wait", "--quiet")
+    assert run_compare(*words, "--jobs", 1, "--out", tmp_path / "here")[0] == 0
+    # a program of its own: Ray keeps processes and changes joblib's pool for good
+    done = subprocess_run("compare", *words, "--jobs", 2, "--backend", "ray", "--out", tmp_path / "ray")
+    assert done.returncode == 0, done.stderr
+    one, two = (read_rows(tmp_path / name / "summary.csv") for name in ("here", "ray"))
+    assert [dataclasses.replace(r, wall_seconds=0) for r in one] == [dataclasses.replace(r, wall_seconds=0) for r in two]
+    assert (tmp_path / "ray" / "kv.png").exists()
+
+
+def test_a_cluster_that_cannot_be_reached_is_refused_before_anything_is_written(
+    tmp_path: Path, run_compare: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise ConnectionError("nobody there")
+
+    modules = {"ray": SimpleNamespace(init=init), "ray.util.joblib": SimpleNamespace(register_ray=lambda: None)}
+    monkeypatch.setattr(parallel, "require", lambda name, extra: modules[name])
+    monkeypatch.setattr(compare, "require", lambda name, extra: modules.get(name) or require(name, extra))
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    code, _, err = run_compare(*SMALL, "--rates", 5, "--policies", "vllm", "--backend", "ray", "--out", tmp_path / "out")
+    assert code == 2 and err.startswith("error: --backend ray") and "192.0.2.1:6379" in err and "nobody there" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_waves_deliver_everything_in_between() -> None:
+    class Parallel(list[list[int]]):
+        def __enter__(self) -> Parallel:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.append([])
+
+        def __call__(self, wave: list[int]) -> list[int]:
+            self.append(wave)
+            return [10 * x for x in wave]
+
+    seen = Parallel()
+    results = _in_waves(seen, iter(range(5)), 2)
+    assert next(results) == 0
+    assert seen == [[0, 1]]
+    assert list(results) == [10, 20, 30, 40]
+    assert seen == [[0, 1], [2, 3], [4], []]
+
+
 def test_a_recording_is_the_run_itself() -> None:
     # A full memory: evictions, and the peak at capacity.
     scenario = load_scenario("azure-conv")
@@ -306,6 +402,20 @@ def test_a_recording_is_the_run_itself() -> None:
     assert 0.9 < one.kv.max() <= 1.0
     assert one.eviction_times.size > 0
     assert one.ttft.size == 400 and np.all(np.diff(one.ttft) >= 0)
+    # step by step what the reports of the run say
+    times: list[float] = []
+    kv: list[float] = []
+    evicted: list[float] = []
+
+    def note(report: IterationReport, view: View) -> None:
+        times.append(report.start + report.duration)
+        kv.append((view.kv_used if report.idle else report.kv_used) / 2000)
+        evicted.extend([report.start] * (len(report.evicted) + len(report.preempted)))
+
+    run_episode(comparison.policy("vllm", 7.0), comparison.workload(7.0, 0), on_step=note)
+    np.testing.assert_allclose(one.time, times, rtol=1e-12)
+    assert one.kv.tolist() == kv
+    assert one.eviction_times.tolist() == evicted
 
 
 # --- tables and plots -----------------------------------------------------------------------------

@@ -81,6 +81,7 @@ def engine_settings(engine: EngineConfig, layout: QueueLayout, limits: EpisodeLi
     settings[st.C_MAX_ITERATIONS] = limits.max_iterations
     settings[st.C_SEGMENTS] = layout.num_segments
     settings[st.C_TRACE] = trace
+    settings[st.C_LOSE_PROGRESS] = engine.preset == "paper" or engine.eviction == "lose_progress"
     return settings
 
 
@@ -124,6 +125,12 @@ class ArrayView:
         self.head_arrival: FloatArray = _read_only(backend.queue_f)[st.QF_HEAD_ARRIVAL].reshape(shape)[:, 0]
         self._slots = _read_only(backend.slots)
         self._is_paper = self.engine.preset == "paper"
+
+    @property
+    def arrays(self) -> tuple[npt.NDArray[np.int64], IntArray, IntArray, IntArray, FloatArray, npt.NDArray[np.int64], FloatArray]:
+        """What compiled rules read (``llmsched_env.engine.fleet``); not to be written to."""
+        b = self._backend
+        return b.settings, b.requests, b.slots, b.queues, b.queue_f, b.scalars, b.clocks
 
     @property
     def clock(self) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from llmsched_env.compiled import compiled, inlined
 from llmsched_env.engine.state import (
     C_BY_CLASS,
+    C_LOSE_PROGRESS,
     C_PRESET,
     C_ROWS,
     C_SEGMENTS,
@@ -233,7 +234,7 @@ def evict(i, settings, requests, slots, queues, scalars):  # type: ignore[no-unt
     """
     r = slots[S_ID, i]
     requests[R_STATUS, r] = STATUS_WAITING
-    requests[R_GENERATED, r] = 0 if settings[C_PRESET] == PRESET_PAPER else slots[S_GENERATED, i]
+    requests[R_GENERATED, r] = 0 if settings[C_LOSE_PROGRESS] != 0 else slots[S_GENERATED, i]
     requests[R_KEY, r] = scalars[I_LOW_KEY]
     requests[R_EVICTIONS, r] += 1
     scalars[I_LOW_KEY] -= 1

@@ -168,7 +168,8 @@ C_DRAIN = 13
 C_MAX_ITERATIONS = 14
 C_SEGMENTS = 15
 C_TRACE = 16
-C_ROWS = 17  # then one entry a class: its rank in the admission order by class
+C_LOSE_PROGRESS = 17  # an evicted request starts over with nothing generated
+C_ROWS = 18  # then one entry a class: its rank in the admission order by class
 
 PRESET_PAPER = 0
 PRESET_VLLM = 1

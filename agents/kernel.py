@@ -1,0 +1,301 @@
+"""Action sets and observation of agents, and their step, compiled.
+
+All in one file: numba notices that a cached function must be compiled again when its own file
+changes, not when that of a function it calls does. What ``peak`` means is told in ``agents.peak``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import prange
+
+from llmsched_env.action import decode_action, decode_reserve, fill_mask
+from llmsched_env.compiled import compiled, parallel
+from llmsched_env.engine import state as st
+from llmsched_env.engine.batch import reward_of
+from llmsched_env.engine.kernel import step
+from llmsched_env.observation import encode
+from llmsched_env.types import ADMIT_ALL
+
+GRID = (0, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Iterations ahead at which the KV is predicted."""
+
+STATICS = 7
+FEATURES = len(GRID) + 3 + STATICS
+HIDDEN = 5
+
+STEPS = np.array(GRID, dtype=np.float64)
+_LOG_SCALE = 1.0 / math.log(1.0 + 1e6)
+_HORIZONS = (10.0, 30.0, 100.0)
+
+KINDS = {"admit": 0, "admit-only": 1, "reserve": 2, "peak": 3}
+_ADMIT, _ADMIT_ONLY, _RESERVE, _PEAK = range(4)
+
+
+@compiled
+def predict(half_block, steps, survival, size, settings, slots, scalars, out):  # type: ignore[no-untyped-def]
+    """Write the expected KV (tokens) of the residents at each of ``steps`` into ``out`` (T,)."""
+    num_segments = settings[st.C_SEGMENTS]
+    out[:] = 0.0
+    for i in range(scalars[st.I_RESIDENTS]):
+        generated = slots[st.S_GENERATED, i]
+        held = slots[st.S_PROMPT, i] + generated + half_block
+        left = survival[slots[st.S_QUEUE, i] // num_segments, min(generated, size - 1)]
+        for t in range(out.shape[0]):
+            out[t] += left[t] * (held + steps[t])
+
+
+@compiled
+def decode_peak(level, half_block, steps, survival, size, settings, requests, slots, queues, scalars, scratch, decision):  # type: ignore[no-untyped-def]
+    """Write the decision of this level; ``scratch`` is (2, T) float64, the queues' scratch row holds the next request to look at."""
+    num_queues, num_segments = queues.shape[1], settings[st.C_SEGMENTS]
+    for q in range(num_queues):
+        decision[0, q] = 1
+        decision[1, q] = 0 if q % num_segments == 0 and level < math.inf else ADMIT_ALL
+        queues[st.Q_LEFT, q] = queues[st.Q_HEAD, q]
+    if level == math.inf or scalars[st.I_WAITING] == 0:
+        return
+    unit = 1.0 if settings[st.C_PRESET] == st.PRESET_PAPER else float(settings[st.C_BLOCK_SIZE])
+    limit = level * settings[st.C_CAPACITY] * unit
+    total, own = scratch[0], scratch[1]
+    predict(half_block, steps, survival, size, settings, slots, scalars, total)
+    by_class = settings[st.C_BY_CLASS] != 0
+    empty = scalars[st.I_RESIDENTS] == 0
+    while True:
+        best, best_rank, best_key = -1, 0, 0
+        for q in range(0, num_queues, num_segments):
+            r = queues[st.Q_LEFT, q]
+            if r < 0:
+                continue
+            key = requests[st.R_KEY, r]
+            rank = settings[st.C_ROWS + q // num_segments] if by_class else 0
+            if key >= st.LATE_KEY // 2:
+                rank += st.LATE_KEY
+            if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
+                best, best_rank, best_key = q, rank, key
+        if best < 0:
+            return
+        r = queues[st.Q_LEFT, best]
+        generated = requests[st.R_GENERATED, r]
+        held = requests[st.R_PROMPT, r] + generated + half_block
+        left = survival[best // num_segments, min(generated, size - 1)]
+        fits = True
+        for t in range(total.shape[0]):
+            own[t] = total[t] + left[t] * (held + steps[t])
+            if own[t] > limit:
+                fits = False
+        if not fits and not empty:
+            return
+        total[:] = own
+        empty = False
+        decision[1, best] += 1
+        queues[st.Q_LEFT, best] = requests[st.R_NEXT, r]
+
+
+@compiled
+def _log(x):  # type: ignore[no-untyped-def]
+    return min(math.log(1.0 + max(x, 0.0)) * _LOG_SCALE, 1.0)
+
+
+@compiled
+def features(  # type: ignore[no-untyped-def]
+    half_block, steps, survival, remaining, size, statics, settings, requests, slots, queues, queue_f, scalars, clocks, scratch, out
+):
+    """Write the features of ``agents.peak`` into ``out`` (FEATURES,) float32."""
+    num_queues, num_segments = queues.shape[1], settings[st.C_SEGMENTS]
+    unit = 1.0 if settings[st.C_PRESET] == st.PRESET_PAPER else float(settings[st.C_BLOCK_SIZE])
+    capacity = settings[st.C_CAPACITY] * unit
+    ahead = scratch[0]
+    predict(half_block, steps, survival, size, settings, slots, scalars, ahead)
+    at = ahead.shape[0]
+    for t in range(at):
+        out[t] = min(ahead[t] / capacity / 2.0, 1.0)
+    work = 0.0
+    oldest = 0.0
+    for q in range(0, num_queues, num_segments):
+        waiting = queues[st.Q_WAITING, q]
+        if waiting == 0:
+            continue
+        # The head stands for the prompts of its queue: classes are buckets by prompt length.
+        first = remaining[q // num_segments, 0]
+        work += waiting * (first[0] * queues[st.Q_HEAD_TOKENS, q] + first[1])
+        oldest = max(oldest, clocks[st.F_CLOCK] - queue_f[st.QF_HEAD_ARRIVAL, q])
+    left = 0.0
+    for i in range(scalars[st.I_RESIDENTS]):
+        generated = slots[st.S_GENERATED, i]
+        rest = remaining[slots[st.S_QUEUE, i] // num_segments, min(generated, size - 1)]
+        left += rest[0] * slots[st.S_PROMPT, i] + rest[1]
+    out[at] = _log(work / capacity)
+    out[at + 1] = _log(left / capacity)
+    out[at + 2] = _log(oldest / 0.01)
+    for i in range(statics.shape[0]):
+        out[at + 3 + i] = statics[i]
+
+
+@compiled
+def hidden(boundary_rate, settings, requests, times, slots, queues, scalars, clocks, out):  # type: ignore[no-untyped-def]
+    """Write what a critic may know in training into ``out`` (HIDDEN,) float32."""
+    unit = 1.0 if settings[st.C_PRESET] == st.PRESET_PAPER else float(settings[st.C_BLOCK_SIZE])
+    capacity = settings[st.C_CAPACITY] * unit
+    resident = 0.0
+    for i in range(scalars[st.I_RESIDENTS]):
+        resident += _work(slots[st.S_PROMPT, i], slots[st.S_GENERATED, i], slots[st.S_OUTPUT, i])
+    outside = 0.0
+    for q in range(0, queues.shape[1], settings[st.C_SEGMENTS]):
+        r = queues[st.Q_HEAD, q]
+        while r >= 0:
+            outside += _work(requests[st.R_PROMPT, r], requests[st.R_GENERATED, r], requests[st.R_OUTPUT, r])
+            r = requests[st.R_NEXT, r]
+    out[0] = _log(resident / capacity)
+    out[1] = _log(outside / capacity)
+    clock = clocks[st.F_CLOCK]
+    first = scalars[st.I_NEXT_ARRIVAL]
+    i = first
+    for h in range(3):
+        while i < requests.shape[1] and times[st.T_ARRIVAL, i] <= clock + _HORIZONS[h]:
+            i += 1
+        out[2 + h] = min((i - first) / (3.0 * boundary_rate * _HORIZONS[h]), 1.0)
+
+
+@compiled
+def _work(prompt, generated, output):  # type: ignore[no-untyped-def]
+    return (output - generated) * prompt + (output * (output + 1.0) - generated * (generated + 1.0)) / 2.0
+
+
+@compiled
+def decode_agent(  # type: ignore[no-untyped-def]
+    kind, action, levels, max_admit, half_block, steps, survival, size, settings, context, requests, slots, queues, scalars, scratch,
+    decision,
+):  # fmt: skip
+    """Write the decision of an action (W,) int64 of any action set."""
+    if kind == _ADMIT:
+        decode_action(action, max_admit, decision)
+    elif kind == _ADMIT_ONLY:
+        for q in range(decision.shape[1]):
+            decision[0, q] = 1
+            outside = q % settings[st.C_SEGMENTS] == 0
+            decision[1, q] = action[0] if outside and action[0] < max_admit else ADMIT_ALL
+    elif kind == _RESERVE:
+        decode_reserve(levels[action[0]], settings, context, requests, slots, queues, scalars, decision)
+    else:
+        decode_peak(
+            levels[action[0]], half_block, steps, survival, size, settings, requests, slots, queues, scalars, scratch, decision
+        )
+
+
+@compiled
+def observe_agent(  # type: ignore[no-untyped-def]
+    kind, max_admit, width, extended, half_block, boundary_rate, steps, survival, remaining, size, statics, settings, context, requests,
+    times, slots, queues, queue_f, scalars, clocks, scratch, out, legal,
+):  # fmt: skip
+    """Write the observation (the environment's ``width`` numbers, features, hidden) and the mask."""
+    encode(settings, context, queues, queue_f, scalars, clocks, out[:width])
+    if extended:
+        at = width + FEATURES
+        features(
+            half_block, steps, survival, remaining, size, statics, settings, requests, slots, queues, queue_f, scalars, clocks, scratch,
+            out[width:at],
+        )  # fmt: skip
+        if out.shape[0] > at:
+            hidden(boundary_rate, settings, requests, times, slots, queues, scalars, clocks, out[at:])
+    if kind == _ADMIT:
+        fill_mask(queues, max_admit, legal)
+    elif kind == _ADMIT_ONLY:
+        longest = 0
+        for q in range(0, queues.shape[1], settings[st.C_SEGMENTS]):
+            longest = max(longest, queues[st.Q_WAITING, q])
+        for n in range(max_admit):
+            legal[n] = n <= longest
+        legal[max_admit] = longest > 0
+    else:
+        legal[:] = True
+
+
+@parallel
+def advance_all(  # type: ignore[no-untyped-def]
+    actions, kind, levels, max_admit, hold, discount, reward_kind, ttft, tpot, width, extended, row, half_block, boundary_rate, steps,
+    survival, remaining, sizes, statics, decisions, models, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks,
+    batches, events, trace, contexts, scratch, observations, masks, rewards, durations, terminated, truncated, returns, lengths,
+):  # fmt: skip
+    """``hold`` iterations of every engine under its action, fewer where the episode ends. Leading axis: engine.
+
+    Rewards are discounted to the start of the step: exp(-t / discount[e]) for an iteration that starts t seconds after it.
+    """
+    for e in prange(actions.shape[0]):
+        i = row[e]
+        total = 0.0
+        elapsed = 0.0
+        for _ in range(hold):
+            decode_agent(
+                kind, actions[e], levels, max_admit, half_block[e], steps, survival[i], sizes[i], settings[e], contexts[e], requests[e],
+                slots[e], queues[e], scalars[e], scratch[e], decisions[e],
+            )  # fmt: skip
+            step(
+                decisions[e], models[e], settings[e], ends[e], requests[e], times[e], slots[e], queues[e], queue_f[e], scalars[e],
+                clocks[e], batches[e], events[e], trace[e],
+            )  # fmt: skip
+            reward = reward_of(reward_kind, ttft, tpot, requests[e], times[e], scalars[e], clocks[e], events[e])
+            total += reward if elapsed == 0.0 else reward * np.exp(-elapsed / discount[e])
+            elapsed += clocks[e, st.F_DURATION]
+            returns[e] += reward
+            lengths[e] += 1
+            if scalars[e, st.I_DONE] != st.END_NOT:
+                break
+        rewards[e] = total
+        durations[e] = elapsed
+        terminated[e] = scalars[e, st.I_DONE] == st.END_FINISHED
+        truncated[e] = scalars[e, st.I_DONE] > st.END_FINISHED
+        observe_agent(
+            kind, max_admit, width, extended, half_block[e], boundary_rate[e], steps, survival[i], remaining[i], sizes[i], statics[e],
+            settings[e], contexts[e], requests[e], times[e], slots[e], queues[e], queue_f[e], scalars[e], clocks[e], scratch[e],
+            observations[e], masks[e],
+        )  # fmt: skip
+
+
+@parallel
+def branch_all(  # type: ignore[no-untyped-def]
+    tried, follow, kind, levels, max_admit, deviate, horizon, reward_kind, ttft, tpot, row, half_block, steps, survival, sizes,
+    decisions, models, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batches, events, trace, contexts,
+    scratch, costs,
+):  # fmt: skip
+    """What each action would cost from here, all of them under the same future; the engines are left as they were.
+
+    Action ``tried[e, a]`` for ``deviate[e]`` seconds, then ``follow[e]``. After ``horizon[e]`` seconds nothing
+    arrives any more and the engine works off what it has: a policy that leaves work behind pays for it.
+    ``costs`` (N, A) float64 is minus the reward. Leading axis of the others: engine.
+    """
+    for e in prange(tried.shape[0]):
+        i = row[e]
+        kept = (
+            requests[e].copy(), times[e].copy(), slots[e].copy(), queues[e].copy(), queue_f[e].copy(), scalars[e].copy(), clocks[e].copy(),
+        )  # fmt: skip
+        for a in range(tried.shape[1]):
+            start = clocks[e, st.F_CLOCK]
+            total = 0.0
+            elapsed = 0.0
+            while scalars[e, st.I_DONE] == st.END_NOT:
+                if elapsed >= horizon[e]:
+                    scalars[e, st.I_NEXT_ARRIVAL] = requests.shape[2]
+                    if scalars[e, st.I_WAITING] + scalars[e, st.I_RESIDENTS] == 0:
+                        break
+                action = tried[e, a : a + 1] if elapsed < deviate[e] else follow[e : e + 1]
+                decode_agent(
+                    kind, action, levels, max_admit, half_block[e], steps, survival[i], sizes[i], settings[e], contexts[e], requests[e],
+                    slots[e], queues[e], scalars[e], scratch[e], decisions[e],
+                )  # fmt: skip
+                step(
+                    decisions[e], models[e], settings[e], ends[e], requests[e], times[e], slots[e], queues[e], queue_f[e], scalars[e],
+                    clocks[e], batches[e], events[e], trace[e],
+                )  # fmt: skip
+                total -= reward_of(reward_kind, ttft, tpot, requests[e], times[e], scalars[e], clocks[e], events[e])
+                elapsed = clocks[e, st.F_CLOCK] - start
+            costs[e, a] = total
+            requests[e] = kept[0]
+            times[e] = kept[1]
+            slots[e] = kept[2]
+            queues[e] = kept[3]
+            queue_f[e] = kept[4]
+            scalars[e] = kept[5]
+            clocks[e] = kept[6]

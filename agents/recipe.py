@@ -1,0 +1,166 @@
+"""How an agent sets up the engine it decides on: its queues, its engine options and its action set, from a setting."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from baselines import Setting
+from baselines.policy import bucket_edges
+from llmsched_env.action import THETAS
+from llmsched_env.env import engine_with
+from llmsched_env.errors import ConfigError
+from llmsched_env.fluid import equal_probability_ends
+from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
+
+ActionSet = Literal["admit", "admit-only", "reserve", "peak"]
+Order = Literal["arrival", "class", "work"]
+
+LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.94, 0.97, 0.985, 1.0, 1.1)
+"""Shares of the KV capacity that the predicted peak may reach (``peak``)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an agent asks of the engine; together with a ``Setting`` it fixes queues, engine and spaces.
+
+    Attributes:
+        action_set: ``admit`` and ``reserve`` are those of ``llmsched_env.action``; ``admit-only`` is
+            ``AdmitOnly``; ``peak`` is in ``agents.peak``.
+        num_classes: buckets of equal probability by prompt length; 1 for a single class.
+        num_segments: segments of decode length that end at quantiles of the output length.
+        order: outside requests by arrival, by class (shortest prompts first), or by the expected
+            KV x iterations of the class, least first.
+        late_last: requests past the setting's ``ttft_slo`` are admitted last (seconds), or None.
+        max_admit: largest count of ``admit`` and ``admit-only``.
+        levels: thetas of ``reserve`` or levels of ``peak``; empty for their defaults.
+        hold: iterations for which one action stays in force.
+        features: append the features of ``agents.peak`` to the observation.
+        layout: queues to use as they are, in place of the three fields above (clones of an expert).
+        engine: engine fields to change, as plain values.
+        known_lengths: the layout reads output lengths.
+    """
+
+    action_set: ActionSet = "admit"
+    num_classes: int = 1
+    num_segments: int = 4
+    order: Order = "arrival"
+    late_last: float | None = None
+    max_admit: int = 16
+    levels: tuple[float, ...] = ()
+    hold: int = 1
+    features: bool = False
+    layout: QueueLayout | None = None
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    known_lengths: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("action_set", ActionSet), ("order", Order)):
+            if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
+                raise ConfigError(f"recipe.{name}: {getattr(self, name)!r}, must be one of {', '.join(allowed.__args__)}")  # type: ignore[attr-defined]
+        for name in ("num_classes", "num_segments", "hold"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 4096:
+                raise ConfigError(f"recipe.{name}: {value!r}, must be an integer from 1 to 4096")
+        if any(not level > 0 for level in self.levels) and self.action_set == "peak":
+            raise ConfigError(f"recipe.levels: {self.levels}, must be > 0")
+
+    @property
+    def uses_tables(self) -> bool:
+        """Whether forecasts are needed, for the action or for the observation."""
+        return self.features or self.action_set == "peak"
+
+    def layout_for(self, statistics: LengthStatistics) -> QueueLayout:
+        """The queues for these lengths; always ``num_classes`` by ``num_segments`` of them, so that settings can be mixed."""
+        if self.layout is not None:
+            return self.layout
+        ends: tuple[int, ...] = ()
+        if self.num_segments > 1:
+            quantiles = equal_probability_ends(statistics, self.num_segments)[:-1]
+            ends = _padded(quantiles, self.num_segments - 1, statistics.max_output)
+        if self.num_classes == 1:
+            return QueueLayout(segment_ends=ends)
+        edges = bucket_edges(statistics.prompt, statistics.weight, self.num_classes)
+        longest = int(np.ceil(statistics.prompt.max()))
+        return QueueLayout("prompt", _padded(edges, self.num_classes - 1, longest), segment_ends=ends)
+
+    def engine_for(self, setting: Setting) -> EngineConfig:
+        """The setting's engine with the recipe's order and fields."""
+        changes: dict[str, Any] = dict(self.engine)
+        if self.order != "arrival":
+            changes["admission_order"] = "class"
+        if self.order == "work":
+            work = class_work(setting.statistics, self.layout_for(setting.statistics))
+            changes["class_rank"] = tuple(int(r) for r in np.argsort(np.argsort(work, kind="stable"), kind="stable"))
+        if self.late_last is not None:
+            changes["late_after"] = self.late_last
+        return engine_with(setting.engine, {**changes, **setting.overrides})
+
+    @property
+    def choices(self) -> tuple[float, ...]:
+        """Levels of the action sets that have some."""
+        return self.levels or (THETAS if self.action_set == "reserve" else LEVELS)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["levels"] = list(self.levels)
+        values["engine"] = {k: list(v) if isinstance(v, tuple) else v for k, v in self.engine.items()}
+        if self.layout is not None:
+            layout = self.layout
+            values["layout"] = {
+                "by": layout.by,
+                "edges": list(layout.edges),
+                "num_types": layout.num_types,
+                "segment_ends": list(layout.segment_ends),
+            }
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The inverse of ``as_dict``.
+
+        Raises:
+            ConfigError: an unknown field or a refused value.
+        """
+        fields = dict(values)
+        unknown = sorted(set(fields) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ConfigError(f"recipe.{unknown[0]}: unknown field (allowed: {', '.join(f.name for f in dataclasses.fields(cls))})")
+        if "levels" in fields:
+            fields["levels"] = tuple(float(x) for x in fields["levels"])
+        if fields.get("layout") is not None and not isinstance(fields["layout"], QueueLayout):
+            kept = dict(fields["layout"])
+            fields["layout"] = QueueLayout(
+                by=kept["by"], edges=tuple(kept["edges"]), num_types=kept["num_types"], segment_ends=tuple(kept["segment_ends"])
+            )
+        if "engine" in fields:
+            fields["engine"] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["engine"].items()}
+        return cls(**fields)
+
+
+def class_work(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
+    """(J,) mean KV x iterations of a request of each class (tokens x iterations): l'(l + l'/2); infinite for an empty class.
+
+    What a request takes of the scarce good: serving the least first is shortest-job-first for memory.
+    """
+    work = statistics.output * (statistics.prompt + statistics.output / 2)
+    index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
+    out = np.full(layout.num_classes, np.inf)
+    for j in range(layout.num_classes):
+        weight = statistics.weight[index == j]
+        if weight.sum() > 0:
+            out[j] = float(weight @ work[index == j] / weight.sum())
+    return out
+
+
+def _padded(edges: tuple[int, ...], count: int, last: int) -> tuple[int, ...]:
+    """``count`` increasing edges: those given, then ones above every length, whose classes stay empty."""
+    kept = list(edges[:count])
+    while len(kept) < count:
+        kept.append(max(last, kept[-1] if kept else 0) + 1)
+    return tuple(kept)

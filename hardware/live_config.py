@@ -1,0 +1,300 @@
+"""How an operator says which policy a live server runs: one name and one JSON file, checked before the first request."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from baselines import Setting, make_policy, policy_names
+from llmsched_env.errors import ConfigError, InfeasibleError
+from llmsched_env.fluid import stability_boundary
+from llmsched_env.perf import load_calibration
+from llmsched_env.runner import Policy
+from llmsched_env.types import EngineConfig, LengthStatistics
+from llmsched_env.workload.lengths import TraceLengths
+from llmsched_env.workload.readers import read_trace
+from llmsched_env.workload.scenarios import load_scenario
+
+POLICY = "LLMSCHED_POLICY"
+POLICY_CONFIG = "LLMSCHED_POLICY_CONFIG"
+DEFAULT_SCENARIO = "azure-conv"
+DEFAULT_LOAD = 0.8
+
+# Settings that vLLM's flags fix; a policy that stands for others cannot run on this server.
+_FLAGS = {
+    "max_num_batched_tokens": "--max-num-batched-tokens {}",
+    "max_num_seqs": "--max-num-seqs {}",
+    "enable_chunked_prefill": "--{}enable-chunked-prefill",
+    "watermark": "--watermark {}",
+    "scheduler_reserve_full_isl": "--{}scheduler-reserve-full-isl",
+    "block_size": "--block-size {}",
+    "max_model_len": "--max-model-len {}",
+    "num_blocks": "--num-gpu-blocks-override {} (one more than num_blocks)",
+}
+
+
+@dataclass(frozen=True)
+class LiveConfig:
+    """Settings of the policy on a live server.
+
+    Attributes:
+        policy: name of a baseline, folder of a learned agent's checkpoint, or ``module:attribute`` of
+            an own policy, called with the ``Setting`` and ``options``.
+        scenario, trace, lengths: where the length statistics come from, at most one of them: a built-in
+            scenario, a file that ``read_trace`` reads, or ``{"prompt": [...], "output": [...], "weight": [...]}``.
+            None of them: the first scenario that a learned agent was trained on, else ``azure-conv``.
+        rate: requests/s to plan for; None: 0.8 of the stability boundary of this engine.
+        horizon_seconds: for the overflow probability of Nested WAIT, and the period over which
+            evictions are counted in observations.
+        calibration: iteration-time model that thresholds are computed with, by name or file.
+        options: of the policy; of a learned agent ``deterministic`` and ``seed``.
+        overload: accept a rate at which conditions of the theory fail; None: only where no ``rate`` is given.
+        assume_max_tokens: take ``max_tokens`` of each request for its output length and show it to the policy.
+        max_wait_seconds: the guard: longest stay in one queue, or held, before a request is released.
+        retry_after_iterations: iterations after which a policy that raised is tried again; None: never.
+        report_path, report_interval_seconds: JSON report; None for none.
+    """
+
+    policy: str
+    scenario: str | None = None
+    trace: str | None = None
+    lengths: Mapping[str, Any] | None = None
+    rate: float | None = None
+    horizon_seconds: float = 3600.0
+    calibration: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    overload: bool | None = None
+    assume_max_tokens: bool = False
+    max_wait_seconds: float = 10.0
+    retry_after_iterations: int | None = None
+    report_path: str | None = None
+    report_interval_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, str) or not self.policy.strip():
+            raise ConfigError(f"{POLICY}: {self.policy!r}, must be the name of a policy, a checkpoint's folder or module:attribute")
+        sources = [name for name in ("scenario", "trace", "lengths") if getattr(self, name) is not None]
+        if len(sources) > 1:
+            raise ConfigError(f"{sources[0]}, {sources[1]}: both given, length statistics come from one of scenario, trace and lengths")
+        for name in ("scenario", "trace", "calibration", "report_path"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ConfigError(f"{name}: {value!r}, must be a text")
+        for name in ("lengths", "options"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigError(f"{name}: {value!r}, must be an object")
+        for name in ("overload", "assume_max_tokens"):
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or (value is None and name == "overload")):
+                raise ConfigError(f"{name}: {value!r}, must be true or false")
+        for name, high in (
+            ("rate", math.inf), ("horizon_seconds", math.inf), ("max_wait_seconds", 86_400.0), ("report_interval_seconds", math.inf)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name == "rate":
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value <= high and math.isfinite(value)):
+                raise ConfigError(f"{name}: {value!r}, must be a number > 0" + (f" and <= {high:g}" if math.isfinite(high) else ""))
+        retry = self.retry_after_iterations
+        if retry is not None and (isinstance(retry, bool) or not isinstance(retry, int) or retry < 1):
+            raise ConfigError(f"retry_after_iterations: {retry!r}, must be an integer >= 1 or null")
+        if self.report_path is not None and not Path(self.report_path).absolute().parent.is_dir():
+            raise ConfigError(f"report_path: {self.report_path!r}, its folder does not exist")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> LiveConfig:
+        """Read ``LLMSCHED_POLICY`` and the file named in ``LLMSCHED_POLICY_CONFIG``.
+
+        Raises:
+            ConfigError: no policy named, an unreadable file, an unknown field (the nearest one is given), a refused value.
+        """
+        policy = environment.get(POLICY, "").strip()
+        if not policy:
+            raise ConfigError(
+                f"{POLICY} is not set: name a policy ({', '.join(policy_names())}), a checkpoint's folder or module:attribute"
+            )
+        path = environment.get(POLICY_CONFIG, "").strip()
+        if not path:
+            return cls(policy)
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{POLICY_CONFIG}: {path!r}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{POLICY_CONFIG}: {path!r}: must hold a JSON object")
+        allowed = [f.name for f in dataclasses.fields(cls) if f.name != "policy"]
+        for name in values:
+            if name not in allowed:
+                near = difflib.get_close_matches(name, allowed, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"{POLICY_CONFIG}: {path!r}: {name!r} is unknown{hint} (allowed: {', '.join(allowed)})")
+        try:
+            return cls(policy, **values)
+        except ConfigError as error:
+            raise ConfigError(f"{POLICY_CONFIG}: {path!r}: {error}") from error
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether the policy is a learned agent."""
+        return Path(self.policy).is_dir()
+
+    @property
+    def assumed_scenario(self) -> str | None:
+        """The scenario taken where the operator gives no lengths; None if they are given."""
+        if self.scenario is not None or self.trace is not None or self.lengths is not None:
+            return None
+        if not self.is_checkpoint:
+            return DEFAULT_SCENARIO
+        trained_on: dict[str, Any] = _checkpoints().read_config(Path(self.policy))["trained_on"]
+        return str(trained_on["scenarios"][0])
+
+    def statistics(self, max_model_len: int) -> tuple[LengthStatistics, str]:
+        """Length statistics of requests this engine serves, and what was left out; types are dropped, a server knows none.
+
+        Raises:
+            ConfigError: unknown scenario, unreadable trace, refused lengths, or no request short enough.
+        """
+        if self.lengths is not None:
+            unknown = sorted(set(self.lengths) - {"prompt", "output", "weight"})
+            missing = [name for name in ("prompt", "output", "weight") if name not in self.lengths]
+            if unknown or missing:
+                raise ConfigError(
+                    f"lengths.{(unknown or missing)[0]}: {'unknown' if unknown else 'missing'} (fields: prompt, output, weight)"
+                )
+            try:
+                found = LengthStatistics.of(self.lengths["prompt"], self.lengths["output"], self.lengths["weight"], source="lengths")
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"lengths: {error}") from error
+        elif self.trace is not None:
+            trace = read_trace(self.trace)
+            found = TraceLengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, trace.path).statistics()
+        else:
+            found = load_scenario(self.scenario or self.assumed_scenario or "").statistics
+        short = found.prompt + found.output <= max_model_len
+        if not found.weight[short].sum() > 0:
+            raise ConfigError(f"{found.source or 'lengths'}: no request fits max_model_len = {max_model_len}")
+        left_out = float(found.weight[~short].sum())
+        kept = LengthStatistics.of(found.prompt[short], found.output[short], found.weight[short], None, found.source)
+        return kept, f"{left_out:.1%} of the lengths exceed max_model_len and are left out" if left_out > 0 else ""
+
+
+@dataclass(frozen=True, slots=True)
+class LivePolicy:
+    """A policy ready for a server.
+
+    Attributes:
+        policy: decides.
+        setting: what it was computed for.
+        notes: what the operator should read at the start.
+    """
+
+    policy: Policy
+    setting: Setting
+    notes: tuple[str, ...]
+
+
+def build_policy(config: LiveConfig, engine: EngineConfig) -> LivePolicy:
+    """The policy that a configuration names, for an engine as the server runs it.
+
+    Raises:
+        ConfigError: unknown policy or option, a policy that needs output lengths, engine settings other
+            than the server's, parameters that violate a condition of the theory (``InfeasibleError``).
+    """
+    notes: list[str] = []
+    if config.calibration is not None:
+        engine = engine.replace(time_model=load_calibration(config.calibration))
+    statistics, left_out = config.statistics(engine.max_model_len)
+    if left_out:
+        notes.append(left_out)
+    if config.assumed_scenario is not None:
+        notes.append(f"no length statistics given: those of {config.assumed_scenario} assumed")
+    rate = config.rate
+    if rate is None:
+        rate = DEFAULT_LOAD * stability_boundary(statistics, engine)
+        notes.append(f"no rate given: {DEFAULT_LOAD:.0%} of this engine's stability boundary assumed, {rate:.4g} requests/s")
+    if config.calibration is None:
+        notes.append(f"no calibration given: iteration times of {engine.time_model.provenance.name or 'the default model'} assumed")
+    setting = Setting(statistics, float(rate), engine, config.horizon_seconds)
+    policy = _named(config, setting)
+    if policy.known_lengths and not config.assume_max_tokens:
+        raise ConfigError(
+            f"policy {policy.name!r} must know output lengths when requests arrive, which a server does not; where max_tokens "
+            f'of every request is its length, set "assume_max_tokens": true'
+        )
+    _check_engine(policy, engine)
+    if policy.notes:
+        notes.append(policy.notes)
+    return LivePolicy(policy, setting, tuple(notes))
+
+
+def _named(config: LiveConfig, setting: Setting) -> Policy:
+    name = config.policy
+    if config.is_checkpoint:
+        return _learned(config, setting)
+    if ":" in name:
+        return _own(config, setting)
+    if name not in policy_names() and ("/" in name or "\\" in name):
+        raise ConfigError(f"{POLICY}: {name!r} is neither a folder nor the name of a policy ({', '.join(policy_names())})")
+    overload = config.rate is None if config.overload is None else config.overload
+    try:
+        return make_policy(name, setting, overload=overload, **config.options)
+    except InfeasibleError as error:
+        if overload:
+            raise
+        raise InfeasibleError(f'{error}; plan for another "rate", or set "overload": true') from error
+    except TypeError as error:
+        raise ConfigError(f"options: {error}") from error
+
+
+def _checkpoints() -> Any:
+    # By name: ``agents`` stands above ``hardware``, and a baseline needs none of it.
+    return importlib.import_module("agents.checkpoint")
+
+
+def _learned(config: LiveConfig, setting: Setting) -> Policy:
+    unknown = sorted(set(config.options) - {"deterministic", "seed"})
+    if unknown:
+        raise ConfigError(f"options.{unknown[0]}: not an option of a learned agent (options: deterministic, seed)")
+    agent: Policy = _checkpoints().load_checkpoint(Path(config.policy), setting, **config.options)
+    return agent
+
+
+def _own(config: LiveConfig, setting: Setting) -> Policy:
+    module_name, _, attribute = config.policy.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), attribute)(setting, **config.options)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{POLICY}: {config.policy!r}: {error}") from error
+    for name in ("name", "layout", "engine", "known_lengths", "notes", "decide", "reset"):
+        if not hasattr(made, name):
+            raise ConfigError(f"{POLICY}: {config.policy!r}: {type(made).__name__} has no {name!r} (see llmsched_env.runner.Policy)")
+    policy: Policy = made
+    return policy
+
+
+def _check_engine(policy: Policy, engine: EngineConfig) -> None:
+    wanted = policy.engine
+    if wanted.preset != "vllm" or wanted.padded_prefill or wanted.decode_needs_free_block:
+        raise ConfigError(f"policy {policy.name!r}: its engine is not vLLM's (preset {wanted.preset!r})")
+    differing = [name for name in _FLAGS if not np.isclose(getattr(wanted, name), getattr(engine, name))]
+    if differing:
+        flags = [_flag(name, getattr(wanted, name)) for name in differing]
+        values = ", ".join(f"{name} = {getattr(wanted, name)} (server: {getattr(engine, name)})" for name in differing)
+        raise ConfigError(f"policy {policy.name!r} stands for an engine with {values}; start vllm serve with {' '.join(flags)}")
+
+
+def _flag(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return _FLAGS[name].format("" if value else "no-")
+    return _FLAGS[name].format(value)

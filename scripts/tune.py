@@ -1,0 +1,172 @@
+"""Tune every baseline's parameters in every cell of the suite, on seeds that evaluation never sees.
+
+    python scripts/tune.py --scenarios azure-conv sharegpt --loads 0.9 1.0 --kv 40GB --out tuned.json
+
+Each policy with parameters gets the same number of trials. The file holds one entry a cell and policy and is
+written anew after each; run again with the same options, what it holds is kept and the rest is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+if not __package__:  # run as a program: imports go from the project's root, not from scripts/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from baselines import policy_class
+from llmsched_env import __version__
+from llmsched_env.errors import ConfigError, MissingExtraError, require
+from scripts.boundary import Boundaries
+from scripts.output import check_file, replacing
+from scripts.parallel import unordered
+from scripts.suite import LOADS, MEMORY, MOVING, SCENARIOS, SUITE, Bench, Cell, cells
+from scripts.tuning import GRIDS, Tuned, objective_of, tune
+from scripts.variants import needed_boundaries, runs_on
+
+TRIALS = 32
+SEEDS = 4
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses in the same words as every other refusal here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+@dataclass(frozen=True, slots=True)
+class TunedFile:
+    """What a file of tuned parameters holds, by (cell key, policy)."""
+
+    entries: dict[tuple[str, str], Tuned]
+
+    @classmethod
+    def read(cls, path: Path) -> TunedFile:
+        """Nothing where there is no file.
+
+        Raises:
+            ConfigError: not a file of tuned parameters, or of another suite.
+        """
+        if not path.exists():
+            return cls({})
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            suite, entries = record["suite"], [Tuned(**entry) for entry in record["entries"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not a file of tuned parameters ({type(error).__name__}: {error})") from error
+        if suite != SUITE:
+            raise ConfigError(f"{path}: of suite {suite!r}, must be {SUITE!r}")
+        return cls({(entry.cell, entry.policy): entry for entry in entries})
+
+    def write(self, path: Path) -> None:
+        record = {
+            "suite": SUITE,
+            "version": __version__,
+            "objectives": {policy: objective_of(policy) for policy in sorted({policy for _, policy in self.entries})},
+            "entries": [dataclasses.asdict(self.entries[key]) for key in sorted(self.entries)],
+        }
+        with replacing(path) as file:
+            json.dump(record, file, indent=1)
+            file.write("\n")
+
+
+def arguments() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_selection(parser)
+    parser.add_argument("--policies", nargs="+", default=list(GRIDS), metavar="NAME", help=f"of {', '.join(GRIDS)} (default: all)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"tuning seeds 0 .. N-1 (default {SEEDS})")
+    parser.add_argument("--trials", type=int, default=TRIALS, metavar="N", help=f"for each policy and cell (default {TRIALS})")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
+    return parser
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """The options that choose cells and processes, the same for tuning and evaluation."""
+    parser.add_argument("--scenarios", nargs="+", default=list(SCENARIOS), metavar="NAME", help=f"of {', '.join(SCENARIOS)} (default: all)")
+    parser.add_argument("--loads", type=float, nargs="+", default=list(LOADS), metavar="X", help="shares of greedy FIFO's boundary")
+    parser.add_argument("--kv", nargs="+", default=list(MEMORY), metavar="SIZE", help=f"of {', '.join(MEMORY)} (default: all)")
+    names = ("stationary", *MOVING)
+    parser.add_argument("--parts", nargs="+", default=list(names), metavar="NAME", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--num-requests", type=int, metavar="N", help="requests of one run (default: the suite's)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: all cores)")
+    parser.add_argument("--measure-boundaries", action="store_true", help="measure greedy FIFO's boundaries anew")
+
+
+def check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {count}, must be >= 1")
+
+
+def prepare(options: argparse.Namespace) -> tuple[list[Cell], Bench]:
+    """The cells and the bench that the options ask for; boundaries that are missing are measured."""
+    if options.num_requests is not None and options.num_requests < 20:
+        raise ConfigError(f"--num-requests: {options.num_requests}, must be >= 20")
+    chosen = cells(options.parts, options.scenarios, options.kv, options.loads)
+    if not chosen:
+        raise ConfigError("--parts, --scenarios, --kv, --loads: no cell of the suite has them all")
+    boundaries = Boundaries.read().completed(needed_boundaries(chosen), again=options.measure_boundaries)
+    return chosen, Bench(boundaries, options.num_requests)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = arguments().parse_args(words)
+    try:
+        require("joblib", "plots")
+        check_counts(seeds=options.seeds, trials=options.trials, jobs=options.jobs)
+        for name in options.policies:
+            policy_class(name)
+            if name not in GRIDS:
+                raise ConfigError(f"--policies: {name!r} has nothing to tune (known: {', '.join(GRIDS)})")
+        check_file("--out", options.out)
+        kept = TunedFile.read(options.out)
+        chosen, bench = prepare(options)
+    except (ConfigError, MissingExtraError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    same = (options.seeds, options.trials)
+    tasks = [
+        (bench, cell, policy, options.seeds, options.trials)
+        for cell in chosen
+        for policy in options.policies
+        if runs_on(policy, cell) and not _done(kept.entries.get((cell.key, policy)), *same, bench.count(cell))
+    ]
+    print(f"{len(tasks)} searches of {options.trials} trials on {options.seeds} seeds each", flush=True)
+    results = unordered("loky", options.jobs, tune_task, tasks)
+    try:
+        for i, found in enumerate(results, start=1):
+            kept.entries[found.cell, found.policy] = found
+            kept.write(options.out)
+            change = "" if found.default_value == found.value else f" (default {found.default_value:.4g})"
+            print(f"{i}/{len(tasks)} {found.cell} {found.policy}: {found.objective} {found.value:.4g}{change} at {found.options}", flush=True)
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        results.close()
+    return 0
+
+
+def tune_task(bench: Bench, cell: Cell, policy: str, seeds: int, trials: int) -> Tuned:
+    return tune(bench, cell, policy, seeds=seeds, trials=trials)
+
+
+def _done(entry: Tuned | None, seeds: int, trials: int, num_requests: int) -> bool:
+    """Whether an entry comes from a search as asked for; a small grid has fewer points than trials."""
+    if entry is None:
+        return False
+    points = 1
+    for values in GRIDS[entry.policy].values():
+        points *= len(values)
+    return entry.seeds == seeds and entry.num_requests == num_requests and entry.trials >= min(trials, points)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""The search for a baseline's parameters in one cell: coarse to fine along one parameter at a time.
+
+Every parameter has a grid; a point is one index for each. The first trial is the policy as it ships.
+Then, parameter after parameter, coarse points of its grid with the others kept at the best so far; then
+neighbours of the best at half the distance, and so on down to the next grid point, until nothing near is
+better. What is left of the trials starts over from random points, so that every policy with
+parameters gets the same number of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from baselines import make_policy, policy_options
+from llmsched_env.engine.backend import SimBackend
+from llmsched_env.errors import ConfigError
+from llmsched_env.metrics import summarize
+from llmsched_env.runner import run_episode
+from llmsched_env.types import Workload
+from scripts.suite import Bench, Cell, warmup_seconds
+
+COARSE = 7
+"""Points of a grid that the first pass looks at, about."""
+
+THETAS = tuple(round(0.8 + 0.01 * i, 2) for i in range(81))
+CLASSES = (1, 2, 4, 8, 16, 32)
+
+Grid = Mapping[str, Sequence[Any]]
+GRIDS: dict[str, Grid] = {
+    "vllm-v0": {"budget": (1_024, 2_048, 4_096, 8_192, 16_384), "max_num_seqs": (32, 64, 96, 128, 160, 192, 256)},
+    "sarathi": {"budget": (256, 384, 512, 768, 1_024, 1_536, 2_048), "max_num_seqs": (32, 48, 64, 96, 128, 160, 192, 256)},
+    "wait": {"slack": tuple(round(1.05 + 0.1 * i, 2) for i in range(20)), "num_classes": (1, 2, 4, 8, 16)},
+    "nested-wait": {
+        "slack": tuple(round(1.05 + 0.1 * i, 2) for i in range(20)),
+        "num_segments": (1, 2, 3, 4, 6, None),
+        "delta": (0.01, 0.1, 0.5),
+    },
+    "shortest-prompt": {"theta": (*THETAS, None), "num_classes": CLASSES},
+    "reserve": {"theta": THETAS},
+    "expected-work": {"theta": THETAS, "c": (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0), "num_classes": CLASSES},
+    "late-last": {"theta": THETAS, "limit": (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)},
+    "mc-sf": {"margin": tuple(round(0.01 * i, 2) for i in range(31)), "num_classes": (4, 8, 16, 32, 64)},
+    "oracle-sjf": {"theta": THETAS, "num_classes": (4, 8, 16, 32, 64)},
+}
+"""Grids in the order of their values. ``limit`` is in units of the cell's TTFT limit. Policies without an entry have nothing to tune."""
+
+OBJECTIVES = {"late-last": "slo_goodput"}
+"""What is tuned for where it is not ``latency_mean``."""
+
+
+def objective_of(policy: str) -> str:
+    return OBJECTIVES.get(policy, "latency_mean")
+
+
+def default_options(policy: str, bench: Bench, cell: Cell) -> dict[str, Any]:
+    """Options of the policy as it ships: its defaults, and the limit that requests in this cell have."""
+    return {"limit": bench.limits(cell)[0]} if policy == "late-last" else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """The outcome of one search.
+
+    Attributes:
+        cell: ``Cell.key``.
+        options: of the constructor; what is not named is the default.
+        value, default_value: the objective at these options and at the defaults, mean over the seeds.
+        trials: points evaluated, the defaults among them.
+        seeds, num_requests: of each trial.
+        seconds: wall time of the search on one core.
+    """
+
+    cell: str
+    policy: str
+    objective: str
+    options: dict[str, Any]
+    value: float
+    default_value: float
+    trials: int
+    seeds: int
+    num_requests: int
+    seconds: float
+
+
+def search(sizes: Sequence[int], start: Sequence[int] | None, trials: int, cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...] | None:
+    """The best point found of a grid, in at most ``trials`` calls of ``cost``; None if no point has a finite cost.
+
+    Args:
+        sizes: points of each parameter's grid.
+        start: where to begin; None for the middle.
+        cost: of a point, lower is better; never asked twice for the same one.
+    """
+    known: dict[tuple[int, ...], float] = {}
+    rng = np.random.default_rng(0)
+
+    def ask(point: tuple[int, ...]) -> float:
+        if point not in known:
+            if len(known) == trials:
+                raise StopIteration
+            known[point] = cost(point)
+        return known[point]
+
+    def descend(best: tuple[int, ...], coarse: bool) -> None:
+        value = ask(best)
+        steps = [max(1, (size - 1) // (COARSE - 1)) for size in sizes]
+        if coarse:
+            for d, size in enumerate(sizes):
+                for i in _spread(size, steps[d]):
+                    point = (*best[:d], i, *best[d + 1 :])
+                    if ask(point) < value:
+                        best, value = point, known[point]
+        while True:
+            moved = False
+            for d, size in enumerate(sizes):
+                half = (steps[d] + 1) // 2
+                for i in (best[d] - half, best[d] + half):
+                    if 0 <= i < size:
+                        point = (*best[:d], i, *best[d + 1 :])
+                        if ask(point) < value:
+                            best, value, moved = point, known[point], True
+                            break
+            if not moved:
+                if all(step == 1 for step in steps):
+                    return
+                steps = [(step + 1) // 2 for step in steps]
+
+    try:
+        descend(tuple(start) if start is not None else tuple(size // 2 for size in sizes), True)
+        while len(known) < min(trials, math.prod(sizes)):
+            descend(tuple(int(i) for i in rng.integers(sizes)), False)
+    except StopIteration:
+        pass
+    best = min(known, key=lambda point: known[point])
+    return best if math.isfinite(known[best]) else None
+
+
+def _spread(size: int, step: int) -> Iterator[int]:
+    """Every ``step``-th index, the last one too."""
+    yield from range(0, size, step)
+    if (size - 1) % step:
+        yield size - 1
+
+
+def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> Tuned:
+    """Tune one policy in one cell on the seeds of ``tuning``.
+
+    A trial that a policy's theory refuses, or that leaves requests unserved, counts as a trial and loses.
+
+    Raises:
+        ConfigError: unknown policy.
+    """
+    started = time.perf_counter()
+    setting, limits = bench.setting(cell), bench.limits(cell)
+    workloads = [bench.workload(cell, "tuning", seed) for seed in range(seeds)]
+    grid = GRIDS.get(policy, {})
+    names, objective = list(grid), objective_of(policy)
+    backend = SimBackend()
+    costs: dict[tuple[int, ...] | None, float] = {}
+
+    def options_of(point: tuple[int, ...]) -> dict[str, Any]:
+        options = {name: grid[name][i] for name, i in zip(names, point, strict=True)}
+        if "limit" in options:
+            options["limit"] *= limits[0]
+        return options
+
+    def evaluate(options: dict[str, Any]) -> float:
+        try:
+            chosen = make_policy(policy, setting, overload=True, **options)
+            return float(np.mean([_cost(chosen, workload, backend, objective, limits) for workload in workloads]))
+        except ConfigError:
+            return math.inf
+
+    def cost(point: tuple[int, ...]) -> float:
+        costs[point] = evaluate(options_of(point))
+        return costs[point]
+
+    shipped = default_options(policy, bench, cell)
+    default = costs[None] = evaluate(shipped)
+    best: dict[str, Any] = shipped
+    if grid:
+        parameters = policy_options(policy)
+        values = [limits[0] * 1.0 if n == "limit" else parameters[n].default for n in names]
+        start = [_nearest([v * limits[0] for v in grid[n]] if n == "limit" else grid[n], v) for n, v in zip(names, values, strict=True)]
+        at_start = options_of(tuple(start))
+        if at_start == dict(zip(names, values, strict=True)):
+            # The defaults lie on the grid: their trial is the first point's.
+            first, spent = tuple(start), 0
+            found = search([len(grid[n]) for n in names], start, trials, lambda p: default if p == first else cost(p))
+        else:
+            spent = 1
+            found = search([len(grid[n]) for n in names], start, trials - spent, cost)
+        if found is not None and costs.get(found, math.inf) < default:
+            best = options_of(found)
+    value = min(costs.values())
+    sign = -1.0 if objective == "slo_goodput" else 1.0
+    return Tuned(
+        cell=cell.key,
+        policy=policy,
+        objective=objective,
+        options=best,
+        value=sign * value,
+        default_value=sign * default,
+        trials=len(costs),
+        seeds=seeds,
+        num_requests=bench.count(cell),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+def _cost(policy: Any, workload: Workload, backend: SimBackend, objective: str, limits: tuple[float, float]) -> float:
+    result = run_episode(policy, workload, backend=backend)
+    summary = summarize(
+        result.log,
+        result.counters,
+        kv_capacity=policy.engine.kv_capacity,
+        warmup=warmup_seconds(workload),
+        ttft_limit=limits[0],
+        tpot_limit=limits[1],
+    )
+    if summary.completed < summary.requests:
+        return math.inf
+    return -summary.slo_goodput if objective == "slo_goodput" else summary.latency_mean
+
+
+def _nearest(values: Sequence[Any], value: Any) -> int:
+    """Index of a value in its grid, of the nearest number where it is not in it."""
+    if value in values:
+        return list(values).index(value)
+    return int(np.argmin([abs(v - value) if v is not None and value is not None else math.inf for v in values]))

@@ -1,0 +1,96 @@
+"""What runs in an evaluation: baselines as they ship, baselines with tuned parameters, trained agents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from baselines import make_policy, policy_class
+from llmsched_env.errors import ConfigError
+from llmsched_env.runner import Policy
+from llmsched_env.types import EngineConfig
+from llmsched_env.workload import Scenario, load_scenario
+from scripts.suite import PAIRS, Bench, Cell, engine_of
+
+Kind = Literal["default", "tuned", "agent"]
+
+POLICIES = (
+    "fcfs", "vllm", "vllm-v0", "sarathi", "wait", "nested-wait", "shortest-prompt", "reserve", "expected-work", "late-last", "mc-sf",
+    "oracle-sjf",
+)  # fmt: skip
+"""Baselines of the suite; ``fcfs`` is greedy FIFO in the ``paper`` preset, ``vllm`` in the other."""
+
+VLLM_ONLY = ("vllm", "vllm-v0", "sarathi")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to decide in one cell.
+
+    Attributes:
+        name: of the policy or the agent.
+        options: (name, value) pairs of a baseline's constructor.
+        folder: an agent's checkpoint.
+    """
+
+    name: str
+    kind: Kind
+    options: tuple[tuple[str, Any], ...] = ()
+    folder: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.name if self.kind == "agent" else f"{self.name} ({self.kind})"
+
+    @property
+    def options_text(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.options)
+
+    def build(self, bench: Bench, cell: Cell) -> Policy:
+        """The policy in the setting of a cell.
+
+        Raises:
+            ConfigError: it cannot run there.
+        """
+        setting = bench.setting(cell)
+        if self.kind == "agent":
+            from agents.checkpoint import load_checkpoint
+
+            return load_checkpoint(self.folder, setting, name=self.name)
+        return make_policy(self.name, setting, overload=True, **dict(self.options))
+
+
+def runs_on(policy: str, cell: Cell) -> bool:
+    """Whether a baseline belongs to a cell: each preset has its own name for greedy FIFO."""
+    paper = load_scenario(cell.scenario).engine.preset == "paper"
+    return policy not in VLLM_ONLY if paper else policy != "fcfs"
+
+
+def greedy_of(cell: Cell) -> str:
+    """Greedy FIFO's name in a cell."""
+    return "fcfs" if load_scenario(cell.scenario).engine.preset == "paper" else "vllm"
+
+
+def known_lengths(policy: str) -> bool:
+    return policy_class(policy).known_lengths
+
+
+def needed_boundaries(chosen: Iterable[Cell]) -> dict[tuple[str, str], tuple[Scenario, EngineConfig]]:
+    """Scenario and engine of every boundary that the cells' loads refer to."""
+    pairs = {(cell.scenario, cell.kv) for cell in chosen}
+    pairs |= {(PAIRS[cell.scenario], cell.kv) for cell in chosen if cell.part == "shift"}
+    return {(name, kv): (load_scenario(name), engine_of(name, kv)) for name, kv in sorted(pairs)}
+
+
+def agent_names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Names for the agents of these folders.
+
+    Raises:
+        ConfigError: two folders of one name.
+    """
+    names = {folder.resolve().name: folder for folder in folders}
+    if len(names) < len(folders):
+        raise ConfigError(f"--agents: {', '.join(map(str, folders))}, the folders must have different names")
+    return names

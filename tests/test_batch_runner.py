@@ -1,0 +1,476 @@
+"""Compiled rules: the plain-Python decision at every step, the same episodes, nothing hidden read, many engines at once."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as hst
+
+from baselines import Policy, Setting, make_policy, policy_class, policy_names
+from llmsched_env.backend import View, make_backend
+from llmsched_env.batch_runner import BatchPolicy, Run, run_batch
+from llmsched_env.engine import fleet
+from llmsched_env.engine import state as st
+from llmsched_env.engine.backend import SimBackend
+from llmsched_env.errors import ConfigError
+from llmsched_env.fluid import rotation_quota
+from llmsched_env.runner import EpisodeResult, rule_of, run_episode
+from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.vector import LLMSchedVectorEnv
+from llmsched_env.workload import Scenario, load_scenario
+from tests.reference_policies import REFERENCES, in_order
+
+pytestmark = pytest.mark.filterwarnings("ignore::llmsched_env.perf.base.CalibrationRangeWarning")
+ROOT = Path(__file__).resolve().parents[1]
+AZURE = load_scenario("azure-conv")
+TWO_TYPES = load_scenario("two-type")
+PAPER = EngineConfig.paper(3750, 1.0, 1e-3)
+OF_PAPER = [name for name in policy_names() if name not in ("vllm", "sarathi")]
+OPTIONS: dict[str, dict[str, Any]] = {"shortest-prompt": {"theta": 0.9, "num_classes": 4}}
+
+# (scenario, engine, rate): plenty of memory, evictions at every turn, overload, late requests, few sequences.
+CASES: dict[str, tuple[Scenario, EngineConfig, float]] = {
+    "light": (AZURE, AZURE.engine, 4.0),
+    "evictions": (AZURE, AZURE.engine.replace(num_blocks=500), 6.0),
+    "overload": (AZURE, AZURE.engine, 30.0),
+    "late": (AZURE, AZURE.engine.replace(num_blocks=1200, late_after=3.0), 9.0),
+    "few": (AZURE, AZURE.engine.replace(max_num_seqs=12, scheduler_reserve_full_isl=False), 6.0),
+    "paper": (TWO_TYPES, PAPER, 3.0),
+    "paper-evictions": (TWO_TYPES, EngineConfig.paper(500, 1.0, 1e-3), 2.0),
+    "paper-overload": (TWO_TYPES, PAPER, 20.0),
+}
+
+
+def made(name: str, case: str, **options: Any) -> tuple[Policy, Setting, Workload]:
+    scenario, engine, rate = CASES[case]
+    setting = Setting(scenario.statistics, rate, engine, horizon_seconds=100.0)
+    policy = make_policy(name, setting, overload=True, **{**OPTIONS.get(name, {}), **options})
+    return policy, setting, scenario.generate(3, rate=rate, num_requests=150)
+
+
+def names(case: str) -> list[str]:
+    return OF_PAPER if case.startswith("paper") else policy_names()
+
+
+ALL = [(case, name) for case in CASES for name in names(case)]
+RULED = [(case, name) for case, name in ALL if name in REFERENCES]
+
+
+class Asked:
+    """The same policy as a user's own would be: ``decide`` alone, asked before every step."""
+
+    constant = None
+
+    def __init__(self, policy: Policy) -> None:
+        self.name, self.layout, self.engine = policy.name, policy.layout, policy.engine
+        self.known_lengths, self.notes = policy.known_lengths, policy.notes
+        self._policy = policy
+
+    def reset(self) -> None:
+        self._policy.reset()
+
+    def decide(self, view: View) -> Decision:
+        return self._policy.decide(view)
+
+
+def assert_same(a: EpisodeResult, b: EpisodeResult) -> None:
+    assert a.counters == b.counters
+    for field in a.log.__dataclass_fields__:
+        one, other = getattr(a.log, field), getattr(b.log, field)
+        assert one.tobytes() == other.tobytes() if isinstance(one, np.ndarray) else one == other, field
+    assert repr(a.summary) == repr(b.summary)  # NaN is not equal to itself
+
+
+def start(policy: Policy, workload: Workload) -> tuple[SimBackend, Any]:
+    backend = make_backend("sim")
+    assert isinstance(backend, SimBackend)
+    policy.reset()
+    view = backend.reset(workload, policy.layout, policy.engine, EpisodeLimits(), reveal_output_length=policy.known_lengths)
+    return backend, view
+
+
+def known_to(policy: Policy, setting: Setting) -> SimpleNamespace:
+    """What a reference reads of a policy."""
+    return SimpleNamespace(
+        parameters=getattr(policy, "parameters", None),
+        engine=policy.engine,
+        statistics=setting.statistics,
+        longest_prompt=setting.statistics.prompt.max(),
+        theta=OPTIONS.get(policy.name, {}).get("theta", 1.1),
+        capacity=policy.engine.kv_capacity_tokens,
+    )
+
+
+# --- one rule, two forms ----------------------------------------------------------------------------
+@pytest.mark.parametrize(("case", "name"), RULED)
+def test_a_rule_decides_as_its_plain_python_reference_at_every_step(case: str, name: str) -> None:
+    follow(*made(name, case), limit=500 if name == "mc-sf" else 1500)
+
+
+@pytest.mark.parametrize("options", [{"thresholds": [2, 1]}, {"thresholds": [0.3, 0.15]}])
+def test_wait_with_given_thresholds_too(options: dict[str, Any]) -> None:
+    follow(*made("wait", "paper-evictions", **options))
+
+
+@pytest.mark.parametrize("variant", ["A", "B"])
+@pytest.mark.parametrize("capacity", [90, 150, 400])
+def test_nested_wait_repairs_as_its_reference(variant: str, capacity: int) -> None:
+    # Boundary queues fill a memory that is too small for these thresholds, and the repair evicts.
+    statistics = LengthStatistics.of([5, 10, 10, 15], [3, 8, 15, 25], [3, 2, 2, 1])
+    setting = Setting(statistics, 2.0, EngineConfig.paper(capacity, 1.0, 1e-3))
+    policy = make_policy("nested-wait", setting, segment_ends=(4, 10), thresholds=[3, 2, 1], variant=variant, overload=True)
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 4, 200)
+    workload = Workload.of(np.cumsum(rng.exponential(0.5, 200)), statistics.prompt[kind], statistics.output[kind])
+    assert follow(policy, setting, workload) > 20 or capacity == 400
+
+
+@pytest.mark.parametrize("capacity", [84, 88, 92, 96, 100])
+def test_nested_wait_repairs_before_a_last_segment_of_one_token(capacity: int) -> None:
+    statistics = LengthStatistics.of([5, 5, 5], [3, 8, 9], [1, 1, 1])
+    setting = Setting(statistics, 2.0, EngineConfig.paper(capacity, 1.0, 1e-3))
+    policy = make_policy("nested-wait", setting, segment_ends=(4, 8), thresholds=[2, 1, 1], overload=True)
+    kind = np.random.default_rng(0).integers(0, 3, 150)
+    assert 50 < follow(policy, setting, Workload.of(np.arange(150) * 0.5, statistics.prompt[kind], statistics.output[kind])) < 100
+
+
+@pytest.mark.parametrize("capacity", [61, 97, 150])
+def test_mc_sf_fills_a_small_memory_as_its_reference(capacity: int) -> None:
+    statistics = LengthStatistics.of([3, 7, 11, 2], [5, 9, 21, 13], [1, 1, 1, 1])
+    setting = Setting(statistics, 2.0, EngineConfig.paper(capacity, 0.1, 1e-3))
+    policy = make_policy("mc-sf", setting, num_classes=3)
+    kind = np.random.default_rng(0).integers(0, 4, 200)
+    follow(policy, setting, Workload.of(np.arange(200) * 0.2, statistics.prompt[kind], statistics.output[kind]))
+
+
+def test_nested_wait_repairs_in_blocks_too() -> None:
+    engine = AZURE.engine.replace(num_blocks=300)
+    setting = Setting(AZURE.statistics, 3.0, engine)
+    policy = make_policy("nested-wait", setting, segment_ends=(40, 100), thresholds=[1, 4, 6], overload=True)
+    assert follow(policy, setting, AZURE.generate(0, rate=3.0, num_requests=120)) > 20
+
+
+def follow(policy: Policy, setting: Setting, workload: Workload, limit: int = 3000) -> int:
+    """Ask rule and reference at every step; the evictions they asked for."""
+    backend, view = start(policy, workload)
+    reference, facts, launched = REFERENCES[policy.name], known_to(policy, setting), [0] * policy.layout.num_queues
+    evicted = steps = 0
+    while not backend.done and steps < limit:
+        expected = reference(facts, view, launched)
+        decision = policy.decide(view)
+        assert decision.array.tolist() == expected.array.tolist(), f"step {steps}: {decision}, expected {expected}"
+        evicted += int(decision.evict.sum())
+        backend.advance(decision)
+        steps += 1
+    assert steps > 20
+    return evicted
+
+
+@settings(max_examples=40)
+@given(
+    name=hst.sampled_from(sorted(REFERENCES)),
+    paper=hst.booleans(),
+    lengths=hst.lists(hst.tuples(hst.integers(1, 60), hst.integers(1, 40)), min_size=2, max_size=40),
+    tight=hst.integers(1, 4),
+    rate=hst.floats(0.2, 50.0),
+    seed=hst.integers(0, 2**20),
+)
+def test_any_small_episode_is_decided_alike(
+    name: str, paper: bool, lengths: list[tuple[int, int]], tight: int, rate: float, seed: int
+) -> None:
+    prompts, outputs = (np.array(x) for x in zip(*lengths, strict=True))
+    statistics = LengthStatistics.of(prompts, outputs, np.ones(len(prompts)))
+    if paper:
+        engine = EngineConfig.paper(100 * tight, 0.05, 1e-3)
+    else:
+        sizes = {"num_blocks": 25 * tight, "block_size": 4, "max_num_seqs": 2 * tight}
+        engine = EngineConfig.vllm(max_num_batched_tokens=128, max_model_len=100, **sizes)
+    policy = make_policy(name, Setting(statistics, rate, engine), overload=True, **OPTIONS.get(name, {}))
+    arrival = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(prompts)))
+    workload = Workload.of(arrival, prompts, outputs)
+    backend, view = start(policy, workload)
+    facts, launched = known_to(policy, Setting(statistics, rate, engine)), [0] * policy.layout.num_queues
+    while not backend.done:
+        expected = REFERENCES[name](facts, view, launched)
+        assert policy.decide(view).array.tolist() == expected.array.tolist()
+        backend.advance(expected)
+    assert_same(*run_batch([Run(policy, workload), Run(Asked(policy), workload)]))
+
+
+# --- whole episodes ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(("case", "name"), ALL)
+def test_run_batch_equals_run_episode_and_asking_before_every_step(case: str, name: str) -> None:
+    policy, _, workload = made(name, case)
+    (result,) = run_batch([Run(policy, workload)])
+    assert_same(result, run_episode(policy, workload))
+    assert_same(result, run_episode(Asked(policy), workload))
+    assert result.summary.completed == len(workload)
+    if case == "evictions" and name in ("fcfs", "vllm"):
+        assert result.counters.evictions > 20
+
+
+@pytest.mark.parametrize(
+    "limits", [EpisodeLimits(drain=False), EpisodeLimits(horizon=20.0), EpisodeLimits(max_iterations=333), EpisodeLimits(max_iterations=1)]
+)
+def test_limits_hold_in_compiled_episodes(limits: EpisodeLimits) -> None:
+    for name in ("vllm", "wait", "nested-wait", "mc-sf"):
+        policy, _, workload = made(name, "overload")
+        compiled, asked = run_batch([Run(policy, workload, limits), Run(Asked(policy), workload, limits)])
+        assert_same(compiled, asked)
+    assert compiled.counters.end != "running"
+
+
+def test_runs_of_any_size_and_policy_share_one_batch_in_order() -> None:
+    runs = []
+    for i, (case, name) in enumerate(ALL):
+        policy, _, workload = made(name, case)
+        part = slice(0, (13, 150, 1, 90)[i % 4])
+        workload = Workload.of(
+            workload.arrival[part], workload.prompt_tokens[part], workload.output_tokens[part], workload.type_id[part]
+        )  # fmt: skip
+        runs.append(Run(policy if i % 5 else Asked(policy), workload))
+    results = list(run_batch(runs))
+    assert [len(r.log) for r in results] == [len(run.workload) for run in runs]
+    for run, result in zip(runs, results, strict=True):
+        assert_same(result, run_episode(run.policy, run.workload))
+
+
+def test_an_empty_batch_and_an_empty_workload() -> None:
+    assert list(run_batch([])) == []
+    policy, _, _ = made("wait", "light")
+    (result,) = run_batch([Run(policy, Workload.of([], [], []))])
+    assert result.counters.end == "finished" and result.counters.iterations == 0
+
+
+def test_a_policy_forgets_between_runs() -> None:
+    policy, _, workload = made("wait", "overload")
+    first, second = run_batch([Run(policy, workload)] * 2)
+    assert_same(first, second)
+
+
+def test_a_request_that_can_never_be_served_is_refused_when_its_turn_comes() -> None:
+    policy, _, workload = made("vllm", "light")
+    results = run_batch([Run(policy, workload), Run(policy, Workload.of([0.0], [10**6], [1]))])
+    next(results)
+    with pytest.raises(ConfigError, match="request 0"):
+        next(results)
+
+
+def test_an_episode_cut_into_many_calls_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _, workload = made("nested-wait", "evictions")
+    whole = run_episode(policy, workload)
+    monkeypatch.setattr(fleet, "STEPS_PER_CALL", 7)
+    assert_same(whole, run_episode(policy, workload))
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_policies_survive_copies_and_pickles(name: str) -> None:
+    policy, _, workload = made(name, "overload")
+    expected = run_episode(policy, workload)
+    for other in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert_same(expected, run_episode(other, workload))
+
+
+PURE_PYTHON = """
+import sys
+from tests.test_batch_runner import digest
+print(digest())
+"""
+
+
+def digest() -> str:
+    """Every completion time of a few small episodes."""
+    found = hashlib.sha256()
+    for name in REFERENCES:
+        policy, _, workload = made(name, "paper-overload")
+        small = Workload.of(workload.arrival[:25], workload.prompt_tokens[:25], workload.output_tokens[:25], workload.type_id[:25])
+        found.update(run_episode(policy, small).log.completed.tobytes())
+    return found.hexdigest()
+
+
+def test_rules_are_ordinary_python_without_the_compiler() -> None:
+    environment = dict(os.environ, NUMBA_DISABLE_JIT="1", PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", PURE_PYTHON], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == digest()
+
+
+# --- the information boundary -----------------------------------------------------------------------
+@pytest.mark.parametrize(("case", "name"), [(case, name) for case, name in ALL if not policy_class(name).known_lengths])
+def test_hidden_lengths_and_future_requests_are_never_read(case: str, name: str) -> None:
+    """Whatever stands there, the decision is the same: hidden rows and future requests are overwritten before asking."""
+    policy, _, workload = made(name, case)
+    assert not policy.known_lengths
+    backend, view = start(policy, workload)
+    rule = rule_of(policy)
+    assert rule is not None
+    rng = np.random.default_rng(0)
+    steps = 0
+    while not backend.done and steps < 1500:
+        engine_settings, requests, slots, queues, queue_f, scalars, clocks = (array.copy() for array in view.arrays)
+        requests[st.R_OUTPUT] = rng.integers(1, 5000, requests.shape[1])
+        future = requests[st.R_STATUS] == st.STATUS_FUTURE
+        requests[:, future] = rng.integers(1, 5000, (st.R_ROWS, int(future.sum())))
+        slots[st.S_OUTPUT] = rng.integers(1, 5000, slots.shape[1])
+        slots[st.S_STOP] = rng.integers(1, 5000, slots.shape[1])
+        blind, memory = Decision(policy.layout.num_queues), rule.memory.copy()
+        arrays = (engine_settings, requests, slots, queues, queue_f, scalars, clocks)
+        rule.function(rule.parameters, memory, *arrays, blind.array)
+        decision = policy.decide(view)
+        assert blind.array.tolist() == decision.array.tolist()
+        assert memory.tolist() == rule.memory.tolist()
+        backend.advance(decision)
+        steps += 1
+    assert steps > 20
+
+
+def test_the_test_above_sees_a_policy_that_reads_output_lengths() -> None:
+    policy, _, workload = made("mc-sf", "evictions")
+    backend, view = start(policy, workload)
+    assert policy.rule is not None
+    differs = False
+    while not backend.done:
+        engine_settings, requests, slots, *others = (array.copy() for array in view.arrays)
+        requests[st.R_OUTPUT] = slots[st.S_OUTPUT] = 3000
+        blind = Decision(policy.layout.num_queues)
+        policy.rule.function(policy.rule.parameters, policy.rule.memory, engine_settings, requests, slots, *others, blind.array)
+        decision = policy.decide(view)
+        differs = differs or blind.array.tolist() != decision.array.tolist()
+        backend.advance(decision)
+    assert differs
+
+
+@pytest.mark.parametrize("name", policy_names())
+def test_a_rule_writes_nothing_but_decision_memory_and_scratch(name: str) -> None:
+    policy, _, workload = made(name, "evictions")
+    backend, view = start(policy, workload)
+    for _ in range(600):
+        before = [array.copy() for array in view.arrays]
+        decision = policy.decide(view)
+        queues = view.arrays[3].copy()
+        before[3][st.Q_LEFT] = queues[st.Q_LEFT]
+        assert [a.tobytes() for a in before] == [a.tobytes() for a in view.arrays]
+        backend.advance(decision)
+
+
+# --- pieces that rules share ------------------------------------------------------------------------
+def test_rotation_is_that_of_the_fluid_model() -> None:
+    rng = np.random.default_rng(1)
+    rotated = getattr(fleet.rotated, "py_func", fleet.rotated)
+    for threshold in (*rng.uniform(0, 3, 200), 1 / 3, 0.1, 2.0, 7.0, 1e-4):
+        for i in (*range(40), 999, 10**6):
+            assert rotated(threshold, i) == rotation_quota(threshold, i)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {},
+        {"late_after": 1.0},
+        {"admission_order": "class"},
+        {"admission_order": "class", "class_rank": (1, 0, 1)},
+        {"admission_order": "class", "late_after": 1.0},
+    ],
+)
+def test_the_walk_over_the_queues_is_the_admission_order(engine: dict[str, Any]) -> None:
+    layout = QueueLayout(by="prompt", edges=(300, 1000))
+    config = AZURE.engine.replace(num_blocks=300, **engine)
+    backend = make_backend("sim")
+    view = backend.reset(AZURE.generate(0, rate=20.0, num_requests=200), layout, config, EpisodeLimits())
+    evictions = late = 0
+    for _ in range(2500):
+        queues = backend.queues.copy()
+        starts = getattr(fleet.start_of_queues, "py_func", fleet.start_of_queues)
+        starts(backend.settings, queues)
+        walked = []
+        while (q := fleet.next_in_order(backend.settings, backend.requests, queues)) >= 0:
+            walked.append(int(queues[st.Q_LEFT, q]))
+            queues[st.Q_LEFT, q] = backend.requests[st.R_NEXT, walked[-1]]
+        assert walked == [r for *_, r in in_order(view)]
+        late += int(view.late.sum())
+        backend.advance(Decision.greedy(3))
+        evictions = view.evictions
+    assert evictions > 0
+    assert (late > 0) == ("late_after" in engine)
+
+
+# --- many engines at once ---------------------------------------------------------------------------
+def vector(num_envs: int = 4, **kwargs: Any) -> LLMSchedVectorEnv:
+    env = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=num_envs, scenario="azure-conv", num_requests=8, **kwargs)
+    assert isinstance(env, LLMSchedVectorEnv)
+    return env
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("nested-wait", "NextStep"), *((name, "SameStep") for name in ("vllm", "vllm-v0", "nested-wait", "reserve", "shortest-prompt"))],
+)
+def test_many_engines_at_once_as_one_by_one(name: str, mode: str) -> None:
+    rates = [4.0, 9.0]
+    engine = AZURE.engine.replace(num_blocks=700)
+    policies = [make_policy(name, Setting(AZURE.statistics, rate, engine), overload=True, **OPTIONS.get(name, {})) for rate in rates]
+    layout, own = policies[0].layout, policies[0].engine
+    if name == "nested-wait":  # the rates lead to different designs, environments of one kind have the same segments
+        ends = (50, 200)
+        policies = [make_policy(name, Setting(AZURE.statistics, r, engine), overload=True, segment_ends=ends) for r in rates]
+        layout = policies[0].layout
+    edges = {"class_by": layout.by, "class_edges": layout.edges} if layout.by == "prompt" else {}
+    envs = vector(rate=rates, engine=own, segment_ends=layout.segment_ends, autoreset_mode=mode, **edges)
+    envs.reset(seed=3)
+    batch = BatchPolicy(policies, envs)
+    alone = [copy.deepcopy(policies[i % 2]) for i in range(envs.num_envs)]
+    fresh = [True] * envs.num_envs
+    episodes = 0
+    q = layout.num_queues
+    steps = 0
+    while episodes < 2 * envs.num_envs:
+        steps += 1
+        assert steps < 5000
+        decisions = batch.decide()
+        for i, policy in enumerate(alone):
+            if envs._scalars[i, st.I_DONE] != st.END_NOT:
+                continue
+            if fresh[i]:
+                policy.reset()
+            arrays = (envs._settings, envs._requests, envs._slots, envs._queues, envs._queue_f, envs._scalars, envs._clocks)
+            expected = policy.decide(SimpleNamespace(arrays=tuple(a[i] for a in arrays)))
+            assert decisions[i].tolist() == expected.array.tolist()
+            fresh[i] = False
+        actions = np.concatenate([decisions[:, 0] != 0, np.minimum(decisions[:, 1], 16)], axis=1).astype(np.int64)
+        assert actions.shape == (envs.num_envs, 2 * q)
+        _, _, terminated, truncated, _ = envs.step(actions)
+        for i in np.flatnonzero(terminated | truncated):
+            fresh[i] = True
+            episodes += 1
+    envs.close()
+
+
+def test_policies_for_other_environments_are_refused() -> None:
+    envs = vector(segment_ends=())
+    setting = Setting(AZURE.statistics, 6.0, AZURE.engine)
+    BatchPolicy(make_policy("reserve", setting), envs)
+    refused: list[tuple[Any, str]] = [
+        (make_policy("nested-wait", setting, overload=True, num_segments=3), "decides on"),
+        (make_policy("sarathi", setting), "stands for"),
+        (Asked(make_policy("reserve", setting)), "no compiled rule"),
+        ([make_policy("reserve", setting), make_policy("vllm", setting)], "of one kind"),
+    ]
+    for policy, match in refused:
+        with pytest.raises(ConfigError, match=match):
+            BatchPolicy(policy, envs)
+    known = make_policy("mc-sf", setting, num_classes=1)
+    own = vector(segment_ends=(), engine=known.engine)
+    with pytest.raises(ConfigError, match="known lengths"):
+        BatchPolicy(known, own)
