@@ -37,7 +37,7 @@ $(VENV)/.demo: $(HOUSE) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(HOUSE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,plots,calibrate,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,minari,plots,calibrate,ray,dev]"
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo

@@ -81,9 +81,7 @@ def fit(
     padded = np.zeros((len(data), policy.features_dim), dtype=np.float32)
     padded[:, :public] = data.observations
     if set_scale:
-        scale = policy.features_extractor
-        scale.mean[:public] = th.as_tensor(data.observations.mean(axis=0))
-        scale.scale[:public] = th.as_tensor(1.0 / np.maximum(data.observations.std(axis=0), 0.05))
+        policy.features_extractor.set_scale(data.observations)
     observations, actions = th.as_tensor(padded), th.as_tensor(data.actions.astype(np.int64))
     masks = th.as_tensor(data.masks)
     actor = [*policy.mlp_extractor.policy_net.parameters(), *policy.action_net.parameters()]

@@ -39,12 +39,13 @@ class ScaledObservation(BaseFeaturesExtractor):
         self.register_buffer("scale", th.full((size,), 2.0))
 
     def set_scale(self, observations: npt.NDArray[np.float32]) -> None:
-        """Standardise by these (n, size) observations; what hardly varies in them is only centred.
+        """Standardise the first numbers by these (n, at most size) observations.
 
         The floor of 0.05 keeps a value that the first rollouts did not show from being blown up later.
         """
-        self.mean.copy_(th.as_tensor(observations.mean(axis=0)))
-        self.scale.copy_(th.as_tensor(1.0 / np.maximum(observations.std(axis=0), 0.05)))
+        width = observations.shape[1]
+        self.mean[:width] = th.as_tensor(observations.mean(axis=0))
+        self.scale[:width] = th.as_tensor(1.0 / np.maximum(observations.std(axis=0), 0.05))
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         scaled: th.Tensor = (observations - self.mean) * self.scale

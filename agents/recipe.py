@@ -14,7 +14,7 @@ from baselines.policy import bucket_edges
 from llmsched_env.action import THETAS
 from llmsched_env.env import engine_with
 from llmsched_env.errors import ConfigError
-from llmsched_env.fluid import equal_probability_ends
+from llmsched_env.fluid import equal_probability_ends, stability_boundary
 from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
 
 ActionSet = Literal["admit", "admit-only", "reserve", "peak"]
@@ -35,6 +35,7 @@ class Recipe:
         num_segments: segments of decode length that end at quantiles of the output length.
         order: outside requests by arrival, by class (shortest prompts first), or by the expected
             KV x iterations of the class, least first.
+        token_budget: ``engine`` keeps the engine's; ``fluid`` takes ``fluid_budget``'s.
         late_last: requests past the setting's ``ttft_slo`` are admitted last (seconds), or None.
         max_admit: largest count of ``admit`` and ``admit-only``.
         levels: thetas of ``reserve`` or levels of ``peak``; empty for their defaults.
@@ -49,6 +50,7 @@ class Recipe:
     num_classes: int = 1
     num_segments: int = 4
     order: Order = "arrival"
+    token_budget: Literal["engine", "fluid"] = "engine"
     late_last: float | None = None
     max_admit: int = 16
     levels: tuple[float, ...] = ()
@@ -59,7 +61,7 @@ class Recipe:
     known_lengths: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("action_set", ActionSet), ("order", Order)):
+        for name, allowed in (("action_set", ActionSet), ("order", Order), ("token_budget", Literal["engine", "fluid"])):
             if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
                 raise ConfigError(f"recipe.{name}: {getattr(self, name)!r}, must be one of {', '.join(allowed.__args__)}")  # type: ignore[attr-defined]
         for name in ("num_classes", "num_segments", "hold"):
@@ -98,7 +100,10 @@ class Recipe:
             changes["class_rank"] = tuple(int(r) for r in np.argsort(np.argsort(work, kind="stable"), kind="stable"))
         if self.late_last is not None:
             changes["late_after"] = self.late_last
-        return engine_with(setting.engine, {**changes, **setting.overrides})
+        engine = engine_with(setting.engine, {**changes, **setting.overrides})
+        if self.token_budget == "fluid" and "max_num_batched_tokens" not in setting.overrides:
+            engine = engine.replace(max_num_batched_tokens=fluid_budget(setting.statistics, engine))
+        return engine
 
     @property
     def choices(self) -> tuple[float, ...]:
@@ -141,6 +146,26 @@ class Recipe:
         if "engine" in fields:
             fields["engine"] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["engine"].items()}
         return cls(**fields)
+
+
+def fluid_budget(statistics: LengthStatistics, engine: EngineConfig) -> int:
+    """The smallest token budget, the engine's own or a power of two from 256, that keeps 95 % of the stability boundary.
+
+    Up to some hundred tokens ride along with the decodes of an iteration for almost nothing, as reading
+    the weights takes the time (the point of Sarathi-Serve, arXiv 2403.02310); what goes beyond makes every
+    resident wait. Too small a budget, where prompts are the main work, costs throughput.
+    """
+    own = engine.max_num_batched_tokens
+    if engine.preset == "paper" or not engine.enable_chunked_prefill or engine.padded_prefill:
+        return own
+    whole = stability_boundary(statistics, engine)
+    budget = 256
+    while budget < own:
+        enough = budget >= engine.max_num_seqs
+        if enough and stability_boundary(statistics, engine.replace(max_num_batched_tokens=budget)) >= 0.95 * whole:
+            return budget
+        budget *= 2
+    return own
 
 
 def class_work(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:

@@ -25,6 +25,10 @@ from agents.training_env import AgentVecEnv
 from llmsched_env.errors import ConfigError
 
 
+Choice = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
+"""(N,) actions for (N, D) observations."""
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutPlan:
     """How much is tried.
@@ -95,9 +99,7 @@ class RolloutData:
         )
 
 
-def collect_states(
-    env: AgentVecEnv, choose: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]], plan: RolloutPlan, short: bool, rng: np.random.Generator
-) -> RolloutData:
+def collect_states(env: AgentVecEnv, choose: Choice, plan: RolloutPlan, short: bool, rng: np.random.Generator) -> RolloutData:
     """``plan.states`` states of every environment on the policy's way, and the cost of each action there."""
     observed: Any = env.reset()
     actions = env.components[0]
@@ -193,20 +195,17 @@ def learn(
         short = k >= plan.rounds - plan.short_rounds
         more = collect_states(env, follow, plan, short, rng)
         if data is None:
-            scale = policy.features_extractor
-            scale.mean[: env.public] = th.as_tensor(more.observations.mean(axis=0))  # type: ignore[index, operator]
-            scale.scale[: env.public] = th.as_tensor(1.0 / np.maximum(more.observations.std(axis=0), 0.05))  # type: ignore[index, operator]
+            extractor: Any = policy.features_extractor
+            extractor.set_scale(more.observations)
         data = more if data is None else data.joined(more)
         collected = time.perf_counter() - start
         figures = fit_costs(policy, data, plan, rng)
         figures.update(round=k + 1, collect_seconds=round(collected, 1), seconds=round(time.perf_counter() - start, 1))
         history.append(figures)
         if report is not None:
-            report(
-                f"round {k + 1} of {plan.rounds}: {len(data):,} states, {figures['seconds']:.0f} s; held out: choice "
-                f"{figures.get('chosen_percent', float('nan')):+.2f} %, best fixed {figures.get('best_fixed_percent', float('nan')):+.2f} %, "
-                f"best of each state {figures.get('best_percent', float('nan')):+.2f} % of the followed cost"
-            )
+            named = (("choice", "chosen_percent"), ("best fixed", "best_fixed_percent"), ("best of each state", "best_percent"))
+            held = ", ".join(f"{word} {figures[name]:+.2f} %" for word, name in named if name in figures)
+            report(f"round {k + 1} of {plan.rounds}: {len(data):,} states, {figures['seconds']:.0f} s; against what was followed: {held}")
         if after_round is not None:
             after_round(k + 1, figures)
     return history

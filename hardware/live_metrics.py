@@ -136,11 +136,19 @@ class PolicyMetrics:
         """Requests by where they are; exported at most once a second. Writes the report when it is due."""
         if now >= self._next_gauge:
             self._next_gauge = now + _GAUGE_SECONDS
-            for where, count in (("outside", outside), ("boundary", boundary), ("held", held)):
-                self._requests[where].set(count)
+            self._set_requests(outside, boundary, held)
         if self._report_path is not None and now >= self._next_report:
             self._next_report = now + self._report_seconds
             self.write_report()
+
+    def empty(self) -> None:
+        """The last request has left: no iteration will follow that could say so."""
+        self._next_gauge = 0.0
+        self._set_requests(0, 0, 0)
+
+    def _set_requests(self, outside: int, boundary: int, held: int) -> None:
+        for where, count in (("outside", outside), ("boundary", boundary), ("held", held)):
+            self._requests[where].set(count)
 
     def summary(self) -> dict[str, Any]:
         """Totals since the start; seconds as mean and quantiles of the last 10,000 iterations."""

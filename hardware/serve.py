@@ -151,6 +151,8 @@ class PolicyScheduler(GatedScheduler):
     def _leave(self, request_id: str) -> None:
         self.mirror.leave(request_id)
         self._changed = True
+        if not self.requests:
+            self.policy_metrics.empty()
 
     def _now(self) -> float:
         return self.monotonic() - self._epoch

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -37,6 +37,7 @@ from llmsched_env.engine.constant import run_constant
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Decision
+from llmsched_env.vector import LLMSchedVectorEnv
 from llmsched_env.workload import load_scenario
 
 # Simulated over real time, published: BLIS (inference-sim) and Vidur (arXiv 2405.05465).
@@ -199,7 +200,7 @@ def ppo_figure() -> Figure:
 
     threads = torch.get_num_threads()
     inner = gym.make_vec("LLMSched-v0", num_envs=256, num_requests=2000, rate=7.0, engine={"num_blocks": 2816}, backlog=(0, 200))
-    env = Timed(inner.unwrapped)
+    env = Timed(cast("LLMSchedVectorEnv", inner.unwrapped))
     model = PPO("MultiInputPolicy", env, n_steps=64, batch_size=4096, n_epochs=4, device="cpu", seed=0)
     model.learn(256 * 64)  # compiles, and numba's threads start: they change torch's count
     torch.set_num_threads(threads)

@@ -169,7 +169,7 @@ class Collector:
         """A Minari data set with the flat observation and the ``MultiDiscrete`` action."""
         import gymnasium as gym
 
-        minari = require("minari", "agents")
+        minari = require("minari", "minari")
         from minari.data_collector import EpisodeBuffer
 
         from agents.interface import component_sizes
@@ -213,7 +213,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for module in ("torch", "stable_baselines3", "sb3_contrib", "safetensors"):
                 require(module, "agents")
         if options.minari is not None:
-            require("minari", "agents")
+            require("minari", "minari")
         collector = Collector(options)
         data = collector.collect()
         if options.clone is not None:

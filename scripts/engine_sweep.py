@@ -72,7 +72,7 @@ class Stepper:
         work = 0.0
         for request_id, tokens in scheduled.items():
             context, prompt = self._computed[request_id], self._prompts[request_id]
-            self._computed[request_id] = context + 1
+            self._computed[request_id] = context + tokens
             load += context + tokens
             sampled += context + tokens >= prompt
             if context >= prompt:

@@ -66,7 +66,7 @@ schedules asynchronously hides part of it; the seconds of execution alone are in
 ## Validate
 
     python scripts/validate.py --calibration tiny.json --model tiny --scenario azure-conv --length-scale 0.25 --max-total-tokens 1024 \\
-        --policies vllm sarathi wait nested-wait --loads 0.5 0.7 0.9 --out results/tiny
+        --policies vllm sarathi wait nested-wait --loads 0.5 0.8 1.1 --num-requests 150 --out results/tiny
 
 Writes `runs.csv` (a row a run, as each finishes), `sim_to_real.csv` (every metric by policy and rate: simulator, engine, the
 engine's range over repeats, error) and `report.md`. `--rates` gives arrival rates, `--loads` gives them as shares of the fluid

@@ -15,8 +15,8 @@ from scripts.output import check_folder, replacing
 from scripts.parallel import unordered
 from scripts.reproduction_cases import Case, Group, group_from_json, group_to_json, run_case
 
-PILING_UP = 0.01
-"""A rate is unstable where more than this share of the arrivals stays in the system."""
+PILING_UP, PILING_UP_QUICK = 0.01, 0.03
+"""A rate is unstable where more than this share of the arrivals stays in the system; short runs cannot resolve as little."""
 
 SOURCES = CACHE_FOLDER.name.rsplit("-", 1)[-1]
 """Digest of the package's sources: results remember with which they were made."""
@@ -50,10 +50,10 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class StableRate:
-    """Result of a search. ``rate`` is the largest rate found with a mean drift below ``PILING_UP``.
+    """Result of a search. ``rate`` is the largest rate found with a mean drift below the bar.
 
     Attributes:
-        low: largest tested rate whose interval (95 %) lies below ``PILING_UP``; 0 if none.
+        low: largest tested rate whose interval (95 %) lies below the bar; 0 if none.
         high: smallest tested rate whose interval lies above it; infinity if none.
         groups: every tested case.
     """
@@ -74,6 +74,11 @@ class Lab:
         jobs: processes.
         progress: called with (label, done, total) as cases finish.
 
+    Attributes:
+        computed: configurations run in this call.
+        seconds: processor seconds of every configuration asked for, by its key.
+        other_sources: keys of results made with another version of the package's sources.
+
     Raises:
         ConfigError: a folder cannot be written.
     """
@@ -83,10 +88,10 @@ class Lab:
         check_folder("--out", figures)
         self.folder, self.figures, self.quick = folder, figures, quick
         self._jobs, self._progress = jobs, progress
-        self.reused = 0
+        self.bar = PILING_UP_QUICK if quick else PILING_UP
         self.computed = 0
-        self.cpu_seconds = 0.0
-        self.other_sources = 0
+        self.seconds: dict[str, float] = {}
+        self.other_sources: set[str] = set()
 
     def pick(self, full: Any, quick: Any) -> Any:
         return quick if self.quick else full
@@ -96,7 +101,6 @@ class Lab:
         wanted = {case.key: case for case in cases}
         found = {key: group for key in wanted if (group := self._load(key)) is not None}
         missing = [case for key, case in wanted.items() if key not in found]
-        self.reused += len(found)
         self._report(label, len(found), len(wanted))
         if missing:
             run_case(_warm(missing[0]))  # compiled here once, before several processes want it at the same time
@@ -121,10 +125,10 @@ class Lab:
             for i, group in enumerate(self.run(f"{label}, search {step + 3}/{steps + 2}", cases)):
                 tested[i].append(group)
                 if step >= 0:
-                    brackets[i][0 if group.mean("drift") < PILING_UP else 1] = rates[i]
-                elif step == -1 and group.mean("drift") < PILING_UP:
+                    brackets[i][0 if group.mean("drift") < self.bar else 1] = rates[i]
+                elif step == -1 and group.mean("drift") < self.bar:
                     brackets[i][0] = rates[i]
-        return [_stable_rate(groups) for groups in tested]
+        return [stable_rate(groups, self.bar) for groups in tested]
 
     def _report(self, label: str, done: int, total: int) -> None:
         if self._progress is not None:
@@ -138,13 +142,14 @@ class Lab:
             return None
         except (OSError, ValueError, KeyError, TypeError):
             return None  # cut off or of another version: run again
-        self.other_sources += data.get("sources") != SOURCES
-        self.cpu_seconds += group.wall_seconds
+        if data.get("sources") != SOURCES:
+            self.other_sources.add(key)
+        self.seconds[key] = group.wall_seconds
         return group
 
     def _store(self, group: Group) -> None:
         self.computed += 1
-        self.cpu_seconds += group.wall_seconds
+        self.seconds[group.case.key] = group.wall_seconds
         with replacing(self.folder / f"{group.case.key}.json") as file:
             json.dump({**group_to_json(group), "sources": SOURCES}, file)
 
@@ -153,15 +158,16 @@ def _warm(case: Case) -> Case:
     return case.but(seeds=1, horizon=min(case.horizon, 20 / case.rate + 1.0), requests=min(case.requests, 5))
 
 
-def _stable_rate(groups: Sequence[Group]) -> StableRate:
+def stable_rate(groups: Sequence[Group], bar: float) -> StableRate:
+    """What the tested rates say about the largest stable one."""
     rate, low, high = 0.0, 0.0, float("inf")
     for group in groups:
         interval, at = group.interval("drift"), group.case.rate
-        if interval.mean < PILING_UP:
+        if interval.mean < bar:
             rate = max(rate, at)
-        if interval.high < PILING_UP:
+        if interval.high < bar:
             low = max(low, at)
-        if interval.low > PILING_UP:
+        if interval.low > bar:
             high = min(high, at)
     return StableRate(rate, low, high, tuple(groups))
 
@@ -194,4 +200,4 @@ def picture(name: str, caption: str) -> list[str]:
     return [f"![{caption}](figures/{name})", "", f"*{caption}*", ""]
 
 
-__all__ = ["PILING_UP", "Claim", "Lab", "Section", "StableRate", "number", "picture", "show", "table"]
+__all__ = ["Claim", "Lab", "Section", "StableRate", "number", "picture", "show", "table"]

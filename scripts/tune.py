@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -28,10 +29,10 @@ from scripts.boundary import Boundaries
 from scripts.output import check_file, replacing
 from scripts.parallel import unordered
 from scripts.suite import LOADS, MEMORY, MOVING, SCENARIOS, SUITE, Bench, Cell, cells
-from scripts.tuning import GRIDS, Tuned, objective_of, tune
+from scripts.tuning import GRIDS, Tuned, grid_of, objective_of, tune
 from scripts.variants import needed_boundaries, runs_on
 
-TRIALS = 32
+TRIALS = 40
 SEEDS = 4
 
 
@@ -137,7 +138,7 @@ def main(words: Sequence[str] | None = None) -> int:
         (bench, cell, policy, options.seeds, options.trials)
         for cell in chosen
         for policy in options.policies
-        if runs_on(policy, cell) and not _done(kept.entries.get((cell.key, policy)), *same, bench.count(cell))
+        if runs_on(policy, cell) and not _done(kept.entries.get((cell.key, policy)), cell, *same, bench.count(cell))
     ]
     print(f"{len(tasks)} searches of {options.trials} trials on {options.seeds} seeds each", flush=True)
     results = unordered("loky", options.jobs, tune_task, tasks)
@@ -146,7 +147,8 @@ def main(words: Sequence[str] | None = None) -> int:
             kept.entries[found.cell, found.policy] = found
             kept.write(options.out)
             change = "" if found.default_value == found.value else f" (default {found.default_value:.4g})"
-            print(f"{i}/{len(tasks)} {found.cell} {found.policy}: {found.objective} {found.value:.4g}{change} at {found.options}", flush=True)
+            outcome = f"{found.objective} {found.value:.4g}{change} at {found.options}"
+            print(f"{i}/{len(tasks)} {found.cell} {found.policy}: {outcome}", flush=True)
     except KeyboardInterrupt:
         return 130
     finally:
@@ -158,13 +160,11 @@ def tune_task(bench: Bench, cell: Cell, policy: str, seeds: int, trials: int) ->
     return tune(bench, cell, policy, seeds=seeds, trials=trials)
 
 
-def _done(entry: Tuned | None, seeds: int, trials: int, num_requests: int) -> bool:
+def _done(entry: Tuned | None, cell: Cell, seeds: int, trials: int, num_requests: int) -> bool:
     """Whether an entry comes from a search as asked for; a small grid has fewer points than trials."""
     if entry is None:
         return False
-    points = 1
-    for values in GRIDS[entry.policy].values():
-        points *= len(values)
+    points = math.prod(len(values) for values in grid_of(entry.policy, cell).values())
     return entry.seeds == seeds and entry.num_requests == num_requests and entry.trials >= min(trials, points)
 
 

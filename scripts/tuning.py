@@ -11,42 +11,54 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from baselines import make_policy, policy_options
+from baselines import Setting, policy_options
 from llmsched_env.engine.backend import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
+from llmsched_env.perf.base import CalibrationRangeWarning
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Workload
-from scripts.suite import Bench, Cell, warmup_seconds
+from scripts.suite import Bench, Cell, engine_of, warmup_seconds
+from scripts.variants import make
 
 COARSE = 7
 """Points of a grid that the first pass looks at, about."""
 
 THETAS = tuple(round(0.8 + 0.01 * i, 2) for i in range(81))
 CLASSES = (1, 2, 4, 8, 16, 32)
+BUDGETS = (256, 384, 512, 768, 1_024, 1_536, 2_048)
+ENGINE: dict[str, Sequence[Any]] = {"engine.max_num_batched_tokens": BUDGETS}
+"""The token budget is the operator's to choose whatever the policy; the ``paper`` preset has none."""
 
 Grid = Mapping[str, Sequence[Any]]
 GRIDS: dict[str, Grid] = {
+    "vllm": {**ENGINE, "engine.max_num_seqs": (32, 48, 64, 96, 128, 160, 192, 256)},
     "vllm-v0": {"budget": (1_024, 2_048, 4_096, 8_192, 16_384), "max_num_seqs": (32, 64, 96, 128, 160, 192, 256)},
-    "sarathi": {"budget": (256, 384, 512, 768, 1_024, 1_536, 2_048), "max_num_seqs": (32, 48, 64, 96, 128, 160, 192, 256)},
-    "wait": {"slack": tuple(round(1.05 + 0.1 * i, 2) for i in range(20)), "num_classes": (1, 2, 4, 8, 16)},
+    "sarathi": {"budget": BUDGETS, "max_num_seqs": (32, 48, 64, 96, 128, 160, 192, 256)},
+    "wait": {"slack": tuple(round(1.05 + 0.1 * i, 2) for i in range(20)), "num_classes": (1, 2, 4, 8, 16), **ENGINE},
     "nested-wait": {
         "slack": tuple(round(1.05 + 0.1 * i, 2) for i in range(20)),
         "num_segments": (1, 2, 3, 4, 6, None),
-        "delta": (0.01, 0.1, 0.5),
+        **ENGINE,
     },
-    "shortest-prompt": {"theta": (*THETAS, None), "num_classes": CLASSES},
-    "reserve": {"theta": THETAS},
-    "expected-work": {"theta": THETAS, "c": (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0), "num_classes": CLASSES},
-    "late-last": {"theta": THETAS, "limit": (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)},
-    "mc-sf": {"margin": tuple(round(0.01 * i, 2) for i in range(31)), "num_classes": (4, 8, 16, 32, 64)},
-    "oracle-sjf": {"theta": THETAS, "num_classes": (4, 8, 16, 32, 64)},
+    "shortest-prompt": {"theta": (*THETAS, None), "num_classes": CLASSES, **ENGINE},
+    "reserve": {"theta": THETAS, **ENGINE},
+    "expected-work": {
+        "theta": THETAS,
+        "c": (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0),
+        "num_classes": CLASSES,
+        **ENGINE,
+    },
+    "late-last": {"theta": THETAS, "limit": (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0), **ENGINE},
+    "mc-sf": {"margin": tuple(round(0.01 * i, 2) for i in range(31)), "num_classes": (4, 8, 16, 32, 64), **ENGINE},
+    "oracle-sjf": {"theta": THETAS, "num_classes": (4, 8, 16, 32, 64), **ENGINE},
 }
 """Grids in the order of their values. ``limit`` is in units of the cell's TTFT limit. Policies without an entry have nothing to tune."""
 
@@ -56,6 +68,15 @@ OBJECTIVES = {"late-last": "slo_goodput"}
 
 def objective_of(policy: str) -> str:
     return OBJECTIVES.get(policy, "latency_mean")
+
+
+def grid_of(policy: str, cell: Cell) -> Grid:
+    """The parameters that can be tuned in a cell."""
+    grid = GRIDS.get(policy, {})
+    if engine_of(cell.scenario, cell.kv).preset == "vllm":
+        # The token budget first: what else is best depends on it most.
+        return dict(sorted(grid.items(), key=lambda item: not item[0].startswith("engine.")))
+    return {name: values for name, values in grid.items() if not name.startswith("engine.")}
 
 
 def default_options(policy: str, bench: Bench, cell: Cell) -> dict[str, Any]:
@@ -69,7 +90,7 @@ class Tuned:
 
     Attributes:
         cell: ``Cell.key``.
-        options: of the constructor; what is not named is the default.
+        options: of the constructor, engine fields with the prefix ``engine.``; what is not named is the default.
         value, default_value: the objective at these options and at the defaults, mean over the seeds.
         trials: points evaluated, the defaults among them.
         seeds, num_requests: of each trial.
@@ -88,7 +109,10 @@ class Tuned:
     seconds: float
 
 
-def search(sizes: Sequence[int], start: Sequence[int] | None, trials: int, cost: Callable[[tuple[int, ...]], float]) -> tuple[int, ...] | None:
+Point = tuple[int, ...]
+
+
+def search(sizes: Sequence[int], start: Sequence[int] | None, trials: int, cost: Callable[[Point], float]) -> Point | None:
     """The best point found of a grid, in at most ``trials`` calls of ``cost``; None if no point has a finite cost.
 
     Args:
@@ -96,17 +120,17 @@ def search(sizes: Sequence[int], start: Sequence[int] | None, trials: int, cost:
         start: where to begin; None for the middle.
         cost: of a point, lower is better; never asked twice for the same one.
     """
-    known: dict[tuple[int, ...], float] = {}
+    known: dict[Point, float] = {}
     rng = np.random.default_rng(0)
 
-    def ask(point: tuple[int, ...]) -> float:
+    def ask(point: Point) -> float:
         if point not in known:
             if len(known) == trials:
                 raise StopIteration
             known[point] = cost(point)
         return known[point]
 
-    def descend(best: tuple[int, ...], coarse: bool) -> None:
+    def descend(best: Point, coarse: bool) -> None:
         value = ask(best)
         steps = [max(1, (size - 1) // (COARSE - 1)) for size in sizes]
         if coarse:
@@ -158,12 +182,12 @@ def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> T
     started = time.perf_counter()
     setting, limits = bench.setting(cell), bench.limits(cell)
     workloads = [bench.workload(cell, "tuning", seed) for seed in range(seeds)]
-    grid = GRIDS.get(policy, {})
+    grid = grid_of(policy, cell)
     names, objective = list(grid), objective_of(policy)
     backend = SimBackend()
-    costs: dict[tuple[int, ...] | None, float] = {}
+    costs: dict[Point | None, float] = {}
 
-    def options_of(point: tuple[int, ...]) -> dict[str, Any]:
+    def options_of(point: Point) -> dict[str, Any]:
         options = {name: grid[name][i] for name, i in zip(names, point, strict=True)}
         if "limit" in options:
             options["limit"] *= limits[0]
@@ -171,12 +195,12 @@ def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> T
 
     def evaluate(options: dict[str, Any]) -> float:
         try:
-            chosen = make_policy(policy, setting, overload=True, **options)
+            chosen = make(policy, setting, options)
             return float(np.mean([_cost(chosen, workload, backend, objective, limits) for workload in workloads]))
         except ConfigError:
             return math.inf
 
-    def cost(point: tuple[int, ...]) -> float:
+    def cost(point: Point) -> float:
         costs[point] = evaluate(options_of(point))
         return costs[point]
 
@@ -184,8 +208,7 @@ def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> T
     default = costs[None] = evaluate(shipped)
     best: dict[str, Any] = shipped
     if grid:
-        parameters = policy_options(policy)
-        values = [limits[0] * 1.0 if n == "limit" else parameters[n].default for n in names]
+        values = [shipped.get(n, _shipped_value(policy, setting, n)) for n in names]
         start = [_nearest([v * limits[0] for v in grid[n]] if n == "limit" else grid[n], v) for n, v in zip(names, values, strict=True)]
         at_start = options_of(tuple(start))
         if at_start == dict(zip(names, values, strict=True)):
@@ -213,8 +236,17 @@ def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> T
     )
 
 
+def _shipped_value(policy: str, setting: Setting, name: str) -> Any:
+    """A constructor's default, or the engine's own value."""
+    if name.startswith("engine."):
+        return getattr(setting.engine, name.removeprefix("engine."))
+    return policy_options(policy)[name].default
+
+
 def _cost(policy: Any, workload: Workload, backend: SimBackend, objective: str, limits: tuple[float, float]) -> float:
-    result = run_episode(policy, workload, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationRangeWarning)  # evaluation states how often
+        result = run_episode(policy, workload, backend=backend)
     summary = summarize(
         result.log,
         result.counters,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from baselines import make_policy, policy_class
+from baselines import Setting, make_policy, policy_class
 from llmsched_env.errors import ConfigError
 from llmsched_env.runner import Policy
 from llmsched_env.types import EngineConfig
@@ -31,7 +31,7 @@ class Variant:
 
     Attributes:
         name: of the policy or the agent.
-        options: (name, value) pairs of a baseline's constructor.
+        options: (name, value) pairs of a baseline's constructor, engine fields with the prefix ``engine.``.
         folder: an agent's checkpoint.
     """
 
@@ -59,7 +59,18 @@ class Variant:
             from agents.checkpoint import load_checkpoint
 
             return load_checkpoint(self.folder, setting, name=self.name)
-        return make_policy(self.name, setting, overload=True, **dict(self.options))
+        return make(self.name, setting, dict(self.options))
+
+
+def make(policy: str, setting: Setting, options: Mapping[str, Any]) -> Policy:
+    """A baseline with options of its constructor and, prefixed with ``engine.``, fields of the engine; beyond its theory if need be.
+
+    Raises:
+        ConfigError: a refused option.
+    """
+    engine = {name.removeprefix("engine."): value for name, value in options.items() if name.startswith("engine.")}
+    own = {name: value for name, value in options.items() if not name.startswith("engine.")}
+    return make_policy(policy, replace(setting, overrides={**setting.overrides, **engine}), overload=True, **own)
 
 
 def runs_on(policy: str, cell: Cell) -> bool:

@@ -226,7 +226,7 @@ def test_points_survive_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
     with PointsFile(path, ENGINE, resume=True) as file:
         assert file.points == points[:3]
         file.append(points[3])
-    assert path.read_bytes().startswith(before)
+    assert path.read_bytes().startswith(before) and path.read_bytes().endswith(b"}\n")
     assert read_points(path, ENGINE)[0] == points[:4]
 
 

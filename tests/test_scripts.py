@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -613,7 +613,8 @@ def test_every_option_of_every_policy_can_be_set() -> None:
     for name in policy_names():
         for option, hint in policy_keys(name).items():
             parsed = 0
-            for sample in samples:
+            names = get_args(hint) if get_origin(hint) is Literal else ()
+            for sample in (*samples, *names):
                 try:
                     parse_value(option, sample, hint)
                     parsed += 1

@@ -1,9 +1,12 @@
-"""Policies for the tests of the live server, named in LLMSCHED_POLICY as ``serve_policies:NAME``."""
+"""Policies for the tests of the live server: ``serve_policies:NAME`` in LLMSCHED_POLICY, and a checkpoint made here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
 
 from baselines import Setting
 from llmsched_env.backend import View
@@ -51,3 +54,25 @@ class Stubborn:
         if RAISING_PROMPT in view.waiting_requests(0, 64).prompt_tokens:
             raise ArithmeticError("a mistake in the policy")
         return Decision(2)
+
+
+def random_agent(folder: Path, **recipe: Any) -> Path:
+    """A learned agent with random weights."""
+    from agents.checkpoint import save_checkpoint
+    from agents.domain import Domain
+    from agents.interface import component_sizes, observation_width
+    from agents.network import Network
+    from agents.recipe import Recipe
+
+    made, domain = Recipe(**recipe), Domain(scenarios=("sharegpt",))
+    layout = made.layout_for(domain.grid()[0].setting.statistics)
+    components = component_sizes(made, layout.num_queues)
+    width, g = observation_width(made, layout), np.random.default_rng(0)
+
+    def layer(rows: int, columns: int) -> tuple[Any, Any]:
+        return g.normal(size=(rows, columns)).astype(np.float32), np.zeros(rows, np.float32)
+
+    mean, scale = np.full(width, 0.5, np.float32), np.full(width, 2.0, np.float32)
+    network = Network(mean, scale, (layer(16, width),), layer(sum(components), 16), components)
+    save_checkpoint(folder, network, made, domain, layout, name="random", deterministic=False, record={})
+    return folder

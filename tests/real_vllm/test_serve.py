@@ -148,6 +148,8 @@ def test_clients_that_hang_up_leave_nothing_behind(servers: Servers) -> None:
     assert all(a.reason is None and 3 <= len(a.tokens) < 400 for a in answers)
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
         server.wait_for_metric(name, 0.0)
+    for where in ("outside", "boundary", "held"):
+        server.wait_for_metric(f'llmsched:requests{{policy="nested-wait",where="{where}"}}', 0.0)
     # The places are free again: as many requests as fit at once.
     assert_complete(server.ask(random_requests(32, seed=3)), random_requests(32, seed=3))
     assert server.metrics()['llmsched:policy_errors_total{policy="nested-wait"}'] == 0

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from serve_policies import random_agent
 
 from hardware.live import LiveMirror
 from hardware.live_config import LiveConfig, build_policy
@@ -119,28 +119,6 @@ def test_sarathi_runs_on_the_engine_it_stands_for(tmp_path: Path) -> None:
     build_policy(config_of(tmp_path, "sarathi", options={"budget": 256, "max_num_seqs": 64}), smaller)
 
 
-def checkpoint(folder: Path, **recipe: Any) -> Path:
-    """A learned agent with random weights."""
-    from agents.checkpoint import save_checkpoint
-    from agents.domain import Domain
-    from agents.interface import component_sizes, observation_width
-    from agents.network import Network
-    from agents.recipe import Recipe
-
-    made, domain = Recipe(**recipe), Domain(scenarios=("sharegpt",))
-    layout = made.layout_for(domain.grid()[0].setting.statistics)
-    components = component_sizes(made, layout.num_queues)
-    width, g = observation_width(made, layout), np.random.default_rng(0)
-
-    def layer(rows: int, columns: int) -> tuple[Any, Any]:
-        return g.normal(size=(rows, columns)).astype(np.float32), np.zeros(rows, np.float32)
-
-    mean, scale = np.full(width, 0.5, np.float32), np.full(width, 2.0, np.float32)
-    network = Network(mean, scale, (layer(16, width),), layer(sum(components), 16), components)
-    save_checkpoint(folder, network, made, domain, layout, name="random", deterministic=False, record={})
-    return folder
-
-
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -152,7 +130,7 @@ def checkpoint(folder: Path, **recipe: Any) -> Path:
 )
 def test_a_checkpoint_is_a_policy(tmp_path: Path, recipe: dict[str, Any]) -> None:
     pytest.importorskip("safetensors")
-    folder = checkpoint(tmp_path / "agent", **recipe)
+    folder = random_agent(tmp_path / "agent", **recipe)
     live = build_policy(LiveConfig(str(folder), options={"seed": 3}), ENGINE)
     assert live.policy.name == "random" and "those of sharegpt assumed" in live.notes[0]
     rehearse(live.policy, LiveMirror(live.policy.layout, live.policy.engine))
@@ -162,7 +140,7 @@ def test_a_checkpoint_is_a_policy(tmp_path: Path, recipe: dict[str, Any]) -> Non
 
 def test_a_checkpoint_with_an_engine_of_its_own_names_the_flags(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
-    folder = checkpoint(tmp_path / "agent", engine={"max_num_batched_tokens": 512})
+    folder = random_agent(tmp_path / "agent", engine={"max_num_batched_tokens": 512})
     with pytest.raises(ConfigError, match=r"max_num_batched_tokens = 512 \(server: 2048\).*--max-num-batched-tokens 512"):
         build_policy(LiveConfig(str(folder)), ENGINE)
 

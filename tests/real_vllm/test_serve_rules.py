@@ -18,6 +18,7 @@ if importlib.util.find_spec("vllm") is None:
 
 import serve_policies
 from serve_inprocess import Server, configure, make_server
+from serve_policies import random_agent
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
@@ -280,10 +281,12 @@ def test_known_lengths_are_shown_where_the_operator_says_they_are_known(monkeypa
     server.run_until_empty()
 
 
-@pytest.mark.parametrize("policy", ["vllm", "fcfs", "nested-wait", "reserve", "shortest-prompt"])
-def test_every_baseline_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize("policy", ["vllm", "fcfs", "nested-wait", "reserve", "shortest-prompt", "agent"])
+def test_every_policy_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy: str) -> None:
     lengths = {"prompt": [8, 20], "output": [6, 24], "weight": [2, 1]}
-    configure(monkeypatch, tmp_path, policy, lengths=lengths, rate=30.0, max_wait_seconds=3.0)
+    options: dict[str, Any] = {"segment_ends": [6]} if policy == "nested-wait" else {}
+    named = str(random_agent(tmp_path / "agent", action_set="admit")) if policy == "agent" else policy
+    configure(monkeypatch, tmp_path, named, lengths=lengths, rate=30.0, max_wait_seconds=3.0, options=options)
     server = Server(ENGINE.replace(num_blocks=400))  # Nested WAIT's buffer for a workload of two lengths
     g = np.random.default_rng(0)
     for i in range(150):
@@ -292,8 +295,7 @@ def test_every_baseline_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     server.run_until_empty()
     scheduler = server.scheduler
     assert scheduler.policy_metrics.errors == 0 and scheduler.mirror.resyncs == 0
-    if policy == "nested-wait":
-        assert scheduler.live.policy.layout.num_segments > 1
+    assert scheduler.live.policy.layout.num_segments == {"nested-wait": 2, "agent": 4}.get(policy, 1)
 
 
 # --- states the mirror does not follow ------------------------------------------------------------------------

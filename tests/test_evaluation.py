@@ -1,0 +1,415 @@
+"""The suite, its seeds and boundaries, tuning, and an evaluation from rows to page."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmsched_env.errors import ConfigError
+from llmsched_env.types import Workload
+from llmsched_env.workload import load_scenario
+from scripts import evaluate, tune
+from scripts.boundary import Boundaries, Boundary, measure
+from scripts.evaluation import METRICS, Row, lengths_known, missing_tasks, run_cell, variants_of
+from scripts.results import BAR_TEXTS, NO_AGENT, Results, bars
+from scripts.row_file import RowFile, read_rows
+from scripts.seeds import PURPOSES, seed_of
+from scripts.suite import LOADS, MEMORY, SCENARIOS, Bench, Cell, cells, engine_of, one_after_the_other, warmup_seconds
+from scripts.tuning import GRIDS, THETAS, search
+from scripts.variants import Variant, make, runs_on
+
+CELL = Cell("stationary", "azure-conv", "40GB", 1.0)
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(Boundaries.read(), 60)
+
+
+# --- seeds ----------------------------------------------------------------------------------------
+def test_no_purpose_shares_a_stream_with_another_or_with_training() -> None:
+    def state(seed: np.random.SeedSequence) -> tuple[int, ...]:
+        # Scenarios draw from two children.
+        return tuple(int(x) for child in seed.spawn(2) for x in child.generate_state(4))
+
+    ours = {state(seed_of(purpose, i, part)) for purpose in PURPOSES for i in range(50) for part in range(2)}
+    training = {state(np.random.SeedSequence(i)) for i in range(300)}
+    assert len(ours) == len(PURPOSES) * 50 * 2
+    assert not ours & training
+
+
+def test_requests_of_tuning_and_evaluation_differ(bench: Bench) -> None:
+    drawn = [bench.workload(CELL, purpose, seed) for purpose in PURPOSES for seed in range(3)]
+    for a, b in itertools.combinations(drawn, 2):
+        assert not np.intersect1d(a.arrival, b.arrival).size
+    again = bench.workload(CELL, PURPOSES[0], 0)
+    np.testing.assert_array_equal(again.arrival, drawn[0].arrival)
+
+
+@pytest.mark.parametrize(("purpose", "number"), [("training", 0), ("tuning", -1)])
+def test_other_seeds_are_refused(purpose: str, number: int) -> None:
+    with pytest.raises(ConfigError):
+        seed_of(purpose, number)  # type: ignore[arg-type]
+
+
+# --- suite ----------------------------------------------------------------------------------------
+def test_the_suite_is_what_it_says() -> None:
+    everything = cells()
+    assert len(everything) == len(SCENARIOS) * len(LOADS) * len(MEMORY) + 3 * 2 * len(MEMORY)
+    assert len({cell.key for cell in everything}) == len(everything)
+    known = Boundaries.read()
+    assert all((scenario, kv) in known for scenario in SCENARIOS for kv in MEMORY), "shipped boundaries"
+
+
+def test_the_workload_of_a_load_has_its_rate(bench: Bench) -> None:
+    rate = bench.rate(CELL)
+    assert rate == bench.boundaries.rate("azure-conv", "40GB")
+    many = dataclasses.replace(bench, num_requests=20_000).workload(CELL, "tuning", 0)
+    assert len(many) / many.arrival[-1] == pytest.approx(rate, rel=0.03)
+    half = dataclasses.replace(CELL, load=0.5)
+    np.testing.assert_allclose(bench.workload(half, "tuning", 1).arrival, 2 * bench.workload(CELL, "tuning", 1).arrival)
+
+
+@pytest.mark.parametrize("part", ["bursts", "daily"])
+def test_moving_rates_keep_their_mean(part: str) -> None:
+    bench = Bench(Boundaries.read(), 20_000)
+    cell = Cell(part, "sharegpt", "80GB", 0.9)  # type: ignore[arg-type]
+    counts = [len(w) / w.arrival[-1] for w in (bench.workload(cell, "tuning", s) for s in range(5))]
+    assert np.mean(counts) == pytest.approx(bench.rate(cell), rel=0.06)
+    assert bench.rate(cell) == pytest.approx(0.9 * bench.boundaries.rate("sharegpt", "80GB"))
+    arrivals = bench.workload(cell, "tuning", 0).arrival
+    per_minute = np.histogram(arrivals, np.arange(0, arrivals[-1], 60.0))[0]
+    assert per_minute.std() > 2 * math.sqrt(per_minute.mean()), "not Poisson"
+
+
+def test_a_shift_changes_lengths_in_the_middle(bench: Bench) -> None:
+    many = dataclasses.replace(bench, num_requests=4_001)
+    cell = Cell("shift", "azure-conv", "40GB", 0.95)
+    workload = many.workload(cell, "tuning", 0)
+    assert len(workload) == 4_001
+    means = {name: load_scenario(name).statistics.mean_prompt for name in ("azure-conv", "sharegpt")}
+    assert workload.prompt_tokens[:2_001].mean() == pytest.approx(means["azure-conv"], rel=0.1)
+    assert workload.prompt_tokens[2_001:].mean() == pytest.approx(means["sharegpt"], rel=0.15)
+    assert many.setting(cell).statistics.mean_prompt == pytest.approx(np.mean(list(means.values())))
+    assert len(workload) / workload.arrival[-1] == pytest.approx(many.rate(cell), rel=0.05)
+
+
+def test_workloads_follow_each_other() -> None:
+    joined = one_after_the_other(Workload.of([1.0, 4.0], [5, 6], [7, 8]), Workload.of([0.5], [9], [10]))
+    assert joined.arrival.tolist() == [1.0, 4.0, 4.5]
+    assert joined.prompt_tokens.tolist() == [5, 6, 9]
+    assert joined.output_tokens.tolist() == [7, 8, 10]
+
+
+def test_memory_shrinks_in_both_presets() -> None:
+    assert engine_of("azure-conv", "40GB").num_blocks == 2_816
+    assert engine_of("two-type", "80GB").capacity_tokens == 3_750
+    assert engine_of("two-type", "40GB").capacity_tokens == round(3_750 * 2_816 / 7_424)
+
+
+def test_the_warm_up_is_a_share_of_the_requests() -> None:
+    workload = Workload.of(np.arange(50.0), np.full(50, 5), np.full(50, 5))
+    assert warmup_seconds(workload) == 10.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"scenarios": ["azure-con"]}, "did you mean 'azure-conv'"), ({"kvs": ["60GB"]}, "60GB"), ({"loads": [0.0]}, "load"), ({"parts": ["x"]}, "part")],
+)
+def test_what_the_suite_lacks_is_refused(changes: dict[str, Sequence[str]], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        cells(**changes)  # type: ignore[arg-type]
+
+
+def test_a_new_suite_scenario_runs_long_prompts() -> None:
+    scenario = load_scenario("mooncake")
+    assert scenario.engine.max_model_len == 32_768
+    assert scenario.statistics.mean_prompt == pytest.approx(8_628, rel=0.02)
+    assert (scenario.generate(0, num_requests=500).prompt_tokens > 4_096).mean() > 0.4
+
+
+# --- boundaries -----------------------------------------------------------------------------------
+def test_a_backlog_shrinks_below_the_boundary_and_grows_above() -> None:
+    scenario = load_scenario("azure-conv")
+    engine = engine_of("azure-conv", "40GB")
+    found = measure(scenario, engine, "40GB", requests=600, seeds=2)
+    assert len(found.rates) == 2 and found.rate == pytest.approx(np.mean(found.rates), rel=1e-5)
+    bench = Bench(Boundaries({("azure-conv", "40GB"): found}), 2_500)
+
+    def wait(load: float) -> float:
+        row = run_cell(bench, dataclasses.replace(CELL, load=load), 0, [Variant("vllm", "default")])[0]
+        return row.ttft_mean
+
+    assert wait(0.8) < 1.0 < 10.0 < wait(1.25)
+
+
+def test_boundaries_are_measured_once_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "b.json"
+    known = Boundary("azure-conv", "40GB", 2_816, "x", 5.0, (5.0,), 10, "0")
+    said: list[str] = []
+    scenario, engine = load_scenario("azure-conv"), engine_of("azure-conv", "40GB")
+    kept = Boundaries({("azure-conv", "40GB"): known}).completed({("azure-conv", "40GB"): (scenario, engine)}, path, report=said.append)
+    assert kept.rate("azure-conv", "40GB") == 5.0 and not said and not path.exists()
+    with pytest.raises(ConfigError, match="not been measured"):
+        kept.rate("lmsys", "40GB")
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="not a file of boundaries"):
+        Boundaries.read(path)
+
+
+# --- tuning ---------------------------------------------------------------------------------------
+def test_the_search_finds_a_peak_to_the_last_step() -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def cost(point: tuple[int, ...]) -> float:
+        asked.append(point)
+        return (point[0] - 37) ** 2 + 50 * (point[1] - 2) ** 2
+
+    assert search([81, 6], (10, 5), 60, cost) == (37, 2)
+    assert len(asked) == len(set(asked)) == 60, "no point twice, and every trial is used"
+
+
+@pytest.mark.parametrize(("sizes", "trials"), [([81], 24), ([81, 6, 7], 40), ([5], 40), ([1, 2], 40)])
+def test_every_search_has_its_trials(sizes: list[int], trials: int) -> None:
+    asked: set[tuple[int, ...]] = set()
+
+    def cost(point: tuple[int, ...]) -> float:
+        asked.add(point)
+        return float(hash(point) % 97)
+
+    search(sizes, None, trials, cost)
+    assert len(asked) == min(trials, math.prod(sizes))
+    assert all(0 <= i < n for point in asked for i, n in zip(point, sizes, strict=True))
+
+
+def test_a_search_without_a_feasible_point_finds_nothing() -> None:
+    assert search([5, 5], None, 25, lambda point: math.inf) is None
+
+
+def test_thetas_stand_a_hundredth_apart_and_every_grid_has_options_of_its_policy() -> None:
+    np.testing.assert_allclose(np.diff(THETAS), 0.01)
+    bench = Bench(Boundaries.read(), 60)
+    for policy, grid in GRIDS.items():
+        for name, values in grid.items():
+            for value in (values[0], values[-1]):
+                if policy in ("wait", "nested-wait") or (name, value) == ("engine.max_num_seqs", 32):
+                    continue
+                assert make(policy, bench.setting(CELL), {name: value}).engine is not None
+
+
+def test_tuning_helps_on_its_own_seeds_and_goes_on_where_it_was_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tuned.json"
+    words = ["--scenarios", "azure-conv", "--kv", "40GB", "--loads", "1.0", "--parts", "stationary", "--policies", "reserve", "late-last"]
+    words += ["--seeds", "2", "--trials", "12", "--num-requests", "300", "--jobs", "1", "--out", str(out)]
+    assert tune.main(words) == 0
+    first = out.read_text()
+    record = json.loads(first)
+    by_policy = {entry["policy"]: entry for entry in record["entries"]}
+    assert set(by_policy) == {"reserve", "late-last"}
+    assert by_policy["reserve"]["value"] <= by_policy["reserve"]["default_value"]
+    assert by_policy["late-last"]["objective"] == "slo_goodput"
+    assert by_policy["late-last"]["value"] >= by_policy["late-last"]["default_value"]
+    assert {entry["trials"] for entry in record["entries"]} == {12}
+    capsys.readouterr()
+    assert tune.main(words) == 0
+    assert "0 searches" in capsys.readouterr().out
+    assert out.read_text() == first
+    # What is reported as tuned is what these options give.
+    bench = Bench(Boundaries.read(), 300)
+    entry = tune.TunedFile.read(out).entries[CELL.key, "reserve"]
+    policy = make("reserve", bench.setting(CELL), entry.options)
+    from llmsched_env.metrics import summarize
+    from llmsched_env.runner import run_episode
+
+    values = []
+    for seed in range(2):
+        workload = bench.workload(CELL, "tuning", seed)
+        result = run_episode(policy, workload)
+        values.append(
+            summarize(result.log, result.counters, kv_capacity=1, warmup=warmup_seconds(workload)).latency_mean
+        )
+    assert entry.value == pytest.approx(np.mean(values), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--policies", "fcfs"], "nothing to tune"),
+        (["--policies", "resreve"], "did you mean"),
+        (["--trials", "0"], "--trials"),
+        (["--num-requests", "3"], "--num-requests"),
+        (["--scenarios", "nowhere"], "nowhere"),
+    ],
+)
+def test_tune_refuses_before_any_work(words: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([*words, "--out", str(tmp_path / "t.json")]) == 2
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    path.write_text(json.dumps({"suite": "bench-v0", "entries": []}))
+    with pytest.raises(ConfigError, match="bench-v0"):
+        tune.TunedFile.read(path)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="not a file of tuned parameters"):
+        tune.TunedFile.read(path)
+
+
+# --- rows -----------------------------------------------------------------------------------------
+def test_each_preset_has_its_own_greedy_fifo(bench: Bench) -> None:
+    paper = Cell("stationary", "two-type", "80GB", 1.0)
+    assert runs_on("fcfs", paper) and not runs_on("vllm", paper)
+    assert runs_on("vllm", CELL) and not runs_on("fcfs", CELL)
+    labels = [v.label for v in variants_of(paper, ["fcfs", "vllm", "late-last"], {}, {}, bench)]
+    assert labels == ["fcfs (default)", "late-last (default)"]
+
+
+def test_known_lengths_are_told_apart() -> None:
+    assert lengths_known("mc-sf (tuned)") and lengths_known("wait (default)")
+    assert not lengths_known("reserve (tuned)") and not lengths_known("an agent")
+
+
+def test_a_policy_that_refuses_a_cell_leaves_a_row_that_says_so(bench: Bench) -> None:
+    row = run_cell(bench, CELL, 0, [Variant("reserve", "tuned", (("theta", -1.0),))])[0]
+    assert row.requests == 0 and math.isnan(row.latency_mean)
+    assert "theta" in row.notes
+
+
+def test_rows_on_disk_are_not_run_again(bench: Bench, tmp_path: Path) -> None:
+    plan = {CELL: variants_of(CELL, ["vllm", "reserve"], {}, {}, bench)}
+    tasks = missing_tasks(bench, plan, range(2), [])
+    assert len(tasks) == 2
+    with RowFile(tmp_path / "rows.csv", Row, resume=True) as store:
+        for row in run_cell(*tasks[0]):
+            store.append(row)
+    text = (tmp_path / "rows.csv").read_text()
+    (tmp_path / "rows.csv").write_text(text + text.splitlines()[-1][:25])  # killed in mid-line
+    kept = RowFile(tmp_path / "rows.csv", Row, resume=True).rows
+    assert len(kept) == 2 and kept == run_cell(*tasks[0])[:0] + kept
+    left = missing_tasks(bench, plan, range(2), kept)
+    assert [task[2] for task in left] == [tasks[1][2]]
+    # Other parameters or another length of run are other runs.
+    assert len(missing_tasks(dataclasses.replace(bench, num_requests=61), plan, range(1), kept)) == 1
+    changed = {CELL: [Variant("reserve", "default", (("theta", 1.2),))]}
+    assert len(missing_tasks(bench, changed, range(1), kept)) == 1
+
+
+# --- bars, on figures made up so that the answers are known -----------------------------------------
+def synthetic(latency: Callable[[Cell, str], float], goodput: Callable[[Cell, str], float] = lambda c, v: 0.5, seeds: int = 6) -> Results:
+    chosen = cells(scenarios=("azure-conv",))
+    names = ("vllm", "sarathi", "wait", "nested-wait", "shortest-prompt", "reserve", "late-last", "mc-sf")
+    plan = {
+        cell: [Variant(n, k) for n in names for k in ("default", "tuned")] + [Variant("ours", "agent", folder="x")]  # type: ignore[arg-type]
+        for cell in chosen
+    }
+    rows = []
+    for cell in chosen:
+        for variant in plan[cell]:
+            for seed in range(seeds):
+                factor = 1.0 + 0.1 * seed  # shared by all: pairing must remove it
+                figures = {name: 1.0 for name in METRICS} | {
+                    "latency_mean": factor * latency(cell, variant.label) * (1 + 0.001 * ((seed * 7 + len(variant.label)) % 5)),
+                    "slo_goodput": goodput(cell, variant.label),
+                }
+                rows.append(
+                    Row(cell.key, variant.label, "", seed, 10, 8, 8, **{**figures, "evictions": 0}, drained=0, out_of_range=0.0,  # type: ignore[arg-type]
+                        wall_seconds=1.0, notes="", sources="s")  # fmt: skip
+                )
+    return Results(plan, rows)
+
+
+def base(cell: Cell, label: str) -> float:
+    if label == "ours":
+        return 7.0
+    return {"mc-sf": 6.0, "wait": 12.0, "nested-wait": 11.0}.get(label.split(" ")[0], 10.0) * (0.8 if "tuned" in label else 1.0)
+
+
+def test_every_bar_is_reached_by_a_good_agent() -> None:
+    results = synthetic(base, lambda cell, label: 0.9 if label == "ours" else 0.5)
+    found = bars(results, "ours", "ours")
+    assert [bar.answer for bar in found] == ["reached"] * 5
+    # 8 -> 7 of a gap from 8 to 4.8.
+    assert "+31" in found[3].found
+    assert "1.80 times" in found[4].found
+
+
+@pytest.mark.parametrize(
+    ("number", "latency"),
+    [
+        (1, lambda cell, label: 8.3 if label == "ours" and cell.load == 0.5 else base(cell, label)),
+        (2, lambda cell, label: 9.5 if label == "ours" and cell.kv == "40GB" else base(cell, label)),
+        (3, lambda cell, label: 7.8 if label == "ours" and cell.part != "stationary" else base(cell, label)),
+        (4, lambda cell, label: 8.1 if label == "ours" and cell.load >= 1.0 else base(cell, label)),
+    ],
+)
+def test_a_bar_missed_is_said_to_be_missed(number: int, latency: Callable[[Cell, str], float]) -> None:
+    answers = {bar.number: bar.answer for bar in bars(synthetic(latency), "ours", "")}
+    assert answers[number] == "not reached"
+    assert answers[5] == NO_AGENT
+
+
+def test_goodput_below_late_last_is_a_miss() -> None:
+    results = synthetic(base, lambda cell, label: {"ours": 0.8, "late-last (tuned)": 0.8}.get(label, 0.5))
+    assert bars(results, "", "ours")[4].answer == "not reached"
+
+
+def test_without_an_agent_no_bar_has_an_answer() -> None:
+    assert {bar.answer for bar in bars(synthetic(base), "", "")} == {NO_AGENT}
+    assert len(BAR_TEXTS) == 5
+
+
+def test_the_best_baselines_know_no_lengths() -> None:
+    results = synthetic(base)
+    assert results.oracle(CELL) == "mc-sf (tuned)"
+    assert not lengths_known(results.best_tuned(CELL)) and results.best_tuned(CELL).endswith("(tuned)")
+    assert results.best_default(CELL).endswith("(default)")
+
+
+# --- the whole, small -----------------------------------------------------------------------------
+def test_an_evaluation_from_runs_to_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quick", "--scenarios", "azure-conv", "--kv", "40GB", "--loads", "1.0", "--parts", "stationary", "shift", "--seeds", "2"]
+    words += ["--num-requests", "80", "--policies", "vllm", "reserve", "oracle-sjf", "--jobs", "1"]
+    words += ["--rows", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "results.md")]
+    assert evaluate.main(words) == 0
+    rows = read_rows(tmp_path / "rows.csv", Row)
+    assert len(rows) == 2 * 2 * 3
+    assert all(row.requests == row.completed == 64 for row in rows)
+    page = (tmp_path / "results.md").read_text()
+    assert "no agent given" in page and "oracle-sjf (default) †" in page
+    for image in ("latency.png", "profiles.png", "interquartile-means.png"):
+        assert (tmp_path / "results" / image).stat().st_size > 5_000
+        assert f"results/{image}" in page
+    own = [row.latency_mean for row in rows if row.cell == CELL.key and row.variant == "reserve (default)"]
+    assert f"{np.mean(own):.4g}" in page
+    assert (tmp_path / "results.csv").read_text().count("\n") == 1 + 2 * 3
+    before = (tmp_path / "rows.csv").read_text()
+    assert evaluate.main([*words, "--report-only"]) == 0
+    assert (tmp_path / "rows.csv").read_text() == before
+    assert (tmp_path / "results.md").read_text().splitlines()[4:] == page.splitlines()[4:]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--suite", "bench-v2"], "bench-v2"),
+        (["--policies", "wait-cp"], "wait-cp"),
+        (["--tuned", "/nowhere/t.json"], "does not exist"),
+        (["--agents", "/nowhere/agent"], "/nowhere/agent"),
+        (["--seeds", "0"], "--seeds"),
+        (["--out", "/proc/x/results.md"], "--out"),
+    ],
+)
+def test_evaluate_refuses_before_any_work(words: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--rows", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "r.md"), *words]
+    assert evaluate.main(given) == 2
+    assert named in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
