@@ -61,9 +61,8 @@ $(VENV)/.fidelity: $(HOUSE) | $(BIN)/python
 fidelity: $(VENV)/.fidelity
 	$(BIN)/python scripts/fidelity.py --out docs/fidelity.md
 
-# Processes that wait sleep: PyTorch's threads spinning would slow the other figures' neighbours down.
 benchmark: $(VENV)/.dev
-	OMP_WAIT_POLICY=passive $(BIN)/python scripts/benchmark.py --json results/benchmark.json --out docs/performance.md
+	$(BIN)/python scripts/benchmark.py --json results/benchmark.json --out docs/performance.md
 
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
