@@ -9,10 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from agents.ppo import ALGORITHMS, Decay, Discounting
+from agents.ppo import ALGORITHMS as SB3_ALGORITHMS
+from agents.ppo import Decay, Discounting
 from agents.recipe import Recipe
+from agents.rollouts import RolloutPlan
 from llmsched_env.errors import ConfigError, require
 
+ALGORITHMS = (*SB3_ALGORITHMS, "paired-rollouts")
 FOLDER = Path(__file__).parent / "hyperparams"
 _SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf", "ent_coef")
 
@@ -31,6 +34,7 @@ class Hyperparameters:
         recipe, discounting, kl: ours, beside rl_zoo3's keys.
         hidden: the critic reads hidden numbers (``agents.peak``).
         greedy_start: strength of ``greedy_bias``; 0 for none.
+        rollouts, first_level: of ``paired-rollouts``: the plan, and the level that the first round follows.
     """
 
     n_envs: int = 256
@@ -44,6 +48,8 @@ class Hyperparameters:
     kl: Decay | None = None
     hidden: bool = False
     greedy_start: float = 0.0
+    rollouts: RolloutPlan | None = None
+    first_level: float = 0.97
 
 
 def schedule(name: str, value: Any) -> Callable[[float], float] | float:
@@ -119,7 +125,7 @@ def _checked(algo: str, values: dict[str, Any]) -> Hyperparameters:
         raise ConfigError(f"hyperparameters.policy_kwargs: {policy_kwargs!r}, must be a mapping with net_arch alone")
     options.pop("policy", None)  # rl_zoo3 needs it; here the policy is ``agents.policy``'s
     found: dict[str, Any] = {"net_arch": policy_kwargs.get("net_arch", (64, 64))}
-    for name, kind in (("n_envs", int), ("n_timesteps", int), ("hidden", bool), ("greedy_start", float)):
+    for name, kind in (("n_envs", int), ("n_timesteps", int), ("hidden", bool), ("greedy_start", float), ("first_level", float)):
         if name in options:
             found[name] = _number(name, options.pop(name), kind)
     if algo != "dqn":
@@ -128,6 +134,7 @@ def _checked(algo: str, values: dict[str, Any]) -> Hyperparameters:
         ("recipe", Recipe.from_dict),
         ("discounting", lambda given: _record("discounting", Discounting, given)),
         ("kl", lambda given: _record("kl", Decay, given)),
+        ("rollouts", lambda given: _record("rollouts", RolloutPlan, given)),
         ("env_kwargs", _env_kwargs),
     )
     for name, maker in makers:
@@ -182,6 +189,8 @@ def _constructor_options(algo: str) -> list[str]:
     from sb3_contrib import MaskablePPO
     from stable_baselines3 import A2C, DQN, PPO
 
+    if algo == "paired-rollouts":
+        return []
     cls: Any = {"ppo": PPO, "maskable-ppo": MaskablePPO, "a2c": A2C, "dqn": DQN}[algo]
     reserved = {"self", "policy", "env", "policy_kwargs", "seed", "device", "verbose", "tensorboard_log", "gamma", "gae_lambda"}
     return [name for name in inspect.signature(cls.__init__).parameters if name not in reserved and not name.startswith("_")]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,6 @@ from torch.nn import functional as F
 from agents.policy import AgentPolicy
 from agents.training_env import AgentVecEnv
 from llmsched_env.errors import ConfigError
-
 
 Choice = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.int64]]
 """(N,) actions for (N, D) observations."""
@@ -160,52 +160,71 @@ def fit_costs(policy: AgentPolicy, data: RolloutData, plan: RolloutPlan, rng: np
     return figures
 
 
-def learn(
-    policy: AgentPolicy,
-    env: AgentVecEnv,
-    plan: RolloutPlan,
-    *,
-    first: int,
-    seed: int = 0,
-    report: Callable[[str], None] | None = None,
-    after_round: Callable[[int, dict[str, float]], None] | None = None,
-) -> list[dict[str, float]]:
-    """Rounds of roll-outs and fits; the policy is changed in place.
+class PairedRollouts:
+    """A training by roll-outs; what it needs to go on is kept in a folder after every round.
 
     Args:
+        env: the action set must have one component.
+        policy: its actor is trained, its critic is not used.
         first: the action that the first round follows everywhere.
-        after_round: called with the number of rounds done and the figures of the last.
-    """
-    if len(env.components) != 1:
-        raise ConfigError(f"rollouts: action set {env.recipe.action_set!r} has {len(env.components)} components, must have one")
-    rng = np.random.default_rng(seed)
-    data: RolloutData | None = None
-    history = []
+        folder: of the rounds' states (``round-K.npz``).
 
-    def follow(observed: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-        if data is None:
-            return np.full(env.num_envs, first, dtype=np.int64)
+    Raises:
+        ConfigError: an action of several components.
+    """
+
+    def __init__(self, env: AgentVecEnv, policy: AgentPolicy, plan: RolloutPlan, *, first: int, folder: Path, seed: int = 0) -> None:
+        if len(env.components) != 1:
+            raise ConfigError(f"rollouts: action set {env.recipe.action_set!r} has {len(env.components)} components, must have one")
+        self.env, self.policy, self.plan = env, policy, plan
+        self.first, self.folder, self.seed = first, folder, seed
+        self.data: RolloutData | None = None
+        self.done = 0
+
+    def choose(self, observed: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+        """The policy's likeliest action; ``first`` until it has learned anything."""
+        if self.data is None:
+            return np.full(self.env.num_envs, self.first, dtype=np.int64)
         with th.no_grad():
-            chosen: npt.NDArray[np.int64] = policy.logits(th.as_tensor(observed)).argmax(dim=1).numpy()
+            chosen: npt.NDArray[np.int64] = self.policy.logits(th.as_tensor(observed)).argmax(dim=1).numpy()
         return chosen
 
-    for k in range(plan.rounds):
+    def round(self) -> dict[str, float]:
+        """One round: states of the policy's way, all actions tried there, a fit to all data so far. Returns its figures."""
         start = time.perf_counter()
-        env.seed(int(rng.integers(2**31)))
-        short = k >= plan.rounds - plan.short_rounds
-        more = collect_states(env, follow, plan, short, rng)
-        if data is None:
-            extractor: Any = policy.features_extractor
-            extractor.set_scale(more.observations)
-        data = more if data is None else data.joined(more)
+        rng = np.random.default_rng((self.seed, self.done))
+        self.env.seed(int(rng.integers(2**31)))
+        short = self.done >= self.plan.rounds - self.plan.short_rounds
+        self._add(collect_states(self.env, self.choose, self.plan, short, rng))
+        assert self.data is not None
         collected = time.perf_counter() - start
-        figures = fit_costs(policy, data, plan, rng)
-        figures.update(round=k + 1, collect_seconds=round(collected, 1), seconds=round(time.perf_counter() - start, 1))
-        history.append(figures)
-        if report is not None:
-            named = (("choice", "chosen_percent"), ("best fixed", "best_fixed_percent"), ("best of each state", "best_percent"))
-            held = ", ".join(f"{word} {figures[name]:+.2f} %" for word, name in named if name in figures)
-            report(f"round {k + 1} of {plan.rounds}: {len(data):,} states, {figures['seconds']:.0f} s; against what was followed: {held}")
-        if after_round is not None:
-            after_round(k + 1, figures)
-    return history
+        figures = fit_costs(self.policy, self.data, self.plan, np.random.default_rng((self.seed, self.done, 1)))
+        self.done += 1
+        figures.update(round=self.done, collect_seconds=round(collected, 1), seconds=round(time.perf_counter() - start, 1))
+        return figures
+
+    def _add(self, more: RolloutData) -> None:
+        if self.data is None:
+            extractor: Any = self.policy.features_extractor
+            extractor.set_scale(more.observations)
+        self.data = more if self.data is None else self.data.joined(more)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".round-{self.done}.npz"
+        np.savez(temporary, observations=more.observations, costs=more.costs, chosen=more.chosen, environment=more.environment)
+        temporary.replace(self.folder / f"round-{self.done}.npz")
+
+    def restore(self, rounds: int) -> None:
+        """Take the data of that many rounds from the folder; the policy's weights are the caller's to restore.
+
+        Raises:
+            ConfigError: a file is missing or corrupt.
+        """
+        for k in range(rounds):
+            path = self.folder / f"round-{k}.npz"
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    part = RolloutData(file["observations"], file["costs"], file["chosen"], file["environment"])
+            except (OSError, ValueError, KeyError, EOFError) as error:
+                raise ConfigError(f"--resume: {path} cannot be read ({error})") from error
+            self.data = part if self.data is None else self.data.joined(part)
+        self.done = rounds

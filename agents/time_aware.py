@@ -29,38 +29,34 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(slots=True)
 class GroupScale:
-    """Running moments for each group; what a value network's outputs and advantages are scaled by.
+    """Running moments of the returns of each group; what a value network's outputs are scaled by.
 
     Attributes:
-        mean, spread: (groups,) of the returns; advantage: (groups,) sd of the advantages.
+        mean, spread: (groups,).
         count: rollouts seen.
     """
 
     mean: FloatArray
     spread: FloatArray
-    advantage: FloatArray
     count: int = 0
 
     @classmethod
     def of(cls, groups: int) -> GroupScale:
-        return cls(np.zeros(groups), np.ones(groups), np.ones(groups))
+        return cls(np.zeros(groups), np.ones(groups))
 
-    def update(self, mean: FloatArray, spread: FloatArray, advantage: FloatArray, rate: float) -> None:
+    def update(self, mean: FloatArray, spread: FloatArray, rate: float) -> None:
         """Move towards a rollout's moments; the first counts in full."""
         step = 1.0 if self.count == 0 else rate
-        for kept, new in ((self.mean, mean), (self.spread, spread), (self.advantage, advantage)):
-            kept += step * (new - kept)
+        self.mean += step * (mean - self.mean)
+        self.spread += step * (spread - self.spread)
         np.maximum(self.spread, 1e-6, out=self.spread)
-        np.maximum(self.advantage, 1e-8, out=self.advantage)
         self.count += 1
 
     def state(self) -> dict[str, Any]:
-        return {"mean": self.mean.tolist(), "spread": self.spread.tolist(), "advantage": self.advantage.tolist(), "count": self.count}
+        return {"mean": self.mean.tolist(), "spread": self.spread.tolist(), "count": self.count}
 
     def load(self, state: dict[str, Any]) -> None:
-        for name in ("mean", "spread", "advantage"):
-            getattr(self, name)[:] = state[name]
-        self.count = int(state["count"])
+        self.mean[:], self.spread[:], self.count = state["mean"], state["spread"], int(state["count"])
 
 
 def time_aware_gae(
@@ -153,9 +149,9 @@ class _TimeAware:
         returns = advantages + values
         if self.normalize:
             buffer.returns = ((returns - mean) / spread).astype(np.float32)
+            scale.update(*self._moments(returns), self.rate)
             centre, deviation = self._moments(advantages)
-            scale.update(*self._moments(returns), deviation, self.rate)
-            advantages = (advantages - centre[group]) / scale.advantage[group]
+            advantages = (advantages - centre[group]) / np.maximum(deviation, 1e-8)[group]
         else:
             buffer.returns = returns.astype(np.float32)
         if self.value_warmup > 0:

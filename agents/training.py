@@ -193,14 +193,11 @@ class Training:
         Raises:
             ConfigError: there is none, or it belongs to another run.
         """
-        path = self.out / STATE
+        state = read_state(self.out / STATE)
         try:
-            state = th.load(path, weights_only=True)
             self.load(state)
-        except FileNotFoundError:
-            raise ConfigError(f"--resume: {path} does not exist, nothing was saved there") from None
-        except Exception as error:  # torch raises many kinds for a corrupt or foreign file
-            raise ConfigError(f"--resume: {path} cannot be used ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"--resume: {self.out / STATE} belongs to another run ({str(error).splitlines()[0]})") from error
 
     def record(self) -> dict[str, Any]:
         """How the agent was trained, as plain values."""
@@ -217,6 +214,21 @@ class Training:
             "settings": [s.describe() for s in self.env.settings[:16]],
             "curve": p.curve,
         }
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Plain tensors and numbers, nothing unpickled.
+
+    Raises:
+        ConfigError: no such file, or not one of ours.
+    """
+    try:
+        state: dict[str, Any] = th.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"--resume: {path} does not exist, nothing was saved there") from None
+    except Exception as error:  # torch raises many kinds for a corrupt or foreign file
+        raise ConfigError(f"--resume: {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    return state
 
 
 def _seed(seed: int, steps: int) -> int:

@@ -278,14 +278,14 @@ class NestedWait(RulePolicy):
         self._ends = np.asarray(self.parameters.segment_ends, dtype=np.int64)
         self.layout = QueueLayout(segment_ends=tuple(int(e) for e in self._ends[:-1]))
         longest_prompt = np.ceil(statistics.prompt.max())
-        thresholds = self.parameters.thresholds
+        n = self.parameters.thresholds
         if rule == "paper":
-            numbers = np.concatenate([thresholds, self._ends, [longest_prompt]])
+            numbers = np.concatenate([n, self._ends, [longest_prompt]])
             self.rule = Rule(longest_prefix, self.layout.num_queues, numbers, memory=self.layout.num_segments)
         else:
             first, last = segment_stages(self.parameters.segment_ends, self.engine)
-            caps = np.maximum(np.floor(thresholds * (last - first + 1) + 1e-9), 1.0)
-            whole = np.maximum(np.floor(thresholds + 1e-9), 1.0)
+            caps = np.maximum(np.floor(n * (last - first + 1) + 1e-9), 1.0)
+            whole = np.maximum(np.floor(n + 1e-9), 1.0)
             numbers = np.concatenate([whole, self._ends, [longest_prompt], caps, [rule == "no-wait"]])
             self.rule = Rule(separate_segments, self.layout.num_queues, numbers)
 

@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -46,27 +45,18 @@ class Boundary:
     version: str
 
 
+@dataclass(frozen=True, slots=True)
 class Boundaries:
-    """Boundaries by scenario and memory.
+    """Measured boundaries by scenario and memory."""
 
-    Args:
-        entries: measured ones.
-    """
-
-    def __init__(self, entries: Mapping[tuple[str, str], Boundary]) -> None:
-        self._entries = dict(entries)
+    entries: tuple[Boundary, ...] = ()
 
     def rate(self, scenario: str, kv: str) -> float:
         """Requests/s. Raises ``ConfigError`` where it has not been measured."""
-        if (scenario, kv) not in self._entries:
-            raise ConfigError(f"boundary: {scenario} with {kv} has not been measured")
-        return self._entries[scenario, kv].rate
-
-    def __iter__(self) -> Any:
-        return iter(self._entries.values())
-
-    def __contains__(self, key: tuple[str, str]) -> bool:
-        return key in self._entries
+        for entry in self.entries:
+            if (entry.scenario, entry.kv) == (scenario, kv):
+                return entry.rate
+        raise ConfigError(f"boundary: {scenario} with {kv} has not been measured")
 
     @classmethod
     def read(cls, path: Path = SHIPPED) -> Boundaries:
@@ -76,13 +66,13 @@ class Boundaries:
             ConfigError: not a file of boundaries.
         """
         if not path.exists():
-            return cls({})
+            return cls()
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             found = [Boundary(**{**entry, "rates": tuple(entry["rates"])}) for entry in record["boundaries"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a file of boundaries ({type(error).__name__}: {error})") from error
-        return cls({(b.scenario, b.kv): b for b in found})
+        return cls(tuple(found))
 
     def completed(
         self,
@@ -98,18 +88,19 @@ class Boundaries:
             needed: scenario and engine by (scenario, kv).
             again: measure those too that are known.
         """
-        entries = dict(self._entries)
+        entries = {(entry.scenario, entry.kv): entry for entry in self.entries}
         for key, (scenario, engine) in needed.items():
             if again or key not in entries:
                 entries[key] = measure(scenario, engine, key[1])
                 report(f"greedy FIFO's boundary on {key[0]} with {key[1]}: {entries[key].rate:.4g} requests/s")
-        if entries != self._entries:
+        ordered = tuple(entries[key] for key in sorted(entries))
+        if ordered != self.entries:
             rule = "completions per second of greedy FIFO with all requests present, between the 20th and 80th percentile of completions"
-            ordered = [asdict(entries[key]) for key in sorted(entries)]
+            record = {"rule": rule, "script": "scripts/boundary.py", "boundaries": [asdict(entry) for entry in ordered]}
             with replacing(path) as file:
-                json.dump({"rule": rule, "script": "scripts/boundary.py", "boundaries": ordered}, file, indent=1)
+                json.dump(record, file, indent=1)
                 file.write("\n")
-        return Boundaries(entries)
+        return Boundaries(ordered)
 
 
 def measure(scenario: Scenario, engine: EngineConfig, kv: str, *, requests: int = REQUESTS, seeds: int = SEEDS) -> Boundary:

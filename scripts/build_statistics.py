@@ -2,8 +2,8 @@
 
     python scripts/build_statistics.py azure_2023_conv.csv.gz --name azure-conv --out azure-conv.json
 
-Rows with prompt + output above ``--max-total`` tokens are left out (Llama-2-7B has a context of
-4,096); the share left out is written into the file. The names of the shipped tables know their source;
+Rows with prompt + output above ``--max-total`` tokens are left out (by default 4,096, the context of
+Llama-2-7B; 32,768 for ``mooncake``); the share left out is written into the file. The names of the shipped tables know their source;
 for another trace give ``--source`` and ``--licence``. The same trace gives the same bytes.
 """
 
@@ -32,9 +32,13 @@ OUTPUT_LEVELS = np.array(
 )
 
 
+MAX_TOTAL = 4096
+
+
 class Source(NamedTuple):
     source: str
     licence: str
+    max_total: int = MAX_TOTAL
 
 
 AZURE = "github.com/Azure/AzurePublicDataset @ b469a113cedca53ddc3bdea71a143dc4b7d8700c, data/AzureLLMInferenceTrace_{}.csv"
@@ -46,6 +50,11 @@ SOURCES = {
         "ShareGPT conversations, lengths by the Llama-2 tokenizer: github.com/AKafakA/vidur_opt_scheduler "
         "@ 20bdc49d6c1d23de84c9d4e7a8626ea33fe498f4, data/trace_data/sharegpt/sharegpt_val_10k_llama2.csv",
         "MIT (repository)",
+    ),
+    "mooncake": Source(
+        "github.com/kvcache-ai/Mooncake @ 3b5a594133958449a1feaf1c9e0fc1b553e34a28, FAST25-release/traces/conversation_trace.jsonl",
+        "Apache-2.0; cite Qin et al., Mooncake, FAST 2025",
+        32_768,
     ),
 }
 
@@ -128,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("trace", help="trace file, any format llmsched_env reads")
     parser.add_argument("--name", required=True, help=f"name of the table ({', '.join(SOURCES)} know their source)")
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
-    parser.add_argument("--max-total", type=int, default=4096, help="leave out requests above this many tokens (default 4096)")
+    parser.add_argument("--max-total", type=int, help=f"leave out requests above this many tokens (default {MAX_TOTAL}; mooncake 32768)")
     parser.add_argument("--source", help="where the trace comes from")
     parser.add_argument("--licence", help="its licence")
     args = parser.parse_args(argv)
@@ -138,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             source = Source(args.source, args.licence)
         if source is None:
             raise ConfigError(f"--name {args.name!r}: not a shipped table, give --source and --licence")
-        text = dump(build(read_trace(args.trace), args.name, source, args.max_total))
+        max_total = source.max_total if args.max_total is None else args.max_total
+        text = dump(build(read_trace(args.trace), args.name, source, max_total))
         try:
             args.out.write_text(text, encoding="utf-8")
         except OSError as error:

@@ -29,6 +29,7 @@ from hardware.real_engine import (
     num_usable_blocks,
     prepare_environment,
 )
+from hardware.shapes import is_shape
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.perf import FormulaTime, IterationTimeModel, LinearTime, Provenance, TableTime, save_calibration
 from scripts.engine_fit import batches_of, fit_error, fit_formula, fit_linear, fit_tables
@@ -78,16 +79,17 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:
-    """Everything that a run of the program has found out."""
+    """Everything that a run of the program has found out; ``build_seconds`` is what the engine took to start."""
 
     machine: Machine
     options: EngineOptions
     limits: EngineLimits
+    build_seconds: float
     sweep: Sweep
     linear: LinearTime
     formula: FormulaTime
     tables: TableTime
-    held_out: HeldOut | None
+    held_out: HeldOut | None = None
 
     @property
     def models(self) -> dict[str, IterationTimeModel]:
@@ -108,23 +110,36 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--out: {points_path} holds points already; use --resume, --overwrite or another file")
     console = require("rich.console", "plots").Console(stderr=True)
     require("scipy.optimize", "plots")
+    if options.quiet:
+        console = None
+    deadline = started + options.budget_seconds
     result = calibrate(
         engine,
         points_path,
-        deadline=started + options.budget_seconds,
+        deadline=deadline,
         max_batch=options.max_batch,
         sweeps=options.sweeps,
-        held_out=options.held_out,
         resume=options.resume,
-        console=None if options.quiet else console,
+        console=console,
     )
     name = options.name or options.out.stem
-    for model in (result.formula, result.tables):
-        path = options.out.with_suffix(".json" if isinstance(model, FormulaTime) else ".npz")
-        save_calibration(dataclasses.replace(model, provenance=provenance(result, model, name, options.out)), path)
+    write(result, name, options.out)  # whatever becomes of the engine that the workload needs
+    if time.monotonic() + result.build_seconds < deadline:
+        blocks = result.limits.num_blocks
+        held_out = hold_out(result.models, engine, blocks, deadline, _bar(console), options.held_out)
+        result = dataclasses.replace(result, held_out=held_out)
+        write(result, name, options.out)
     for line in report(result, options.out, points_path, time.monotonic() - started):
         print(line)
     return 0
+
+
+def write(result: Calibrated, name: str, out: Path) -> None:
+    """The formula to ``out``, the tables beside it."""
+    for form, suffix in (("formula", ".json"), ("tables", ".npz")):
+        model = result.models[form]
+        filed: Any = dataclasses.replace(model, provenance=provenance(result, form, name, out))  # type: ignore[type-var]
+        save_calibration(filed, out.with_suffix(suffix))
 
 
 def checked(options: argparse.Namespace) -> EngineOptions:
@@ -150,15 +165,14 @@ def checked(options: argparse.Namespace) -> EngineOptions:
 
 
 def calibrate(
-    options: EngineOptions, points_path: Path, *, deadline: float, max_batch: int | None, sweeps: int, held_out: int,
-    resume: bool, console: Any,
-) -> Calibrated:  # fmt: skip
-    """Build the engine, sweep, fit, check on the held-out workload.
+    options: EngineOptions, points_path: Path, *, deadline: float, max_batch: int | None, sweeps: int, resume: bool, console: Any
+) -> Calibrated:
+    """Build the engine, sweep, fit; the check on a held-out workload is still to come.
 
     Args:
         deadline: ``time.monotonic()`` by which to be done.
         max_batch: most decodes of a probe; None for the engine's sequence cap.
-        sweeps: passes through the plan, if there is time; held_out: requests of the workload at the end, likewise.
+        sweeps: passes through the plan, if there is time.
         console: of rich, for the progress bar; None for silence.
     """
     compile_simulator()  # at most once a version; the time it takes is then known before the sweep
@@ -191,10 +205,7 @@ def calibrate(
         )
     points = combined(sweep.points)
     formula = fit_formula(points)
-    result = Calibrated(machine, options, limits, sweep, fit_linear(points), formula, fit_tables(points, formula), None)
-    if time.monotonic() + build_seconds > deadline:  # it needs an engine again
-        return result
-    return dataclasses.replace(result, held_out=hold_out(result.models, options, limits.num_blocks, deadline, _bar(console), held_out))
+    return Calibrated(machine, options, limits, build_seconds, sweep, fit_linear(points), formula, fit_tables(points, formula))
 
 
 def fingerprint(options: EngineOptions, machine: Machine) -> dict[str, Any]:
@@ -224,7 +235,6 @@ def run_sweep(engine: Any, limits: EngineLimits, file: PointsFile, until: float,
     failed: dict[Probe, str] = {}
     stepper = Stepper(engine)
     warm_up(stepper, limits)
-    last = 0
     with _bar(console) as bar:
         line = bar.add_task("", total=planned * sweeps, completed=len(done))
         for number in range(sweeps):
@@ -238,11 +248,10 @@ def run_sweep(engine: Any, limits: EngineLimits, file: PointsFile, until: float,
                     bar.update(line, advance=1, description=str(point.probe))
                     return time.monotonic() < until
 
-                last = number
                 failed.update(measure(stepper, rest, limits.max_model_len, record))
     have = {point.probe for point in file.points}
     left_out = {p: failed.get(p, "no time") for group in groups for p in group.probes if p not in have}
-    return Sweep(list(file.points), left_out, planned, last + 1)
+    return Sweep(list(file.points), left_out, planned, 1 + max((point.sweep for point in file.points), default=0))
 
 
 def _bar(console: Any) -> Any:
@@ -275,11 +284,10 @@ def _seconds_needed(group: Group, points: Sequence[Point], limits: EngineLimits)
 # --- what is written ------------------------------------------------------------------------------
 
 
-def provenance(result: Calibrated, model: IterationTimeModel, name: str, out: Path) -> Provenance:
-    """Everything a reader needs to judge the file."""
+def provenance(result: Calibrated, form: str, name: str, out: Path) -> Provenance:
+    """Everything a reader needs to judge the file of one form."""
     machine, options, points = result.machine, result.options, combined(result.sweep.points)
-    form = next(form for form, other in result.models.items() if other is model)
-    error = fit_error(model, batches_of(points), seconds_of(points))
+    error = fit_error(result.models[form], batches_of(points), seconds_of(points))
     held = "" if result.held_out is None else f" Held out: {result.held_out.description}: {result.held_out.checks[form]}."
     share = float(np.median([p.execute_seconds / p.seconds for p in points]))
     linear = result.linear
@@ -287,7 +295,7 @@ def provenance(result: Calibrated, model: IterationTimeModel, name: str, out: Pa
     driver = f", driver {machine.driver}" if machine.driver else ""
     chunked = "chunked prefill" if options.enable_chunked_prefill else "no chunked prefill"
     eager = "no CUDA graphs" if options.enforce_eager or machine.driver is None else "CUDA graphs"
-    weights = "random weights" if options.model == "tiny" else f"load format {options.load_format}"
+    weights = "random weights" if is_shape(options.model) else f"load format {options.load_format}"
     other = f"the tables are in {out.stem}.npz" if form == "formula" else f"the formula is in {out.stem}.json"
     return Provenance(
         name=name,
@@ -354,6 +362,9 @@ def report(result: Calibrated, out: Path, points_path: Path, seconds: float) -> 
         held = result.held_out
         apart = "" if math.isnan(held.spread) else f"; mean latency differs by {100 * held.spread:.1f} % over the engine's warm passes"
         lines.append(f"{'held out':<12} {held.description}, {held.passes} passes{apart}")
+        better = min(("formula", "tables"), key=lambda form: held.checks[form].iterations.mape)
+        file = out if better == "formula" else out.with_suffix(".npz")
+        lines.append(f"{'use':<12} --calibration {file}, the smaller error on iterations of the held-out workload")
     if result.sweep.left_out:
         lines.append(f"{'left out':<12} {len(result.sweep.left_out)} batches:")
         reasons: dict[str, list[Probe]] = {}

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hardware.gated_scheduler import Admission
 from hardware.real_engine import add_request, engine_scheduler, prompt_token_ids, timed_step, vocabulary_size
 from llmsched_env.perf import Batch
@@ -42,6 +44,7 @@ class Stepper:
         self._engine, self._scheduler = engine, engine_scheduler(engine)
         self._vocabulary = vocabulary_size(engine)
         self._number = itertools.count()
+        self._sizes = np.random.default_rng(0)
         self._prompts: dict[str, int] = {}
         self._computed: dict[str, int] = {}
 
@@ -86,6 +89,18 @@ class Stepper:
             behind64 += -(-context // 64) * 64
             work += tokens * (tokens / 2 + context)
         return Batch(decodes, decode_kv, prefills, chunks, squares, behind, behind64, work, sampled, load, decodes + prefills)
+
+    def other_chunk(self) -> None:
+        """A step with a chunk of random size alone, everybody else held.
+
+        In service two prefill chunks in a row rarely have the same size. On a CPU the second of two equal
+        ones is up to a third faster, which nobody would see again.
+        """
+        free = self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks() * self._scheduler.block_size
+        most = min(self.budget // 2, free, self._scheduler.max_model_len - 1)
+        if most > 0 and len(self._scheduler.running) < self._scheduler.max_num_running_reqs:
+            self.add(int(self._sizes.integers(1, most + 1)), 1)
+            self.step(hold=[r.request_id for r in self._scheduler.running])
 
     def in_decode(self) -> list[str]:
         """Running requests whose prompt is computed."""
@@ -170,6 +185,7 @@ def _measure_stack(stepper: Stepper, group: Group, max_model_len: int, record: C
             steps = []
             for _ in range(WARM_STEPS + DECODE_STEPS if probe.kind == "decode" else 1 + CHUNK_STEPS):
                 if probe.chunk:
+                    stepper.other_chunk()
                     stepper.add(probe.chunk, 1)
                 steps.append(stepper.step())
             if not record(_point(probe, steps[WARM_STEPS if probe.kind == "decode" else 1 :])):
@@ -185,6 +201,7 @@ def _measure_chunks(stepper: Stepper, group: Group, record: Callable[[Point], bo
     length = max(probe.chunk_context for probe in group.probes) + chunk
     timed: dict[Probe, list[Step]] = {probe: [] for probe in group.probes}
     for prompt in range(1 + CHUNK_STEPS):
+        stepper.other_chunk()
         request = stepper.add(length, 1)
         computed = 0
         for probe in sorted(group.probes, key=lambda p: p.chunk_context):
@@ -192,6 +209,8 @@ def _measure_chunks(stepper: Stepper, group: Group, record: Callable[[Point], bo
                 with stepper.token_budget(min(stepper.budget, probe.chunk_context - computed)):
                     stepper.step()
                 computed = stepper.computed(request)
+            if computed:
+                stepper.other_chunk()
             with stepper.token_budget(chunk):
                 step = stepper.step()
             computed += chunk

@@ -40,8 +40,17 @@ def figure(path: Path, rows: int, columns: int, *, width: float = 4.6, height: f
             yield axes
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.savefig(path, dpi=DPI)
+            shrink(path)
         finally:
             pyplot.close(picture)
+
+
+def shrink(path: Path) -> None:
+    """A palette is enough for lines on white, in half of the bytes."""
+    image = require("PIL.Image", "plots")
+    with image.open(path) as picture:
+        small = picture.convert("RGB").quantize(256)
+    small.save(path, optimize=True)
 
 
 def draw(axes: Any, curves: Sequence[Curve]) -> None:
@@ -63,6 +72,13 @@ def draw(axes: Any, curves: Sequence[Curve]) -> None:
             linewidth=1.2,
             capsize=2,
         )
+
+
+def limit_to_means(axes: Any, curves: Sequence[Curve]) -> None:
+    """The range of a logarithmic axis by the means alone: the interval of two seeds can span decades."""
+    means = [i.mean for curve in curves for i in curve.y if i.mean > 0]
+    if means:
+        axes.set_ylim(min(means) / 1.6, max(means) * 1.6)
 
 
 def finish(axes: Any, title: str, x: str, y: str, *, legend: bool = True, log: str = "") -> None:

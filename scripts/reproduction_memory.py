@@ -110,6 +110,7 @@ def cascade(lab: Lab) -> tuple[list[Claim], list[str]]:
             axes[1][column].set_ylim(0, 5300)
             finish(axes[1][column], f"C = {label}", "time (s)", "KV (tokens)", legend=False)
             finish(axes[2][column], f"C = {label}", "time (s)", "evictions so far", legend=column == 0)
+            axes[2][column].set_ylim(bottom=0, top=max(axes[2][column].get_ylim()[1], 10))
     summary = [
         [f"{LABEL[p]}, C = {c:,}", show(g.interval("tokens"), 4), show(g.interval("latency")), show(g.interval("evictions"))]
         for (p, c), g in groups.items()
@@ -322,9 +323,8 @@ def segments(lab: Lab) -> tuple[list[Claim], list[str]]:
         "### The number of segments",
         "",
         "Twenty output lengths 10, 20, ..., 200 with prompt 10 at 3 requests/s in all (d0 = 1 s, d1 = 0.01 ms), cut into L segments of "
-        "equal "
-        f"width; latency with memory to spare, {seeds} seeds. The paper does not state the lengths behind its figures, so only shapes "
-        "compare.",
+        f"equal width; latency with memory to spare, {seeds} seeds. The paper does not state the lengths behind its figures, so only "
+        "shapes compare.",
         "",
         *table(["L", "M^pi", "buffer (T = 200 s, delta = 0.1)", "M_req", "mean latency (s)", "mean TTFT (s)"], rows),
         "A dash: no cycle is stable with so few segments. Continuous lengths: the lmsys distribution at 30 requests/s with d0 = 10.6 ms "
@@ -380,9 +380,8 @@ def prompts(lab: Lab) -> tuple[Claim, list[str]]:
     fits = peak <= by_segment[1]
     body = [
         "**Prompts that differ by segment.** Types (100, 50), (40, 100), (10, 200) at 1 request/s, segments ending at the three lengths: "
-        f"with the longest prompt of each segment M^pi = {by_segment[0]:,.0f} and M_req = {by_segment[1]:,.0f}; with the longest of all in "
-        "every "
-        f"segment {everywhere[0]:,.0f} and {everywhere[1]:,.0f}. Highest peak over {case.seeds} seeds: {peak:,.0f} tokens.",
+        f"with the longest prompt of each segment M^pi = {by_segment[0]:,.0f} and M_req = {by_segment[1]:,.0f}; with the longest of all "
+        f"in every segment {everywhere[0]:,.0f} and {everywhere[1]:,.0f}. Highest peak over {case.seeds} seeds: {peak:,.0f} tokens.",
         "",
     ]
     claim = Claim(

@@ -87,10 +87,9 @@ def region(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
         "",
         f"d0 = {D0:g} s, d1 = {1000 * D1:g} ms per KV token; thresholds of the fluid model at each rate, types (10, 10) and (10, 20). "
         f"**Rule:** the slope of the number in system over the last 70 % of {lab.pick('20,000', '6,000')} s, least squares, as a share of "
-        "the "
-        f"arrival rate; a rate is stable while its mean over the seeds is below {lab.bar:.0%} (more do not pile up). "
-        "Bisection on that rule; the brackets are the largest rate whose 95 % interval lies below the bar and the smallest one whose "
-        "interval lies above it.",
+        f"the arrival rate; a rate is stable while its mean over the seeds is below {lab.bar:.0%} (more do not pile up). Bisection on "
+        "that rule; the brackets are the largest rate whose 95 % interval lies below the bar and the smallest one whose interval lies "
+        "above it.",
         "",
         *table(["workload", "fluid boundary (req/s)", "WAIT", "FCFS", "Nested WAIT"], rows),
         "Rates as shares of the boundary, with bracket. A policy above 1 would refute the fluid bound.",
@@ -168,8 +167,9 @@ def draw_region(
         right.plot((1 - s) * edges, s * edges, color="black", linewidth=1, label="fluid boundary")
         for policy in ("wait", "fcfs", "nested-wait"):
             rate = [plane[policy, x].rate for x in shares]
-            x, y = [(1 - a) * r for a, r in zip(shares, rate, strict=True)], [a * r for a, r in zip(shares, rate, strict=True)]
-            draw(right, [Curve(LABEL[policy], x, [Interval(v, v, v, 1) for v in y], STYLE[policy])])
+            across = [(1 - a) * r for a, r in zip(shares, rate, strict=True)]
+            up = [Interval(a * r, a * r, a * r, 1) for a, r in zip(shares, rate, strict=True)]
+            draw(right, [Curve(LABEL[policy], across, up, STYLE[policy])])
         finish(right, f"two types, C = {CAPACITY:,}", "rate of (10, 10) (requests/s)", "rate of (10, 20) (requests/s)")
 
 
@@ -228,16 +228,14 @@ def scaling(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
     body = [
         "### Throughput gap and latency against the horizon",
         "",
-        "Types (10, 10) at 2/s and (10, 20) at 1/s: M* = 3,000. Slopes of log-log fits over "
-        f"{len(horizons)} horizons from {horizons[0]:,} to {horizons[-1]:,} s, each point a mean over {cases[0].seeds} seeds, 95 % "
-        "intervals. "
-        "The gap counts the tokens of requests that arrived and did not complete, which has the same mean as fluid minus measured "
-        "throughput without the noise of the arrivals themselves (that decays like T^-1/2 under every policy).",
+        f"Types (10, 10) at 2/s and (10, 20) at 1/s: M* = 3,000. Slopes of log-log fits over {len(horizons)} horizons from "
+        f"{horizons[0]:,} to {horizons[-1]:,} s, each point a mean over {cases[0].seeds} seeds, 95 % intervals. The gap counts the tokens "
+        "of requests that arrived and did not complete, which has the same mean as fluid minus measured throughput without the noise of "
+        "the arrivals themselves (that decays like T^-1/2 under every policy).",
         "",
         "A mean that starts from a constant (the pipeline itself: tokens in service, seconds of service) and then grows shows its power "
-        "only "
-        "at the far end of such a fit; p is the power in A + B T^p, fitted to the unfinished tokens (gap times T) and to the latency. "
-        "Theory at the boundary: p = 1/2 for both. Where nothing grows p is not determined.",
+        "only at the far end of such a fit; p is the power in A + B T^p, fitted to the unfinished tokens (gap times T) and to the "
+        "latency. Theory at the boundary: p = 1/2 for both. Where nothing grows p is not determined.",
         "",
         *table(
             ["", "slope of the gap", "slope of the latency", "p, unfinished tokens", "p, latency", f"latency at T = {horizons[-1]:,} s"],

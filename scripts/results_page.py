@@ -275,7 +275,7 @@ class Page:
             "| --- | ---: | ---: | --- | --- |",
         ]
         used = {(name, cell.kv) for cell in self.results.cells for name in (cell.scenario,)}
-        for b in self.bench.boundaries:
+        for b in self.bench.boundaries.entries:
             if (b.scenario, b.kv) in used:
                 lines.append(
                     f"| {b.scenario} | {b.kv_units:,} | {b.rate:.4g} | {min(b.rates):.4g} to {max(b.rates):.4g} | "

@@ -2,6 +2,7 @@
 
     python scripts/train.py --algo ppo --entry peak --scenarios azure-conv --loads 0.8 0.9 1.0 --kv 2816 --seed 0 --out runs/peak-0
     python scripts/train.py ... --resume           # goes on after an interruption, as if there had been none
+    python scripts/train.py --algo paired-rollouts --entry generalist --scenarios azure-conv sharegpt --random 256 --out runs/g
     python scripts/train.py --algo maskable-ppo --entry clone --from-clone runs/clone --out runs/tuned
 
 Loads are shares of the fluid stability boundary of each scenario on its engine. ``--random N`` draws N
@@ -34,7 +35,7 @@ INTERRUPTED = 130
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--algo", default="ppo", help="ppo, maskable-ppo, a2c or dqn")
+    parser.add_argument("--algo", default="ppo", help="ppo, maskable-ppo, a2c, dqn or paired-rollouts")
     parser.add_argument("--entry", default="peak", help="entry of the YAML file")
     parser.add_argument("--hyperparams", type=Path, help="YAML file in rl_zoo3's form (default: agents/hyperparams/ALGO.yml)")
     parser.add_argument("--set", dest="changes", nargs="+", default=[], metavar="KEY=VALUE", help="such as n_epochs=2 or recipe.hold=32")
@@ -100,6 +101,7 @@ def prepare(options: argparse.Namespace) -> Any:
     from agents.checkpoint import load_checkpoint
     from agents.domain import Domain
     from agents.hyperparameters import read_hyperparameters
+    from agents.rollout_training import RolloutTraining
     from agents.training import Training, check_same_run, write_run
 
     check_folder("--out", options.out)
@@ -135,21 +137,21 @@ def prepare(options: argparse.Namespace) -> Any:
         check_same_run(options.out, description)
     elif (options.out / "run.json").exists():
         raise ConfigError(f"--out: {options.out} holds a run already; --resume goes on with it, or choose another folder")
-    training = Training(
-        options.algo,
-        hyper,
-        settings,
-        domain,
-        options.out,
-        seed=options.seed,
-        reward=parse_reward(options.reward),
-        clone=clone,
-        stage_steps=int(options.save_every),
-        threads=options.threads,
-        tensorboard=not options.no_tensorboard,
-        name=options.name,
-        report=None if options.quiet else lambda line: print(line, file=sys.stderr, flush=True),
-    )
+    common: dict[str, Any] = {
+        "seed": options.seed,
+        "reward": parse_reward(options.reward),
+        "threads": options.threads,
+        "name": options.name,
+        "report": None if options.quiet else lambda line: print(line, file=sys.stderr, flush=True),
+    }
+    training: Training | RolloutTraining
+    if options.algo == "paired-rollouts":
+        training = RolloutTraining(hyper, settings, domain, options.out, **common)
+    else:
+        training = Training(
+            options.algo, hyper, settings, domain, options.out, clone=clone, stage_steps=int(options.save_every),
+            tensorboard=not options.no_tensorboard, **common,
+        )  # fmt: skip
     if options.resume:
         if (options.out / "state.pt").exists():
             training.restore()
@@ -175,7 +177,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"Interrupted. Go on with --resume; the last save is in {options.out}.", file=sys.stderr)
         return INTERRUPTED
     share = 100 * done.env_seconds / max(done.seconds, 1e-9)
-    print(f"{done.steps:,} steps in {done.seconds:.1f} s, {share:.0f} % of them in the environments. Agent: {options.out / 'agent'}")
+    unit = "states" if options.algo == "paired-rollouts" else "steps"
+    print(f"{done.steps:,} {unit} in {done.seconds:.1f} s, {share:.0f} % of them in the environments. Agent: {options.out / 'agent'}")
     return 0
 
 

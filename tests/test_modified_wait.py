@@ -140,6 +140,23 @@ def test_wait_cp_keeps_its_cap(wait: bool) -> None:
     assert most == 9
 
 
+def test_wait_cp_does_not_wait_where_the_cap_is_used_up() -> None:
+    setting = Setting(LengthStatistics.of([16], [20], [1.0]), 50.0, EngineConfig.vllm())
+    policy = WaitCp(setting, cap=50)  # P = 50 / 21: two or three new requests an iteration
+    backend = make_backend("sim")
+    view = backend.reset(Workload.of([0.0] * 50 + [99.0], [16] * 51, [20] * 51), policy.layout, policy.engine, EpisodeLimits())
+    while view.num_residents < 50:
+        backend.step(policy.decide(view))
+    assert view.num_waiting == 0
+    assert policy.decide(view).run.tolist() == [1]
+
+
+def test_fractions_of_modified_thresholds_are_carried_over() -> None:
+    workload = load_scenario("two-type").generate(1, rate=0.6, horizon=3000.0)
+    result = run_episode(make_policy("modified-wait", paper_setting(rate=0.6)), workload, limits=HORIZON)
+    assert result.summary.completed > 0.97 * len(workload)
+
+
 def test_cap_without_the_wait_is_vllm_with_another_configuration() -> None:
     capped = make_policy("wait-cp", vllm_setting(20.0), cap=12, wait=False)
     engine = capped.engine

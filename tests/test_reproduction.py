@@ -137,6 +137,8 @@ def test_tuning_takes_the_best_trial_on_seeds_of_its_own(tmp_path: Path) -> None
     latencies = [run_case(of_plan(base, plan, i).but(first_seed=1000)).mean("latency") for i in range(len(plan.trials))]
     assert chosen[plan.label, 12.0] == int(np.argmin(latencies))
     assert results[plan.label, 12.0].case.first_seed == 0
+    kept = [json.loads(path.read_text(encoding="utf-8"))["case"] for path in tmp_path.glob("*.json")]
+    assert sorted(case["first_seed"] for case in kept) == [0] + [1000] * len(plan.trials)
 
 
 def test_every_tuned_plan_has_as_many_trials() -> None:

@@ -20,9 +20,14 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import build_statistics
 
-TABLES = {"azure-conv": "azure_2023_conv.csv.gz", "azure-code": "azure_2023_code.csv.gz", "sharegpt": "sharegpt_lengths_10k.csv.gz"}
+TABLES = {
+    "azure-conv": "azure_2023_conv.csv.gz",
+    "azure-code": "azure_2023_code.csv.gz",
+    "sharegpt": "sharegpt_lengths_10k.csv.gz",
+    "mooncake": "mooncake_conversation.jsonl.gz",
+}
 STATISTICS = ROOT / "llmsched_env" / "workload" / "statistics"
-NAMES = ["two-type", "nested-two-type", "p512d20", "lmsys", "azure-conv", "azure-code", "sharegpt"]
+NAMES = ["two-type", "nested-two-type", "p512d20", "lmsys", "azure-conv", "azure-code", "sharegpt", "mooncake"]
 
 
 def same(first: Workload, second: Workload) -> bool:
@@ -306,7 +311,8 @@ def test_samples_match_the_raw_data(name: str) -> None:
     """Means to 2 %, P50, P90 and P99 to 5 %, memory of a request S = (l'+1)(l + l'/2) to 2 %, correlation to 0.03."""
     trace = read_trace(raw_trace(TABLES.get(name, "lmsys_lengths_wait_100k.csv.gz")))
     prompt, output = trace.prompt_tokens.astype(np.float64), trace.output_tokens.astype(np.float64)
-    keep = (prompt < 500) & (output < 500) if name == "lmsys" else prompt + output <= 4096
+    longest = load_scenario(name).engine.max_model_len
+    keep = (prompt < 500) & (output < 500) if name == "lmsys" else prompt + output <= longest
     prompt, output = prompt[keep], output[keep]
     scenario = load_scenario(name)
     workload = scenario.generate(11, num_requests=400_000)

@@ -177,6 +177,11 @@ def check_against_scheduler(server: Server) -> None:
     assert sorted(outside) == sorted(name for names in listed.values() for name in names)
     for names in listed.values():
         assert [name for name in outside if name in names] == names
+    if not mirror.resyncs:
+        # Over all classes, vLLM's queue is in the order of the keys.
+        waiting = [w for j in range(mirror.layout.num_classes) for w in [view.waiting_requests(j, 10**6)]]
+        keyed = sorted((key, mirror.names[r]) for w in waiting for key, r in zip(w.key.tolist(), w.id.tolist(), strict=True))
+        assert [name for _, name in keyed] == outside
     residents = view.resident_requests()
     assert [mirror.names[r] for r in residents.id] == [r.request_id for r in scheduler.running]
     assert residents.generated.tolist() == [r.num_output_tokens for r in scheduler.running]
