@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -194,14 +195,17 @@ class Collector:
                     truncations=np.zeros(n, dtype=np.bool_).tolist(),
                 )
             )
-        minari.create_dataset_from_buffers(
-            dataset_id=self.options.minari,
-            buffer=buffers,
-            observation_space=gym.spaces.Box(0.0, 1.0, (data.observations.shape[1],), np.float32),
-            action_space=gym.spaces.MultiDiscrete(list(component_sizes(self.recipe, layout.num_queues))),
-            algorithm_name=self.options.expert,
-            description=json.dumps(self.describe()),
-        )
+        with warnings.catch_warnings():
+            # Minari asks for links to the code and for an author, which are the user's to give.
+            warnings.simplefilter("ignore", UserWarning)
+            minari.create_dataset_from_buffers(
+                dataset_id=self.options.minari,
+                buffer=buffers,
+                observation_space=gym.spaces.Box(0.0, 1.0, (data.observations.shape[1],), np.float32),
+                action_space=gym.spaces.MultiDiscrete(list(component_sizes(self.recipe, layout.num_queues))),
+                algorithm_name=self.options.expert,
+                description=json.dumps(self.describe()),
+            )
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -63,8 +63,8 @@ def test_recorded_episodes_are_the_experts_own() -> None:
 
 
 def test_decisions_beyond_the_action_space_are_counted() -> None:
-    policy = make_policy("nested-wait", SETTING.setting, overload=True)
-    workload = SETTING.scenario.generate(1, rate=SETTING.rate, num_requests=60)
+    policy = make_policy("reserve", SETTING.setting, theta=0.5)
+    workload = SETTING.scenario.generate(1, rate=SETTING.rate, num_requests=60).with_backlog(60)  # many enter at once, not all
     _, inexact = record_episode(policy, expert_recipe(policy, 2), SETTING, workload, max_steps=20_000)
     assert inexact > 0
 
