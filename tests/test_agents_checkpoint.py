@@ -134,7 +134,6 @@ def always(recipe: Recipe, choices: dict[int, int]) -> Network:
     [
         {0: 0, 1: 0, 2: 0, 3: 0},  # holds everything, admits nothing
         {0: 1, 1: 0, 2: 3, 3: 3},  # the second segment never advances
-        {0: 1, 1: 1, 2: 3, 3: 0},  # the boundary queue is never admitted
     ],
 )
 def test_no_likeliest_choice_holds_for_ever(choices: dict[int, int]) -> None:
