@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from baselines.policy import RulePolicy, Setting, output_classes
+from baselines.policy import RulePolicy, Setting, output_classes, prompt_classes
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.fleet import Rule, next_in_order, start_of_queues
 from llmsched_env.engine.state import I_RESIDENTS, I_WAITING, Q_LEFT, R_NEXT, R_OUTPUT, R_PROMPT, S_OUTPUT, S_PROMPT
@@ -39,13 +39,14 @@ def reserve_true(parameters, memory, settings, requests, slots, queues, queue_f,
 
 
 class OracleSjf(RulePolicy):
-    """Shortest job first by true output length, with a reservation by true final lengths (output lengths known).
+    """Shortest job first, with a reservation by true final lengths (output lengths known).
 
     Unlike ``mc-sf`` it does not look at when memory is needed: theta above 1 stands for residents
     that end before others have grown.
 
     Args:
-        num_classes: buckets of equal probability by output length (types where the workload has types).
+        num_classes: buckets of equal probability (types where the workload has types and ``by`` is ``output``).
+        by: what makes a job short: its true output, or its prompt where prefill is most of the work.
         theta: sum(prompt + output) of residents stays within theta * C.
 
     Raises:
@@ -55,11 +56,14 @@ class OracleSjf(RulePolicy):
     name: ClassVar[str] = "oracle-sjf"
     known_lengths: ClassVar[bool] = True
 
-    def __init__(self, setting: Setting, num_classes: int = 32, theta: float = 1.1) -> None:
+    def __init__(self, setting: Setting, num_classes: int = 32, by: Literal["output", "prompt"] = "output", theta: float = 1.1) -> None:
         if num_classes < 1:
             raise ConfigError(f"policy.num_classes: {num_classes}, must be >= 1")
+        if by not in ("output", "prompt"):
+            raise ConfigError(f"policy.by: {by!r}, must be 'output' or 'prompt'")
         if not (math.isfinite(theta) and theta > 0):
             raise ConfigError(f"policy.theta: {theta}, must be finite and > 0")
-        self.layout = output_classes(setting.statistics, num_classes)
+        classes = output_classes if by == "output" else prompt_classes
+        self.layout = classes(setting.statistics, num_classes)
         self.engine = setting.engine_for(admission_order="class")
         self.rule = Rule(reserve_true, self.layout.num_queues, [theta * self.engine.kv_capacity_tokens])

@@ -74,10 +74,21 @@ class Results:
         return self.best(cell, [x for x in self.labels(cell, ("tuned",)) if not lengths_known(x)], metric, lowest=lowest)
 
     def oracle(self, cell: Cell) -> str:
-        """The best of the bounds that know output lengths, tuned where it was."""
+        """The best of the bounds that know output lengths: tuned ones, or the defaults where nothing was tuned anywhere."""
         names = ("mc-sf", "oracle-sjf")
         found = self.best(cell, [f"{name} (tuned)" for name in names if f"{name} (tuned)" in self.labels(cell)])
-        return found or self.best(cell, [f"{name} (default)" for name in names if f"{name} (default)" in self.labels(cell)])
+        if found or any(v.kind == "tuned" for own in self.plan.values() for v in own):
+            return found
+        return self.best(cell, [f"{name} (default)" for name in names if f"{name} (default)" in self.labels(cell)])
+
+    def with_gap(self, chosen: Iterable[Cell], reference: Callable[[Cell], str]) -> list[Cell]:
+        """The cells whose bound is at least 1 % below a reference: elsewhere there is no gap to close."""
+        found = []
+        for cell in chosen:
+            bound = self.oracle(cell)
+            if bound and reference(cell) and self.mean(cell, bound) < 0.99 * self.mean(cell, reference(cell)):
+                found.append(cell)
+        return found
 
     def against(self, cell: Cell, ours: str, theirs: str, metric: str = "latency_mean") -> Estimate:
         return relative_difference(self.values(cell, ours, metric), self.values(cell, theirs, metric))
@@ -199,12 +210,15 @@ def _adapting(results: Results, agent: str) -> tuple[str, str]:
 
 
 def _gap(results: Results, agent: str) -> tuple[str, str]:
-    chosen = [cell for cell in _stationary(results, OVERLOADED) if results.best_tuned(cell)]
-    if not chosen:
+    tuned = [cell for cell in _stationary(results, OVERLOADED) if results.best_tuned(cell)]
+    if not tuned:
         return "", NOT_TUNED
+    chosen = results.with_gap(tuned, results.best_tuned)
+    if not chosen:
+        return f"the bound is nowhere 1 % below the best tuned baseline ({len(tuned)} cells)", "no gap"
     matrices = [matrix(results, chosen, of) for of in (lambda _: agent, results.best_tuned, results.oracle)]
     share = share_of_gap(*matrices)
-    return f"{interval(share)} over {len(chosen)} cells", _answer(share.value > 0 and share.low > 0)
+    return f"{interval(share)} over the {len(chosen)} of {len(tuned)} cells with a gap", _answer(share.value > 0 and share.low > 0)
 
 
 def _slo(results: Results, agent: str) -> tuple[str, str]:

@@ -59,17 +59,20 @@ def plot_loads(path: Path, results: Results, shown: Sequence[Choice]) -> None:
             if r == len(kvs) - 1:
                 axes.set_xlabel("load")
     handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
+    figure.legend(handles, names, loc="outside upper center", ncols=min(len(names), 2 * len(scenarios)), frameon=False)
     _save(pyplot, figure, path)
 
 
-def plot_profiles(path: Path, results: Results, shown: Sequence[Choice]) -> None:
-    """Share of runs at least tau times as fast as greedy FIFO on the same requests."""
+def plot_profiles(path: Path, results: Results, shown: Sequence[Choice]) -> int:
+    """Share of runs at least tau times as fast as greedy FIFO on the same requests; returns how many cells have all that is shown."""
+    cells = [cell for cell in results.cells if all(of(cell) for _, of in shown)]
+    if not cells:
+        return 0
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7.0, 4.4), layout="constrained")
     thresholds = np.geomspace(0.5, 8.0, 120)
     for i, (name, of) in enumerate(shown[1:], start=1):
-        profile = performance_profile(results.speedups(of, results.cells), thresholds)
+        profile = performance_profile(results.speedups(of, cells), thresholds)
         axes.plot(thresholds, profile.share, label=name, color=COLOURS[i], linestyle=DASHES[i])
         axes.fill_between(thresholds, profile.low, profile.high, color=COLOURS[i], alpha=0.15, linewidth=0)
     axes.axvline(1.0, color="#555555", linestyle=":", linewidth=1)
@@ -82,6 +85,7 @@ def plot_profiles(path: Path, results: Results, shown: Sequence[Choice]) -> None
     axes.set_ylabel("share of runs")
     axes.legend(frameon=False, loc="upper right")
     _save(pyplot, figure, path)
+    return len(cells)
 
 
 def plot_middles(path: Path, middles: Sequence[tuple[str, Estimate]]) -> None:
@@ -96,7 +100,7 @@ def plot_middles(path: Path, middles: Sequence[tuple[str, Estimate]]) -> None:
     axes.axvline(1.0, color="#555555", linestyle=":", linewidth=1)
     axes.set_yticks(range(len(middles)), [label for label, _ in reversed(middles)])
     axes.set_ylim(-0.7, len(middles) - 0.3)
-    axes.set_xlabel("mean latency of greedy FIFO / mean latency: interquartile mean over cells and seeds")
+    axes.set_xlabel("speed-up over greedy FIFO: interquartile mean")
     _save(pyplot, figure, path)
 
 
@@ -112,7 +116,7 @@ def _minor(axes: Any) -> Callable[[float, Any], str]:
     def label(value: float, _position: Any = None) -> str:
         low, high = axes.get_ylim()
         leading = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
-        return f"{value:g}" if leading in ((2, 3, 5, 7) if high < 10 * low else (3,)) and high < 300 * low else ""
+        return f"{value:g}" if leading in ((2, 3, 4, 5, 6, 8) if high < 5 * low else (2, 3, 5) if high < 50 * low else (3,)) else ""
 
     return label
 

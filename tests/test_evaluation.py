@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from baselines import Setting
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Workload
 from llmsched_env.workload import load_scenario
@@ -423,3 +424,41 @@ def test_evaluate_refuses_before_any_work(words: list[str], named: str, tmp_path
     assert evaluate.main(given) == 2
     assert named in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_an_agent_runs_beside_the_baselines(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    folder = checkpoint(tmp_path / "random-agent")
+    words = ["--scenarios", "azure-conv", "two-type", "--kv", "40GB", "--loads", "1.0", "--parts", "stationary", "--seeds", "2"]
+    words += ["--num-requests", "60", "--policies", "vllm", "fcfs", "sarathi", "wait", "late-last", "--jobs", "1"]
+    words += ["--rows", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "results.md"), "--agents", str(folder)]
+    assert evaluate.main(words) == 0
+    own = [row for row in read_rows(tmp_path / "rows.csv", Row) if row.variant == "random-agent"]
+    assert len(own) == 4 and all(row.completed == row.requests > 0 for row in own)
+    page = (tmp_path / "results.md").read_text()
+    assert "**random-agent**, mean latency" in page
+    bar = next(line for line in page.splitlines() if line.startswith("| 2 |"))
+    assert "of 2 cells" in bar and "reached" in bar
+    assert "| 1 |" in page and "no tuned baseline" in page
+
+
+def checkpoint(folder: Path) -> Path:
+    """An agent of the action set ``reserve`` whose weights are random."""
+    from agents.checkpoint import save_checkpoint
+    from agents.domain import Domain
+    from agents.interface import Interface
+    from agents.network import Network
+    from agents.recipe import Recipe
+
+    recipe = Recipe(action_set="reserve")
+    scenario = load_scenario("azure-conv")
+    interface = Interface(recipe, Setting(scenario.statistics, 5.0, scenario.engine))
+    rng = np.random.default_rng(0)
+    outputs = sum(interface.components)
+    head = (rng.standard_normal((outputs, interface.width)).astype(np.float32), np.zeros(outputs, np.float32))
+    zeros, ones = np.zeros(interface.width, np.float32), np.ones(interface.width, np.float32)
+    network = Network(zeros, ones, (), head, tuple(interface.components))
+    layout = recipe.layout_for(scenario.statistics)
+    domain = Domain(scenarios=("azure-conv",))
+    save_checkpoint(folder, network, recipe, domain, layout, name="random-agent", deterministic=True, record={"algorithm": "none"})
+    return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -111,6 +113,12 @@ def test_the_oracle_serves_short_outputs_first_and_an_empty_engine_takes_anythin
     assert np.all(np.isfinite(result.log.completed))
 
 
+def test_the_oracle_can_order_by_prompt() -> None:
+    policy = make_policy("oracle-sjf", setting(), by="prompt", num_classes=2, theta=0.01)
+    order = np.argsort(run_episode(policy, crossed_workload(40)).log.admitted)
+    assert np.all(np.diff(crossed_workload(40).prompt_tokens[order]) >= 0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_they_run_in_the_paper_preset_and_say_the_same_step_by_step(name: str) -> None:
     scenario = load_scenario("two-type")
@@ -144,9 +152,10 @@ def test_the_bound_is_below_what_knows_no_lengths() -> None:
         ("late-last", {"limit": float("inf")}, "limit"),
         ("oracle-sjf", {"theta": float("inf")}, "theta"),
         ("oracle-sjf", {"num_classes": 0}, "num_classes"),
+        ("oracle-sjf", {"by": "luck"}, "policy.by"),
     ],
 )
-def test_bad_options_are_refused(name: str, options: dict[str, float], named: str) -> None:
+def test_bad_options_are_refused(name: str, options: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         make_policy(name, setting(), **options)
 
