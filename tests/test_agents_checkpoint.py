@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -40,7 +41,7 @@ def network_for(recipe: Recipe, seed: int = 0) -> Network:
     rng = np.random.default_rng(seed)
     widths = [interface.width, 8, 6]
     weights = lambda out, inside: rng.normal(size=(out, inside)).astype(np.float32)  # noqa: E731
-    layers = tuple((weights(b, a), weights(1, b)[0]) for a, b in zip(widths, widths[1:], strict=False))
+    layers = tuple((weights(b, a), weights(1, b)[0]) for a, b in itertools.pairwise(widths))
     out = sum(interface.components)
     mean, scale = weights(1, interface.width)[0] * 0.1 + 0.5, np.full(interface.width, 2.0, dtype=np.float32)
     return Network(mean, scale, layers, (weights(out, 6), weights(1, out)[0]), interface.components)

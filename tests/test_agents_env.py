@@ -46,7 +46,8 @@ def test_native_actions_equal_the_plain_adapter(domain: Domain) -> None:
     ours = AgentVecEnv(settings, recipe, 3, num_requests=4)
     placed = [s.placed(recipe) for s in settings]
     vector = LLMSchedVectorEnv(
-        3, scenario=[p.scenario for p in placed], rate=[p.rate for p in placed], engine=[p.engine for p in placed], num_requests=4, max_admit=4
+        3, scenario=[p.scenario for p in placed], rate=[p.rate for p in placed], engine=[p.engine for p in placed], num_requests=4,
+        max_admit=4,
     )
     theirs = SB3VecEnv(vector, flatten=True)
     assert ours.action_space == theirs.action_space and ours.observation_space == theirs.observation_space
@@ -111,7 +112,7 @@ def test_reserve_is_the_environments_own_action_set() -> None:
         np.testing.assert_array_equal(a[0], np.concatenate(list(b.values())))
         action = int(rng.integers(4))
         a, rewards, dones, _ = ours.step(np.array([action]))
-        b, reward, terminated, truncated, _ = theirs.step(action)
+        b, reward, _, _, _ = theirs.step(action)
         assert rewards[0] == np.float32(reward)
         if dones[0]:
             b, _ = theirs.reset()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from serve_policies import random_agent
 
+from hardware import live
 from hardware.live import LiveMirror
 from hardware.live_config import LiveConfig, build_policy
 from hardware.live_rehearsal import rehearse
+from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.types import EngineConfig, QueueLayout
 
@@ -148,6 +151,36 @@ def test_a_checkpoint_with_an_engine_of_its_own_names_the_flags(tmp_path: Path) 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not one"):
         build_policy(LiveConfig(str(tmp_path)), ENGINE)
+
+
+def test_renumbered_keys_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preempted requests, late ones and arrivals, before and after keys move back towards 0."""
+    monkeypatch.setattr(live, "_RENUMBER_ABOVE", 9)
+    mirror = LiveMirror(QueueLayout("prompt", (10,)), ENGINE.replace(late_after=5.0))
+    order: list[str] = []
+
+    def check() -> None:
+        keys = mirror.requests[st.R_KEY]
+        assert sorted(order, key=lambda name: int(keys[mirror.index(name)])) == order
+
+    for i in range(6):
+        mirror.arrive(f"{i}", 8 + i, 0.0, 0.0)
+    mirror.note(0.0, [], ["0", "1", "2"], [])
+    mirror.note(0.0, [], [], ["2"])
+    order[:] = ["2", "3", "4", "5"]
+    check()
+    mirror.refresh(6.0, [SimpleNamespace(request_id=i, num_computed_tokens=4, num_tokens=8 + int(i)) for i in "01"], order, 2)
+    mirror.arrive("6", 8, 6.0, 6.0)
+    order[:] = ["2", "6", "3", "4", "5"]  # those that never entered in time stand last
+    check()
+    mirror.leave("3")
+    for i in range(7, 12):
+        mirror.arrive(f"{i}", 8, 6.0, 6.0)
+    mirror.note(6.0, [], [], ["1"])
+    order[:] = ["1", "2", *map(str, range(6, 12)), "4", "5"]
+    check()
+    assert int(mirror.requests[st.R_KEY, mirror.index("11")]) <= 9
+    assert mirror.queues[st.Q_LATE].tolist() == [0, 2]
 
 
 def test_layouts_a_server_cannot_classify_by_are_refused() -> None:

@@ -314,7 +314,7 @@ def test_a_paused_server_is_vllms_own(make: Make) -> None:
     assert server.step() == {}
     server.scheduler.set_pause_state(PauseState.UNPAUSED)
     assert server.step() == {}
-    assert server.scheduler.policy_metrics.counts["vllm"] == 1
+    assert server.scheduler.policy_metrics.counts == {"policy": 2, "repeat": 0, "vllm": 1}  # asked anew after the pause
 
 
 def test_what_runs_is_drained_while_new_requests_are_paused(make: Make) -> None:
@@ -373,6 +373,31 @@ def test_a_request_whose_grammar_is_not_ready_is_gated_all_the_same(make: Make) 
     assert server.step() == {}  # ready, but the policy admits nobody
     assert scheduler.mirror.view.num_waiting == 2 and not scheduler.skipped_waiting
     assert list(scheduler.waiting) == [other, request]
+
+
+def test_a_grammar_that_becomes_ready_during_the_iteration_waits_for_the_next(make: Make) -> None:
+    class Compiling:
+        """Ready from the second look on, as a grammar compiled by another thread may be."""
+
+        looks = 0
+
+        @property
+        def grammar(self) -> object | None:
+            self.looks += 1
+            return object() if self.looks > 1 else None
+
+    server = make(ENGINE, HALVES, lambda view: Decision.of([1, 1], [0, 0]))
+    request = server.add("a", 10, 6)
+    server.add("b", 10, 6)
+    scheduler = server.scheduler
+    scheduler.waiting.remove_requests([request])
+    scheduler.mirror.leave("a")
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    request.structured_output_request = Compiling()
+    scheduler.skipped_waiting.add_request(request)
+    for _ in range(3):
+        assert server.step() == {}
+    assert scheduler.mirror.view.num_waiting == 2
 
 
 # --- a policy that fails ----------------------------------------------------------------------------------------
