@@ -34,7 +34,7 @@ from llmsched_env.errors import ConfigError, require
 from llmsched_env.perf import FormulaTime, IterationTimeModel, LinearTime, Provenance, TableTime, save_calibration
 from scripts.engine_fit import batches_of, fit_error, fit_formula, fit_linear, fit_tables
 from scripts.engine_heldout import MOST, HeldOut, compile_simulator, hold_out
-from scripts.engine_plan import EngineLimits, Group, plan
+from scripts.engine_plan import CHUNK_STEPS, EngineLimits, Group, plan
 from scripts.engine_points import Point, PointsFile, Probe, combined, drift, seconds_of
 from scripts.engine_settings import add_model_arguments, engine_options
 from scripts.output import check_file
@@ -273,12 +273,13 @@ def _seconds_needed(group: Group, points: Sequence[Point], limits: EngineLimits)
     longest = max(points, key=lambda p: p.batch.prefill_tokens)
     each_token = longest.seconds / longest.batch.prefill_tokens if longest.batch.prefill_tokens else 0.0
     typical = float(np.median([p.seconds for p in points]))
+    tokens = sum(1 + CHUNK_STEPS for probe in group.probes if probe.chunk) * limits.budget / 4  # the steps in between
     if group.is_prefill:
-        length = max(probe.chunk_context + probe.chunk for probe in group.probes)
-        return group.growth / len(group.probes) * (length * each_token + len(group.probes) * typical)
-    most = max(probe.decodes for probe in group.probes)
-    chunks = sum(probe.chunk for probe in group.probes) * group.growth / len(group.probes)
-    return (most * group.context + chunks) * each_token + group.growth * typical
+        tokens += (1 + CHUNK_STEPS) * max(probe.chunk_context + probe.chunk for probe in group.probes)
+    else:
+        tokens += max(probe.decodes for probe in group.probes) * group.context
+        tokens += (1 + CHUNK_STEPS) * sum(probe.chunk for probe in group.probes)
+    return tokens * each_token + group.growth * typical
 
 
 # --- what is written ------------------------------------------------------------------------------

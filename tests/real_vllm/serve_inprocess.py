@@ -31,6 +31,18 @@ END_OF_TEXT = 2
 LENGTHS = {"prompt": [8], "output": [8], "weight": [1]}
 
 
+def faked_scheduler(scheduler_cls: Any, vllm_config: Any, engine: EngineConfig) -> Any:
+    """A scheduler without an engine around it."""
+    spec = FullAttentionSpec(block_size=engine.block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    return scheduler_cls(
+        vllm_config=vllm_config,
+        kv_cache_config=KVCacheConfig(engine.num_blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(vllm_config),
+        block_size=engine.block_size,
+        log_stats=False,
+    )
+
+
 class Server:
     """vLLM's scheduler under a policy; what an engine core does around it is done by ``step``.
 
@@ -43,15 +55,7 @@ class Server:
         self.clock = 0.0
         self.slept: list[float] = []
         with contextlib.closing(VllmSchedulerBackend()) as backend:
-            vllm_config = backend._config(engine)
-        spec = FullAttentionSpec(block_size=engine.block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
-        self.scheduler = PolicyScheduler(
-            vllm_config=vllm_config,
-            kv_cache_config=KVCacheConfig(engine.num_blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)]),
-            structured_output_manager=StructuredOutputManager(vllm_config),
-            block_size=engine.block_size,
-            log_stats=False,
-        )
+            self.scheduler = faked_scheduler(PolicyScheduler, backend._config(engine), engine)
         s = self.scheduler
         s.monotonic = s.wall = lambda: self.clock
         s._epoch = 0.0
