@@ -236,8 +236,9 @@ def uniform_tokens(m, settings, ends, requests, times, slots, queues, scalars, c
     scalars[I_KV_TOKENS] += m
     scalars[I_GENERATED_TOKENS] += m
     gone = 0
-    i = 0
-    while reached > 0:
+    for i in range(m):
+        if reached == 0:
+            break
         if generated[i] == stop[i]:
             reached -= 1
             if generated[i] == slots[S_OUTPUT, i]:
@@ -245,7 +246,6 @@ def uniform_tokens(m, settings, ends, requests, times, slots, queues, scalars, c
                 gone += 1
             else:
                 place(i, generated[i], settings, ends, slots, queues, scalars)
-        i += 1
     return gone
 
 
