@@ -65,8 +65,14 @@ class Figure:
         return self.ratio >= self.bar if self.higher_is_better else self.ratio <= self.bar
 
 
+def median_and_best(measure: Callable[[], float], repeats: int) -> tuple[float, float]:
+    """Of rates: on a machine that others use too, the best tells what it does undisturbed."""
+    rates = [measure() for _ in range(repeats)]
+    return statistics.median(rates), max(rates)
+
+
 def median(measure: Callable[[], float], repeats: int) -> float:
-    return statistics.median(measure() for _ in range(repeats))
+    return median_and_best(measure, repeats)[0]
 
 
 def scalar_steps(env: gym.Env[Any, Any], action: Any, steps: int) -> float:
@@ -105,7 +111,7 @@ def cartpole_speed(repeats: int) -> float:
 
 
 def vector_figures(repeats: int) -> list[Figure]:
-    num, found, rates = 256, [], {}
+    num, found, rates, best = 256, [], {}, 0.0
     for threads in (1, 2):
         if threads > numba.config.NUMBA_NUM_THREADS:
             continue
@@ -122,8 +128,9 @@ def vector_figures(repeats: int) -> list[Figure]:
                 env.step(action)
             return 100 * num / (time.perf_counter() - start)
 
-        rates[threads] = median(decisions, repeats)
+        rates[threads], fastest = median_and_best(decisions, repeats)
         if threads == 1:
+            best = fastest
             running = float(env.unwrapped._scalars[:, st.I_RESIDENTS].mean())  # type: ignore[attr-defined]
             megabytes = env.unwrapped.nbytes / num / 1e6  # type: ignore[attr-defined]
     cartpole = gym.make_vec("CartPole-v1", num_envs=num, vectorization_mode="vector_entry_point")
@@ -137,7 +144,8 @@ def vector_figures(repeats: int) -> list[Figure]:
     iteration = 1e9 / kernel_rate(round(running), repeats)[0]
     reason = (
         f"a decision takes {1e9 / rates[1]:.0f} ns; an iteration of the kernel alone takes {iteration:.0f} ns with one engine, which stays "
-        f"in the processor's cache; the rest is observation, mask, reward and {num} engines of {megabytes:.2f} MB in turn"
+        f"in the processor's cache; the rest is observation, mask, reward and {num} engines of {megabytes:.2f} MB in turn; "
+        f"fastest of {repeats} repeats: {best:,.0f}"
     )
     found.append(Figure(what, f"{rates[1]:,.0f}", f"`CartPoleVectorEnv`: {yardstick:,.0f}", rates[1], 500_000, reason=reason))
     if 2 in rates:
@@ -200,9 +208,10 @@ def trace_figures(repeats: int) -> list[Figure]:
             assert result.summary.completed == len(workload)
             return len(workload) / (time.perf_counter() - start)
 
-        ours = median(speed, repeats)
+        ours, best = median_and_best(speed, repeats)
         iterations = run_episode(policy, workload).summary.iterations / len(workload)
-        reason = f"{iterations:.2f} iterations a request, {1e9 / ours / iterations:.0f} ns each, metrics included"
+        each = f"{iterations:.2f} iterations a request, {1e9 / ours / iterations:.0f} ns each, metrics included"
+        reason = f"{each}; fastest of {repeats} repeats: {best:,.0f}"
         what = f"20,000 requests under `sarathi` at {rate:g} requests/s: requests/s, metrics included"
         found.append(Figure(what, f"{ours:,.0f}", f"Vidur's event loop: {theirs:,} (another machine)", ours / theirs, 300, reason=reason))
     return found
