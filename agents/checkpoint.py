@@ -29,7 +29,7 @@ def describe_observation(recipe: Recipe, layout: QueueLayout) -> dict[str, Any]:
     """Names and widths of what the network reads, in order."""
     fields = [[name, width] for name, width in ObservationLayout.of(layout).fields]
     features = {"count": FEATURES, "grid": list(GRID)} if recipe.features else None
-    return {"fields": fields, "features": features}
+    return {"fields": fields, "compact": recipe.compact, "features": features}
 
 
 def save_checkpoint(

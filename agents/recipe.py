@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from baselines import Setting
-from baselines.policy import bucket_edges
 from llmsched_env.action import THETAS
 from llmsched_env.env import engine_with
 from llmsched_env.errors import ConfigError
@@ -31,7 +30,7 @@ class Recipe:
     Attributes:
         action_set: ``admit`` and ``reserve`` are those of ``llmsched_env.action``; ``admit-only`` is
             ``AdmitOnly``; ``peak`` is in ``agents.peak``.
-        num_classes: buckets of equal probability by prompt length; 1 for a single class.
+        num_classes: buckets of about equal probability by prompt length; 1 for a single class.
         num_segments: segments of decode length that end at quantiles of the output length.
         order: outside requests by arrival, by class (shortest prompts first), or by the expected
             KV x iterations of the class, least first.
@@ -41,6 +40,7 @@ class Recipe:
         levels: thetas of ``reserve`` or levels of ``peak``; empty for their defaults.
         hold: iterations for which one action stays in force.
         features: append the features of ``agents.peak`` to the observation.
+        compact: leave out of the environment's observation what is told class by class.
         layout: queues to use as they are, in place of the three fields above (clones of an expert).
         engine: engine fields to change, as plain values.
         known_lengths: the layout reads output lengths.
@@ -56,6 +56,7 @@ class Recipe:
     levels: tuple[float, ...] = ()
     hold: int = 1
     features: bool = False
+    compact: bool = False
     layout: QueueLayout | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     known_lengths: bool = False
@@ -86,7 +87,7 @@ class Recipe:
             ends = _padded(quantiles, self.num_segments - 1, statistics.max_output)
         if self.num_classes == 1:
             return QueueLayout(segment_ends=ends)
-        edges = bucket_edges(statistics.prompt, statistics.weight, self.num_classes)
+        edges = prompt_edges(statistics, self.num_classes)
         longest = int(np.ceil(statistics.prompt.max()))
         return QueueLayout("prompt", _padded(edges, self.num_classes - 1, longest), segment_ends=ends)
 
@@ -169,18 +170,49 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig) -> int:
 
 
 def class_work(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
-    """(J,) mean KV x iterations of a request of each class (tokens x iterations): l'(l + l'/2); infinite for an empty class.
+    """(J,) mean KV x iterations of a request of each class (tokens x iterations): l'(l + l'/2).
 
     What a request takes of the scarce good: serving the least first is shortest-job-first for memory.
     """
     work = statistics.output * (statistics.prompt + statistics.output / 2)
-    index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
-    out = np.full(layout.num_classes, np.inf)
-    for j in range(layout.num_classes):
-        weight = statistics.weight[index == j]
-        if weight.sum() > 0:
-            out[j] = float(weight @ work[index == j] / weight.sum())
-    return out
+    weight = class_weights(statistics, layout)
+    found: FloatArray = weight @ work
+    return found
+
+
+def class_weights(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
+    """(J, M) weight of every support point in the lengths of each class, rows sum to 1.
+
+    Buckets by prompt may be finer than the statistics. So points count by how near their prompt is to
+    the bucket's middle (Gaussian, 15 % of its length); other classes have their own points. 5 % of
+    every class are all requests, as few points stand for it.
+    """
+    j = np.arange(layout.num_classes)[:, None]
+    if layout.by == "prompt" and layout.edges:
+        bounds = np.array([1.0, *layout.edges, max(float(statistics.prompt.max()), layout.edges[-1] + 1.0)])
+        middle = np.log((bounds[:-1] + bounds[1:]) / 2)[:, None]
+        near = -0.5 * ((np.log(statistics.prompt)[None, :] - middle) / 0.15) ** 2
+        own = statistics.weight * np.exp(near - near.max(axis=1, keepdims=True))
+    else:
+        index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
+        own = np.where(index[None, :] == j, statistics.weight, 0.0)
+    mass = own.sum(axis=1, keepdims=True)
+    own = np.where(mass > 0, own / np.where(mass > 0, mass, 1.0), statistics.weight)
+    weights: FloatArray = 0.95 * own + 0.05 * statistics.weight
+    return weights
+
+
+def prompt_edges(statistics: LengthStatistics, num_classes: int) -> tuple[int, ...]:
+    """Upper edges of at most ``num_classes`` buckets of about equal probability by prompt length.
+
+    The statistics know some twenty prompt lengths, each the middle of a range; between them the
+    distribution function is taken to be linear.
+    """
+    lengths, index = np.unique(statistics.prompt, return_inverse=True)
+    mass = np.bincount(index, statistics.weight)
+    shares = np.arange(1, num_classes) / num_classes
+    edges = np.unique(np.floor(np.interp(shares, np.cumsum(mass) - mass / 2, lengths)).astype(np.int64))
+    return tuple(int(edge) for edge in edges if 1 <= edge < lengths[-1])
 
 
 def _padded(edges: tuple[int, ...], count: int, last: int) -> tuple[int, ...]:
