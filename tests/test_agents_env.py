@@ -316,12 +316,14 @@ def test_least_work_first() -> None:
 
 def test_the_token_budget_follows_the_fluid_model() -> None:
     conv, code = load_scenario("azure-conv"), load_scenario("azure-code")
-    assert fluid_budget(conv.statistics, conv.engine.replace(num_blocks=2816)) == 256
-    assert fluid_budget(code.statistics, code.engine.replace(num_blocks=2816)) == 1024
+    assert fluid_budget(conv.statistics, conv.engine.replace(num_blocks=2816), 4.8) == 256
+    assert fluid_budget(code.statistics, code.engine.replace(num_blocks=2816), 8.8) == 1024
+    large = conv.engine.replace(num_blocks=7424)  # 256 tokens an iteration are 93 % of its boundary of 6.5 requests/s
+    assert [fluid_budget(conv.statistics, large, rate) for rate in (3.0, 5.4, 6.0, 7.0)] == [256, 256, 384, 384]
     paper = load_scenario("two-type")
-    assert fluid_budget(paper.statistics, paper.engine) == paper.engine.max_num_batched_tokens
+    assert fluid_budget(paper.statistics, paper.engine, 1.0) == paper.engine.max_num_batched_tokens
     whole = EngineConfig.vllm(enable_chunked_prefill=False, max_num_batched_tokens=4096)
-    assert fluid_budget(conv.statistics, whole) == 4096
+    assert fluid_budget(conv.statistics, whole, 1.0) == 4096
 
 
 @pytest.mark.parametrize(
