@@ -93,6 +93,8 @@ class Agent:
             k.P_SIZE: t.survival.shape[1],
             k.P_COMPONENTS: len(n.components),
             k.P_LAYERS: len(layers),
+            # 53 bits, which a float64 holds
+            k.P_SEED: np.random.SeedSequence(self.seed).generate_state(1, np.uint64)[0] >> np.uint64(11),
         }
         for row, value in values.items():
             header[row] = value
@@ -104,7 +106,6 @@ class Agent:
     def reset(self) -> None:
         """Forget the last episode."""
         self.rule.reset()
-        self.rule.memory[k.M_RANDOM] = np.random.SeedSequence(self.seed).generate_state(1, np.uint64).astype(np.int64)[0]
         self._rng = np.random.default_rng(self.seed)
 
     @property

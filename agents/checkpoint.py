@@ -120,7 +120,7 @@ def load_checkpoint(
         MissingExtraError: safetensors is not installed.
     """
     where = Path(folder)
-    safetensors = require("safetensors.numpy", "agents")
+    safetensors = require("safetensors.numpy", "checkpoints")
     config = read_config(where)
     recipe = Recipe.from_dict(config["recipe"])
     if setting is None:

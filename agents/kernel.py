@@ -340,12 +340,13 @@ P_COMPONENTS = 14
 P_LAYERS = 15  # the head among them
 P_BOUNDARY_RATE = 16
 P_COLUMNS = 17  # how many of them are read
-P_LAYER = 18  # outputs of each layer
+P_SEED = 18
+P_LAYER = 19  # outputs of each layer
 MAX_LAYERS = 8
 P_ROWS = P_LAYER + MAX_LAYERS
 
 M_LEFT = 0  # iterations for which the action stays in force
-M_RANDOM = 1  # state of the generator of the draws
+M_DRAWS = 1  # numbers drawn so far
 M_IDLE = 2
 M_INTERVENTIONS = 3
 M_ACTION = 4  # then the action's components, then how long each queue has been held
@@ -355,10 +356,10 @@ IDLE_ITERATIONS = 20
 
 
 @compiled
-def _uniform(memory):  # type: ignore[no-untyped-def]
-    """The next number in [0, 1) of SplitMix64 (Steele, Lea, Flood 2014)."""
-    z = np.uint64(memory[M_RANDOM]) + np.uint64(0x9E3779B97F4A7C15)
-    memory[M_RANDOM] = np.int64(z)
+def _uniform(parameters, memory):  # type: ignore[no-untyped-def]
+    """The next number in [0, 1) of SplitMix64 (Steele, Lea, Flood 2014), whose state is seed + draws x golden ratio."""
+    memory[M_DRAWS] += 1
+    z = np.uint64(parameters[P_SEED]) + np.uint64(memory[M_DRAWS]) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = z ^ (z >> np.uint64(31))
@@ -405,7 +406,7 @@ def choose_action(parameters, at, memory, values, legal):  # type: ignore[no-unt
             for n in range(size):
                 if legal[first + n]:
                     total += math.exp(values[first + n] - top)
-            left = _uniform(memory) * total
+            left = _uniform(parameters, memory) * total
             for n in range(size):
                 if legal[first + n]:
                     best = n

@@ -18,6 +18,7 @@ from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, Queue
 
 ActionSet = Literal["admit", "admit-only", "reserve", "peak"]
 Order = Literal["arrival", "class", "work"]
+TokenBudget = Literal["engine", "fluid", "first-token"]
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.94, 0.97, 0.985, 1.0, 1.1)
 """Shares of the KV capacity that the predicted peak may reach (``peak``)."""
@@ -34,7 +35,8 @@ class Recipe:
         num_segments: segments of decode length that end at quantiles of the output length.
         order: outside requests by arrival, by class (shortest prompts first), or by the expected
             KV x iterations of the class, least first.
-        token_budget: ``engine`` keeps the engine's; ``fluid`` takes ``fluid_budget``'s.
+        token_budget: ``engine`` keeps the engine's; ``fluid`` takes ``fluid_budget``'s, for mean latency, and
+            ``first-token`` ``first_token_budget``'s, for limits on the time to the first token.
         late_last: requests past the setting's ``ttft_slo`` are admitted last (seconds), or None.
         max_admit: largest count of ``admit`` and ``admit-only``.
         levels: thetas of ``reserve`` or levels of ``peak``; empty for their defaults.
@@ -50,7 +52,7 @@ class Recipe:
     num_classes: int = 1
     num_segments: int = 4
     order: Order = "arrival"
-    token_budget: Literal["engine", "fluid"] = "engine"
+    token_budget: TokenBudget = "engine"
     late_last: float | None = None
     max_admit: int = 16
     levels: tuple[float, ...] = ()
@@ -62,7 +64,7 @@ class Recipe:
     known_lengths: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("action_set", ActionSet), ("order", Order), ("token_budget", Literal["engine", "fluid"])):
+        for name, allowed in (("action_set", ActionSet), ("order", Order), ("token_budget", TokenBudget)):
             if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
                 raise ConfigError(f"recipe.{name}: {getattr(self, name)!r}, must be one of {', '.join(allowed.__args__)}")  # type: ignore[attr-defined]
         for name in ("num_classes", "num_segments", "hold"):
@@ -102,8 +104,10 @@ class Recipe:
         if self.late_last is not None:
             changes["late_after"] = self.late_last
         engine = engine_with(setting.engine, {**changes, **setting.overrides})
-        if self.token_budget == "fluid" and "max_num_batched_tokens" not in setting.overrides:
-            engine = engine.replace(max_num_batched_tokens=fluid_budget(setting.statistics, engine, setting.rate))
+        if self.token_budget != "engine" and "max_num_batched_tokens" not in setting.overrides:
+            fluid = self.token_budget == "fluid"
+            budget = fluid_budget(setting.statistics, engine, setting.rate) if fluid else first_token_budget(setting.statistics, engine)
+            engine = engine.replace(max_num_batched_tokens=budget)
         return engine
 
     @property
@@ -159,11 +163,11 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float
     Up to some hundred tokens ride along with the decodes of an iteration for almost nothing, as reading
     the weights takes the time (the point of Sarathi-Serve, arXiv 2403.02310); what goes beyond makes every
     resident wait. Too small a budget, where prompts are the main work, costs throughput. So a budget is
-    enough if its stability boundary is 95.5 % of the largest, or 92 % where that is 10 % above ``rate``
+    enough if its stability boundary is 95.5 % of the largest, or 92 % where that is 5 % above ``rate``
     (requests/s). The shares are round values from a comparison of budgets on seeds of no evaluation.
     """
     own = engine.max_num_batched_tokens
-    if engine.preset == "paper" or not engine.enable_chunked_prefill or engine.padded_prefill:
+    if not _chunked(engine):
         return own
     whole = stability_boundary(statistics, engine)
     for budget in BUDGETS:
@@ -172,9 +176,28 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float
         if budget < engine.max_num_seqs:
             continue
         boundary = stability_boundary(statistics, engine.replace(max_num_batched_tokens=budget))
-        if boundary >= 0.955 * whole or boundary >= max(0.92 * whole, 1.1 * rate):
+        if boundary >= 0.955 * whole or boundary >= max(0.92 * whole, 1.05 * rate):
             return budget
     return own
+
+
+def first_token_budget(statistics: LengthStatistics, engine: EngineConfig) -> int:
+    """256 tokens where they keep 99 % of the stability boundary, else 1,024; never more than the engine's own.
+
+    A larger budget computes waiting prompts sooner and makes every later token slower, which counts less
+    under limits on both: where memory is the bottleneck there are few prompts to compute at a time and a
+    small budget costs them nothing. Values as in ``fluid_budget``.
+    """
+    own = engine.max_num_batched_tokens
+    small = engine.replace(max_num_batched_tokens=256) if _chunked(engine) and engine.max_num_seqs <= 256 < own else None
+    if small is not None and stability_boundary(statistics, small) >= 0.99 * stability_boundary(statistics, engine):
+        return 256
+    return max(min(own, 1_024), engine.max_num_seqs) if _chunked(engine) else own
+
+
+def _chunked(engine: EngineConfig) -> bool:
+    """Whether prompts are computed in pieces, so that the token budget is free to choose."""
+    return engine.preset != "paper" and engine.enable_chunked_prefill and not engine.padded_prefill
 
 
 def class_work(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:

@@ -14,7 +14,7 @@ pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: 
 from agents.domain import Domain, EnvSetting, arrivals_of
 from agents.interface import Interface
 from agents.kernel import FEATURES, GRID, HIDDEN
-from agents.recipe import LEVELS, Recipe, class_work, fluid_budget
+from agents.recipe import LEVELS, Recipe, class_work, first_token_budget, fluid_budget
 from agents.sb3_vec import SB3VecEnv
 from agents.training_env import AgentVecEnv
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv
@@ -320,7 +320,11 @@ def test_the_token_budget_follows_the_fluid_model() -> None:
     assert fluid_budget(code.statistics, code.engine.replace(num_blocks=2816), 8.8) == 1024
     large = conv.engine.replace(num_blocks=7424)  # 256 tokens an iteration are 93 % of its boundary of 6.5 requests/s
     assert [fluid_budget(conv.statistics, large, rate) for rate in (3.0, 5.4, 6.0, 7.0)] == [256, 256, 384, 384]
+    assert first_token_budget(conv.statistics, conv.engine.replace(num_blocks=2816)) == 256
+    assert first_token_budget(conv.statistics, large) == 1024
+    assert first_token_budget(conv.statistics, large.replace(max_num_batched_tokens=512)) == 512
     paper = load_scenario("two-type")
+    assert first_token_budget(paper.statistics, paper.engine) == paper.engine.max_num_batched_tokens
     assert fluid_budget(paper.statistics, paper.engine, 1.0) == paper.engine.max_num_batched_tokens
     whole = EngineConfig.vllm(enable_chunked_prefill=False, max_num_batched_tokens=4096)
     assert fluid_budget(conv.statistics, whole, 1.0) == 4096
