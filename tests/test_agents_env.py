@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra: agents)")
 pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: agents)")
 
-from agents.domain import Domain, EnvSetting, arrivals_of
+from agents.domain import Domain, EnvSetting, arrivals_of, workload_of
 from agents.interface import Interface
 from agents.kernel import FEATURES, GRID, HIDDEN
 from agents.recipe import LEVELS, Recipe, class_work, first_token_budget, fluid_budget
@@ -367,3 +367,18 @@ def test_width_of_the_observation() -> None:
     env = AgentVecEnv(CONV.grid(), PEAK, 2)
     plain = AgentVecEnv(CONV.grid(), Recipe(**{**vars(PEAK), "features": False}), 2)
     assert env.public == plain.public + FEATURES
+
+
+def test_mixed_traffic_is_of_one_kind_in_every_episode_and_known_as_a_mix() -> None:
+    mixed = workload_of("azure-conv+sharegpt")
+    parts = [load_scenario("azure-conv"), load_scenario("sharegpt")]
+    means = [part.statistics.mean_prompt for part in parts]
+    assert mixed.statistics.mean_prompt == pytest.approx(np.mean(means))
+    assert mixed.engine == parts[0].engine and mixed.name == "azure-conv+sharegpt"
+    seen = [mixed.generate(seed, num_requests=3000).prompt_tokens.mean() for seed in range(12)]
+    nearest = [int(np.argmin([abs(mean - value) for mean in means])) for value in seen]
+    assert set(nearest) == {0, 1}
+    assert all(value == pytest.approx(means[i], rel=0.25) for value, i in zip(seen, nearest, strict=True))
+    assert Domain(("azure-conv+sharegpt",), (1.0,)).grid()[0].rate > 0
+    with pytest.raises(ConfigError, match="preset"):
+        workload_of("azure-conv+two-type")
