@@ -34,7 +34,7 @@ $(BIN)/python:
 
 # A stamp per set of extras: installing again is only needed when the project's requirements change.
 $(VENV)/.demo: $(HOUSE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[plots]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[plots,checkpoints]"
 	@touch $@
 
 $(VENV)/.dev: $(HOUSE) | $(BIN)/python
@@ -42,8 +42,8 @@ $(VENV)/.dev: $(HOUSE) | $(BIN)/python
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo
-	$(BIN)/python scripts/compare.py --scenario azure-conv --rates 4 5 6 7 --policies vllm sarathi wait nested-wait \
-		--seeds 5 --jobs 2 --out $(DEMO_OUT) --overwrite
+	$(BIN)/python scripts/compare.py --scenario azure-conv --rates 4 5 6 7 \
+		--policies vllm sarathi wait nested-wait shortest-prompt agents/checkpoints/generalist --seeds 5 --jobs 2 --out $(DEMO_OUT) --overwrite
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

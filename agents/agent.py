@@ -5,26 +5,26 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from agents import kernel as k
 from agents.interface import Interface
 from agents.network import Network
 from agents.recipe import Recipe
 from baselines import Setting
 from llmsched_env.backend import View
+from llmsched_env.engine.fleet import Rule
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import ADMIT_ALL, Decision
-
-HELD_ITERATIONS = 200
-IDLE_ITERATIONS = 20
+from llmsched_env.types import Decision
 
 
 class Agent:
     """A network and its recipe in one setting; has the form of ``llmsched_env.runner.Policy``.
 
-    A stochastic policy may hold a queue with small probability each time; its likeliest choice then
-    holds it for ever. So a segment or boundary queue held for ``HELD_ITERATIONS`` in a row advances
-    in the next, and after ``IDLE_ITERATIONS`` in a row in which a decision asked for nothing though
-    something waits, the next one is greedy. ``interventions`` counts both. Under ``reserve`` and
-    ``peak`` residents always run and an empty engine always takes a request.
+    Decisions are one compiled rule, so whole episodes run without Python. A stochastic policy may hold
+    a queue with small probability each time; its likeliest choice then holds it for ever. So a segment
+    or boundary queue held for ``kernel.HELD_ITERATIONS`` in a row advances in the next, and after
+    ``kernel.IDLE_ITERATIONS`` in a row in which a decision asked for nothing though something waits,
+    the next one is greedy. ``interventions`` counts both. Under ``reserve`` and ``peak`` residents
+    always run and an empty engine takes a request at any level above 0.
 
     Args:
         network: the actor.
@@ -63,52 +63,66 @@ class Agent:
             raise ConfigError(
                 f"agent {name!r}: action components {network.components}, but {recipe.action_set!r} has {self.interface.components}"
             )
-        self._decision = Decision(self.layout.num_queues)
-        self._boundary = np.arange(self.layout.num_queues) % self.layout.num_segments != 0
-        self._guarded = recipe.action_set in ("admit", "admit-only") or 0.0 in recipe.choices
+        memory = k.M_ACTION + len(network.components) + self.layout.num_queues
+        self.rule = Rule(k.agent_rule, self.layout.num_queues, self._parameters(), memory)
         self.reset()
+
+    def _parameters(self) -> npt.NDArray[np.float64]:
+        """Everything the rule reads, in the order ``agents.kernel`` states."""
+        i, n, t = self.interface, self.network, self.interface.tables
+        layers = [*n.layers, n.head]
+        if len(layers) > k.MAX_LAYERS:
+            raise ConfigError(f"agent {self.name!r}: {len(layers)} layers, must be at most {k.MAX_LAYERS}")
+        header = np.zeros(k.P_ROWS)
+        values = {
+            k.P_KIND: i.kind,
+            k.P_MAX_ADMIT: self.recipe.max_admit,
+            k.P_HOLD: self.recipe.hold,
+            k.P_DRAWN: not self.deterministic,
+            k.P_HALF_BLOCK: t.half_block,
+            k.P_WHOLE: i.whole,
+            k.P_COLUMNS: i.columns.size,
+            k.P_BOUNDARY_RATE: t.boundary_rate,
+            k.P_WIDTH: i.width,
+            k.P_EXTENDED: self.recipe.features,
+            k.P_GUARDED: self.recipe.action_set in ("admit", "admit-only") or 0.0 in self.recipe.choices,
+            k.P_LEVELS: i.levels.size,
+            k.P_CONTEXT: i.context.size,
+            k.P_STATICS: t.statics.size,
+            k.P_CLASSES: t.survival.shape[0],
+            k.P_SIZE: t.survival.shape[1],
+            k.P_COMPONENTS: len(n.components),
+            k.P_LAYERS: len(layers),
+            # 53 bits, which a float64 holds
+            k.P_SEED: np.random.SeedSequence(self.seed).generate_state(1, np.uint64)[0] >> np.uint64(11),
+        }
+        for row, value in values.items():
+            header[row] = value
+        header[k.P_LAYER : k.P_LAYER + len(layers)] = [weight.shape[0] for weight, _ in layers]
+        parts = [header, i.levels, i.context, t.statics, t.survival, t.remaining, i.columns, n.mean, n.scale, np.array(n.components)]
+        parts += [part for layer in layers for part in layer]
+        return np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in parts])
 
     def reset(self) -> None:
         """Forget the last episode."""
+        self.rule.reset()
         self._rng = np.random.default_rng(self.seed)
-        self._left = 0
-        self._action = np.zeros(len(self.network.components), dtype=np.int64)
-        self._held = np.zeros(self.layout.num_queues, dtype=np.int64)
-        self._idle = 0
-        self.interventions = 0
+
+    @property
+    def interventions(self) -> int:
+        """How often the guard changed a decision in this episode."""
+        return int(self.rule.memory[k.M_INTERVENTIONS])
+
+    def decide(self, view: View) -> Decision:
+        """The decision for the next iteration. The object returned is reused by the next call."""
+        return self.rule.decide(view)
 
     def predict(
         self, observations: npt.NDArray[np.float32], masks: npt.NDArray[np.bool_] | None = None
     ) -> npt.NDArray[np.int64]:
-        """(N, components) actions for (N, D) observations of ``AgentVecEnv``; what is hidden after D is not read."""
+        """(N, components) actions for (N, D) observations of ``AgentVecEnv``; what is hidden after D is not read.
+
+        Draws are numpy's, others than those of ``decide``. There is no guard.
+        """
         rng = None if self.deterministic else self._rng
         return self.network.choose(observations[:, : self.network.width], masks, rng)
-
-    def decide(self, view: View) -> Decision:
-        """The decision for the next iteration. The object returned is reused by the next call."""
-        if self._left == 0:
-            self._action[:] = self.predict(*self.interface.observe(view))[0]
-            self._left = self.recipe.hold
-        self._left -= 1
-        decision = self.interface.decode(view, self._action, self._decision)
-        if self._guarded:
-            self._guard(view, decision)
-        return decision
-
-    def _guard(self, view: View, decision: Decision) -> None:
-        run, admit = decision.run, decision.admit
-        residents, waiting = view.residents.ravel(), view.waiting.ravel()
-        held = ((run == 0) & (residents > 0)) | (self._boundary & (admit == 0) & (waiting > 0))
-        self._held = np.where(held, self._held + 1, 0)
-        long = self._held > HELD_ITERATIONS
-        if long.any():
-            run[long] = 1
-            admit[long & self._boundary] = ADMIT_ALL
-            self._held[long] = 0
-            self.interventions += 1
-        active = bool(((run != 0) & (residents > 0)).any() or ((admit > 0) & (waiting > 0)).any())
-        self._idle = 0 if active or not (residents.any() or waiting.any()) else self._idle + 1
-        if self._idle > IDLE_ITERATIONS:
-            run[:], admit[:] = 1, ADMIT_ALL
-            self._idle = 0
-            self.interventions += 1

@@ -29,7 +29,7 @@ def describe_observation(recipe: Recipe, layout: QueueLayout) -> dict[str, Any]:
     """Names and widths of what the network reads, in order."""
     fields = [[name, width] for name, width in ObservationLayout.of(layout).fields]
     features = {"count": FEATURES, "grid": list(GRID)} if recipe.features else None
-    return {"fields": fields, "features": features}
+    return {"fields": fields, "compact": recipe.compact, "features": features}
 
 
 def save_checkpoint(
@@ -120,7 +120,7 @@ def load_checkpoint(
         MissingExtraError: safetensors is not installed.
     """
     where = Path(folder)
-    safetensors = require("safetensors.numpy", "agents")
+    safetensors = require("safetensors.numpy", "checkpoints")
     config = read_config(where)
     recipe = Recipe.from_dict(config["recipe"])
     if setting is None:

@@ -14,9 +14,10 @@ from baselines import Setting
 from llmsched_env.env import engine_with
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import Fluid, stability_boundary
-from llmsched_env.types import EngineConfig
+from llmsched_env.types import EngineConfig, IntArray, LengthStatistics
 from llmsched_env.workload import Scenario, load_scenario
 from llmsched_env.workload.arrivals import MMPP2, Gamma, Poisson
+from llmsched_env.workload.lengths import LengthModel
 
 REFERENCE_SECONDS = 10.0
 
@@ -82,11 +83,50 @@ def time_scale(scenario: Scenario, engine: EngineConfig) -> float:
 
 
 @dataclass(frozen=True)
+class OneOf(LengthModel):
+    """Every episode has the lengths of one of several workloads, and the statistics are those of all: what is
+    known is the long run's, and the traffic of the hour is of another kind.
+
+    Attributes:
+        parts: equally likely.
+    """
+
+    parts: tuple[LengthModel, ...]
+
+    def sample(self, rng: np.random.Generator, n: int) -> tuple[IntArray, IntArray, IntArray]:
+        return self.parts[int(rng.integers(len(self.parts)))].sample(rng, n)
+
+    def statistics(self) -> LengthStatistics:
+        found = [part.statistics() for part in self.parts]
+        return LengthStatistics.of(
+            np.concatenate([s.prompt for s in found]),
+            np.concatenate([s.output for s in found]),
+            np.concatenate([s.weight for s in found]),
+            source="; ".join(s.source for s in found),
+        )
+
+
+def workload_of(name: str) -> Scenario:
+    """A built-in scenario, or ``A+B``: one with the lengths of A or B in every episode (``OneOf``) and the rest of A.
+
+    Raises:
+        ConfigError: unknown name, or scenarios for different presets.
+    """
+    names = name.split("+")
+    found = [load_scenario(part) for part in names]
+    if len(found) == 1:
+        return found[0]
+    if len({scenario.engine.preset for scenario in found}) > 1:
+        raise ConfigError(f"scenarios: {name!r}, all must be for engines of one preset")
+    return dataclasses.replace(found[0], name=name, lengths=OneOf(tuple(scenario.lengths for scenario in found)))
+
+
+@dataclass(frozen=True)
 class Domain:
     """A set of settings.
 
     Attributes:
-        scenarios: names.
+        scenarios: names, or several joined by ``+`` (``workload_of``).
         loads: shares of the fluid stability boundary of the scenario on the engine.
         kv: KV capacities in blocks (``paper``: tokens); empty for each scenario's own.
         calibrations: iteration-time models by name; empty for each scenario's own.
@@ -125,7 +165,7 @@ class Domain:
         return made
 
     def _made(self, name: str, load: float, kv: int | None, calibration: str | None, burst: str | None) -> EnvSetting:
-        scenario = load_scenario(name)
+        scenario = workload_of(name)
         paper = scenario.engine.preset == "paper"
         changes: dict[str, object] = {}
         if kv is not None and not paper:

@@ -17,6 +17,8 @@ GRID      expected KV of the residents t iterations ahead, share of the capacity
 1         work waiting: expected KV x iterations of the requests outside / capacity, *log*
 1         work left: the same of the residents' remaining iterations, *log*
 1         age of the oldest request outside, *time*
+2         residents; requests outside, *count*
+1         recent arrival rate (30 s window) / twice the stability boundary
 1         static: requests of expected final length that fill the memory, log2 / 16
 1         static: coefficient of variation of the output length / 4
 1         static: share of the prompt in a request's tokens
@@ -24,7 +26,7 @@ GRID      expected KV of the residents t iterations ahead, share of the capacity
 3         static: throughput of the balanced batch at 1/4, 1/2 and 3/4 of the memory / that at all of it
 ========  ======================================================================================
 
-*log* is log(1 + x) / log(1 + 10^6), *time* as in ``llmsched_env.observation``. Then, for a critic in
+*log* is log(1 + x) / log(1 + 10^6), *time* and *count* as in ``llmsched_env.observation``. Then, for a critic in
 training alone (``HIDDEN`` numbers, never shown to a policy): the true work left of residents and of
 requests outside (*log*), and the arrivals of the next 10, 30 and 100 s over three times what the
 stability boundary allows.
@@ -39,11 +41,11 @@ import numpy as np
 import numpy.typing as npt
 
 from agents.kernel import GRID
+from agents.recipe import class_weights
 from llmsched_env.fluid import Fluid
 from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
 
 _LONGEST = 4096  # tokens; beyond, a length is as likely as at the end of the table
-_OTHERS = 0.05  # weight of all requests in the lengths of a class, which few points stand for
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +69,13 @@ class LengthTables:
 
 def length_tables(statistics: LengthStatistics, layout: QueueLayout, engine: EngineConfig, boundary_rate: float) -> LengthTables:
     """Tables from what an operator knows of the lengths."""
-    index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
+    weights = class_weights(statistics, layout)
     size = min(statistics.max_output + 1, _LONGEST)
     lengths = np.arange(size)
     survival = np.empty((layout.num_classes, size, len(GRID)), dtype=np.float32)
     remaining = np.empty((layout.num_classes, size, 2))
     for j in range(layout.num_classes):
-        weight = np.where(index == j, statistics.weight, 0.0)
-        mass = weight.sum()
-        weight = (1 - _OTHERS) * weight / mass + _OTHERS * statistics.weight if mass > 0 else statistics.weight
+        weight = weights[j]
         tail = _tail(statistics.output, weight, size + GRID[-1])
         now = np.maximum(tail[:size], 1e-12)
         for t, ahead in enumerate(GRID):

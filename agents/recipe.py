@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 
 from baselines import Setting
-from baselines.policy import bucket_edges
 from llmsched_env.action import THETAS
 from llmsched_env.env import engine_with
 from llmsched_env.errors import ConfigError
@@ -19,6 +18,7 @@ from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, Queue
 
 ActionSet = Literal["admit", "admit-only", "reserve", "peak"]
 Order = Literal["arrival", "class", "work"]
+TokenBudget = Literal["engine", "fluid", "first-token"]
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.94, 0.97, 0.985, 1.0, 1.1)
 """Shares of the KV capacity that the predicted peak may reach (``peak``)."""
@@ -31,16 +31,18 @@ class Recipe:
     Attributes:
         action_set: ``admit`` and ``reserve`` are those of ``llmsched_env.action``; ``admit-only`` is
             ``AdmitOnly``; ``peak`` is in ``agents.peak``.
-        num_classes: buckets of equal probability by prompt length; 1 for a single class.
+        num_classes: buckets of about equal probability by prompt length; 1 for a single class.
         num_segments: segments of decode length that end at quantiles of the output length.
         order: outside requests by arrival, by class (shortest prompts first), or by the expected
             KV x iterations of the class, least first.
-        token_budget: ``engine`` keeps the engine's; ``fluid`` takes ``fluid_budget``'s.
+        token_budget: ``engine`` keeps the engine's; ``fluid`` takes ``fluid_budget``'s, for mean latency, and
+            ``first-token`` ``first_token_budget``'s, for limits on the time to the first token.
         late_last: requests past the setting's ``ttft_slo`` are admitted last (seconds), or None.
         max_admit: largest count of ``admit`` and ``admit-only``.
         levels: thetas of ``reserve`` or levels of ``peak``; empty for their defaults.
         hold: iterations for which one action stays in force.
         features: append the features of ``agents.peak`` to the observation.
+        compact: leave out of the environment's observation what is told class by class.
         layout: queues to use as they are, in place of the three fields above (clones of an expert).
         engine: engine fields to change, as plain values.
         known_lengths: the layout reads output lengths.
@@ -50,18 +52,19 @@ class Recipe:
     num_classes: int = 1
     num_segments: int = 4
     order: Order = "arrival"
-    token_budget: Literal["engine", "fluid"] = "engine"
+    token_budget: TokenBudget = "engine"
     late_last: float | None = None
     max_admit: int = 16
     levels: tuple[float, ...] = ()
     hold: int = 1
     features: bool = False
+    compact: bool = False
     layout: QueueLayout | None = None
     engine: Mapping[str, Any] = field(default_factory=dict)
     known_lengths: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("action_set", ActionSet), ("order", Order), ("token_budget", Literal["engine", "fluid"])):
+        for name, allowed in (("action_set", ActionSet), ("order", Order), ("token_budget", TokenBudget)):
             if getattr(self, name) not in allowed.__args__:  # type: ignore[attr-defined]
                 raise ConfigError(f"recipe.{name}: {getattr(self, name)!r}, must be one of {', '.join(allowed.__args__)}")  # type: ignore[attr-defined]
         for name in ("num_classes", "num_segments", "hold"):
@@ -86,7 +89,7 @@ class Recipe:
             ends = _padded(quantiles, self.num_segments - 1, statistics.max_output)
         if self.num_classes == 1:
             return QueueLayout(segment_ends=ends)
-        edges = bucket_edges(statistics.prompt, statistics.weight, self.num_classes)
+        edges = prompt_edges(statistics, self.num_classes)
         longest = int(np.ceil(statistics.prompt.max()))
         return QueueLayout("prompt", _padded(edges, self.num_classes - 1, longest), segment_ends=ends)
 
@@ -101,8 +104,10 @@ class Recipe:
         if self.late_last is not None:
             changes["late_after"] = self.late_last
         engine = engine_with(setting.engine, {**changes, **setting.overrides})
-        if self.token_budget == "fluid" and "max_num_batched_tokens" not in setting.overrides:
-            engine = engine.replace(max_num_batched_tokens=fluid_budget(setting.statistics, engine))
+        if self.token_budget != "engine" and "max_num_batched_tokens" not in setting.overrides:
+            fluid = self.token_budget == "fluid"
+            budget = fluid_budget(setting.statistics, engine, setting.rate) if fluid else first_token_budget(setting.statistics, engine)
+            engine = engine.replace(max_num_batched_tokens=budget)
         return engine
 
     @property
@@ -148,39 +153,97 @@ class Recipe:
         return cls(**fields)
 
 
-def fluid_budget(statistics: LengthStatistics, engine: EngineConfig) -> int:
-    """The smallest token budget, the engine's own or a power of two from 256, that keeps 95 % of the stability boundary.
+BUDGETS = (256, 384, 512, 1_024, 2_048, 4_096, 8_192)
+"""Token budgets that ``fluid_budget`` chooses from, and the engine's own."""
+
+
+def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float) -> int:
+    """The smallest token budget that the load leaves room for.
 
     Up to some hundred tokens ride along with the decodes of an iteration for almost nothing, as reading
     the weights takes the time (the point of Sarathi-Serve, arXiv 2403.02310); what goes beyond makes every
-    resident wait. Too small a budget, where prompts are the main work, costs throughput.
+    resident wait. Too small a budget, where prompts are the main work, costs throughput. So a budget is
+    enough if its stability boundary is 95.5 % of the largest, or 92 % where that is 5 % above ``rate``
+    (requests/s). The shares are round values from a comparison of budgets on seeds of no evaluation.
     """
     own = engine.max_num_batched_tokens
-    if engine.preset == "paper" or not engine.enable_chunked_prefill or engine.padded_prefill:
+    if not _chunked(engine):
         return own
     whole = stability_boundary(statistics, engine)
-    budget = 256
-    while budget < own:
-        enough = budget >= engine.max_num_seqs
-        if enough and stability_boundary(statistics, engine.replace(max_num_batched_tokens=budget)) >= 0.95 * whole:
+    for budget in BUDGETS:
+        if budget >= own:
+            break
+        if budget < engine.max_num_seqs:
+            continue
+        boundary = stability_boundary(statistics, engine.replace(max_num_batched_tokens=budget))
+        if boundary >= 0.955 * whole or boundary >= max(0.92 * whole, 1.05 * rate):
             return budget
-        budget *= 2
     return own
 
 
+def first_token_budget(statistics: LengthStatistics, engine: EngineConfig) -> int:
+    """256 tokens where they keep 99 % of the stability boundary, else 1,024; never more than the engine's own.
+
+    A larger budget computes waiting prompts sooner and makes every later token slower, which counts less
+    under limits on both: where memory is the bottleneck there are few prompts to compute at a time and a
+    small budget costs them nothing. Values as in ``fluid_budget``.
+    """
+    own = engine.max_num_batched_tokens
+    small = engine.replace(max_num_batched_tokens=256) if _chunked(engine) and engine.max_num_seqs <= 256 < own else None
+    if small is not None and stability_boundary(statistics, small) >= 0.99 * stability_boundary(statistics, engine):
+        return 256
+    return max(min(own, 1_024), engine.max_num_seqs) if _chunked(engine) else own
+
+
+def _chunked(engine: EngineConfig) -> bool:
+    """Whether prompts are computed in pieces, so that the token budget is free to choose."""
+    return engine.preset != "paper" and engine.enable_chunked_prefill and not engine.padded_prefill
+
+
 def class_work(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
-    """(J,) mean KV x iterations of a request of each class (tokens x iterations): l'(l + l'/2); infinite for an empty class.
+    """(J,) mean KV x iterations of a request of each class (tokens x iterations): l'(l + l'/2).
 
     What a request takes of the scarce good: serving the least first is shortest-job-first for memory.
     """
     work = statistics.output * (statistics.prompt + statistics.output / 2)
-    index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
-    out = np.full(layout.num_classes, np.inf)
-    for j in range(layout.num_classes):
-        weight = statistics.weight[index == j]
-        if weight.sum() > 0:
-            out[j] = float(weight @ work[index == j] / weight.sum())
-    return out
+    weight = class_weights(statistics, layout)
+    found: FloatArray = weight @ work
+    return found
+
+
+def class_weights(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
+    """(J, M) weight of every support point in the lengths of each class, rows sum to 1.
+
+    Buckets by prompt may be finer than the statistics. So points count by how near their prompt is to
+    the bucket's middle (Gaussian, 15 % of its length); other classes have their own points. 5 % of
+    every class are all requests, as few points stand for it.
+    """
+    j = np.arange(layout.num_classes)[:, None]
+    if layout.by == "prompt" and layout.edges:
+        bounds = np.array([1.0, *layout.edges, max(float(statistics.prompt.max()), layout.edges[-1] + 1.0)])
+        middle = np.log((bounds[:-1] + bounds[1:]) / 2)[:, None]
+        near = -0.5 * ((np.log(statistics.prompt)[None, :] - middle) / 0.15) ** 2
+        own = statistics.weight * np.exp(near - near.max(axis=1, keepdims=True))
+    else:
+        index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
+        own = np.where(index[None, :] == j, statistics.weight, 0.0)
+    mass = own.sum(axis=1, keepdims=True)
+    own = np.where(mass > 0, own / np.where(mass > 0, mass, 1.0), statistics.weight)
+    weights: FloatArray = 0.95 * own + 0.05 * statistics.weight
+    return weights
+
+
+def prompt_edges(statistics: LengthStatistics, num_classes: int) -> tuple[int, ...]:
+    """Upper edges of at most ``num_classes`` buckets of about equal probability by prompt length.
+
+    The statistics know some twenty prompt lengths, each the middle of a range; between them the
+    distribution function is taken to be linear.
+    """
+    lengths, index = np.unique(statistics.prompt, return_inverse=True)
+    mass = np.bincount(index, statistics.weight)
+    shares = np.arange(1, num_classes) / num_classes
+    edges = np.unique(np.floor(np.interp(shares, np.cumsum(mass) - mass / 2, lengths)).astype(np.int64))
+    return tuple(int(edge) for edge in edges if 1 <= edge < lengths[-1])
 
 
 def _padded(edges: tuple[int, ...], count: int, last: int) -> tuple[int, ...]:

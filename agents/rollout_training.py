@@ -14,7 +14,6 @@ from torch import nn
 from agents.checkpoint import save_checkpoint
 from agents.domain import Domain, EnvSetting
 from agents.hyperparameters import Hyperparameters
-from agents.network import network_of
 from agents.policy import AgentPolicy
 from agents.rollouts import PairedRollouts
 from agents.training import STATE, Progress, read_state
@@ -103,7 +102,7 @@ class RolloutTraining:
         }
         save_checkpoint(
             self.out / "agent",
-            network_of(self.policy),
+            self.rollouts.network(),
             self.hyper.recipe,
             self.domain,
             self.env.layout,

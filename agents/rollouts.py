@@ -10,6 +10,7 @@ AggreVaTe (arXiv 1406.5979), with the simulator's roll-outs in place of an exper
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import torch as th
 from torch.nn import functional as F
 
+from agents.network import Network, network_of
 from agents.policy import AgentPolicy
 from agents.training_env import AgentVecEnv
 from llmsched_env.errors import ConfigError
@@ -43,6 +45,8 @@ class RolloutPlan:
         explore: share of environments that act at random for a stretch between two states.
         epochs, batch_size, learning_rate: of the fits.
         sharpness: logit units of a relative cost of one; a choice that costs 1 % more is exp(-sharpness / 100) as likely.
+        caution: what a choice other than the first must gain, as a share of the cost: predictions have errors, more so
+            where training has not been, and the best of many is the most overestimated.
         held_out: share of the environments whose states are not learned from.
     """
 
@@ -58,6 +62,7 @@ class RolloutPlan:
     batch_size: int = 512
     learning_rate: float = 1e-3
     sharpness: float = 100.0
+    caution: float = 0.0
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
@@ -67,6 +72,8 @@ class RolloutPlan:
         for name in ("deviate_seconds", "horizon_seconds", "short_seconds", "learning_rate", "sharpness"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"rollouts.{name}: {getattr(self, name)}, must be > 0")
+        if not 0 <= self.caution < 1:
+            raise ConfigError(f"rollouts.caution: {self.caution}, must be in [0, 1)")
         if not 0 <= self.short_rounds < self.rounds:
             raise ConfigError(f"rollouts.short_rounds: {self.short_rounds}, must be from 0 to rounds - 1 = {self.rounds - 1}")
 
@@ -77,7 +84,7 @@ class RolloutData:
 
     Attributes:
         observations: (n, D) float32.
-        costs: (n, A) float64, relative to ``chosen``: cost / cost of the chosen action - 1.
+        costs: (n, A) float64, relative to ``chosen``: (cost - cost of the chosen action) / its absolute value.
         chosen: (n,) int64.
         environment: (n,) int64.
     """
@@ -113,9 +120,9 @@ def collect_states(env: AgentVecEnv, choose: Choice, plan: RolloutPlan, short: b
         chosen = choose(observed)
         costs = env.branch(chosen, deviate, plan.horizon_seconds)
         base = np.take_along_axis(costs, chosen[:, None], axis=1)
-        # Where nothing is in the system and nothing comes, there is no cost to compare.
-        valid = base[:, 0] > 0
-        relative = costs[valid] / base[valid] - 1.0
+        # Where nothing is in the system and nothing comes, there is no cost to compare. A gain is a cost below 0.
+        valid = base[:, 0] != 0
+        relative = (costs[valid] - base[valid]) / np.abs(base[valid])
         seen.append(RolloutData(observed[valid, : env.public].copy(), relative, chosen[valid], np.flatnonzero(valid)))
     data = seen[0]
     for more in seen[1:]:
@@ -123,7 +130,9 @@ def collect_states(env: AgentVecEnv, choose: Choice, plan: RolloutPlan, short: b
     return data
 
 
-def fit_costs(policy: AgentPolicy, data: RolloutData, plan: RolloutPlan, rng: np.random.Generator) -> dict[str, float]:
+def fit_costs(
+    policy: AgentPolicy, data: RolloutData, plan: RolloutPlan, bonus: npt.NDArray[np.float32], rng: np.random.Generator
+) -> dict[str, float]:
     """The policy's logits become -sharpness * relative cost. Returns figures on the environments held out.
 
     The loss is linear from 1 % off on: an action that costs half as much again need not be known exactly.
@@ -152,7 +161,7 @@ def fit_costs(policy: AgentPolicy, data: RolloutData, plan: RolloutPlan, rng: np
     figures = {"states": float(len(data)), "loss": float(loss.detach())}
     if test.any():
         with th.no_grad():
-            choice = policy.logits(x[th.as_tensor(test)]).argmax(dim=1).numpy()
+            choice = (policy.logits(x[th.as_tensor(test)]) + th.as_tensor(bonus)).argmax(dim=1).numpy()
         costs = data.costs[test]
         figures["chosen_percent"] = 100 * float(np.take_along_axis(costs, choice[:, None], axis=1).mean())
         figures["best_fixed_percent"] = 100 * float(costs.mean(axis=0).min())
@@ -186,8 +195,22 @@ class PairedRollouts:
         if self.data is None:
             return np.full(self.env.num_envs, self.first, dtype=np.int64)
         with th.no_grad():
-            chosen: npt.NDArray[np.int64] = self.policy.logits(th.as_tensor(observed)).argmax(dim=1).numpy()
+            logits = self.policy.logits(th.as_tensor(observed)) + th.as_tensor(self.bonus)
+        chosen: npt.NDArray[np.int64] = logits.argmax(dim=1).numpy()
         return chosen
+
+    @property
+    def bonus(self) -> npt.NDArray[np.float32]:
+        """(A,) what ``caution`` adds to the logits."""
+        bonus = np.zeros(self.env.components[0], dtype=np.float32)
+        bonus[self.first] = self.plan.sharpness * self.plan.caution
+        return bonus
+
+    def network(self) -> Network:
+        """The actor with its caution."""
+        network = network_of(self.policy)
+        weight, bias = network.head
+        return dataclasses.replace(network, head=(weight, bias + self.bonus))
 
     def round(self) -> dict[str, float]:
         """One round: states of the policy's way, all actions tried there, a fit to all data so far. Returns its figures."""
@@ -198,7 +221,7 @@ class PairedRollouts:
         self._add(collect_states(self.env, self.choose, self.plan, short, rng))
         assert self.data is not None
         collected = time.perf_counter() - start
-        figures = fit_costs(self.policy, self.data, self.plan, np.random.default_rng((self.seed, self.done, 1)))
+        figures = fit_costs(self.policy, self.data, self.plan, self.bonus, np.random.default_rng((self.seed, self.done, 1)))
         self.done += 1
         figures.update(round=self.done, collect_seconds=round(collected, 1), seconds=round(time.perf_counter() - start, 1))
         return figures

@@ -17,14 +17,14 @@ import numpy.typing as npt
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from agents.domain import EnvSetting
-from agents.interface import NO_TABLES, component_sizes
+from agents.interface import NO_TABLES, component_sizes, observed_columns
 from agents.kernel import FEATURES, HIDDEN, KINDS, STEPS, advance_all, branch_all, observe_agent
 from agents.peak import LengthTables, TableStack, length_tables
 from agents.recipe import Recipe
 from agents.sb3_vec import SB3VecEnv
 from llmsched_env.action import THETAS
 from llmsched_env.errors import ConfigError
-from llmsched_env.observation import X_BOUNDARY_RATE, ObservationLayout
+from llmsched_env.observation import X_BOUNDARY_RATE
 from llmsched_env.types import QueueLayout
 from llmsched_env.vector import LLMSchedVectorEnv
 
@@ -105,8 +105,8 @@ class AgentVecEnv(SB3VecEnv):
         )
         super().__init__(vector, flatten=True)
         n = vector.num_envs
-        self._env_width = ObservationLayout.of(vector.template(0).layout).size
-        self.public = self._env_width + (FEATURES if recipe.features else 0)
+        self._whole, self._columns = observed_columns(recipe, vector.template(0).layout)
+        self.public = self._columns.size + (FEATURES if recipe.features else 0)
         self._size = self.public + (HIDDEN if hidden else 0)
         self.observation_space = gym.spaces.Box(0.0, 1.0, (self._size,), np.float32)
         self._kind = KINDS[recipe.action_set]
@@ -165,7 +165,7 @@ class AgentVecEnv(SB3VecEnv):
         s, v = self._stack, self.vector
         row = s.row[i]
         observe_agent(
-            self._kind, self.recipe.max_admit, self._env_width, self.recipe.features, s.half_block[i], s.boundary_rate[i], STEPS,
+            self._kind, self.recipe.max_admit, self._whole, self._columns, self.recipe.features, s.half_block[i], s.boundary_rate[i], STEPS,
             s.survival[row], s.remaining[row], s.size[row], s.statics[i], v._settings[i], v._contexts[i], v._requests[i], v._times[i],
             v._slots[i], v._queues[i], v._queue_f[i], v._scalars[i], v._clocks[i], self._scratch[i], self._observations[i],
             self._masks[i],
@@ -182,7 +182,7 @@ class AgentVecEnv(SB3VecEnv):
         terminated, truncated = np.empty(n, dtype=np.bool_), np.empty(n, dtype=np.bool_)
         advance_all(
             actions, self._kind, self._levels, self.recipe.max_admit, self.recipe.hold, self._discount, *self.vector._reward_code,
-            self._env_width, self.recipe.features, s.row, s.half_block, s.boundary_rate, STEPS, s.survival, s.remaining, s.size,
+            self._whole, self._columns, self.recipe.features, s.row, s.half_block, s.boundary_rate, STEPS, s.survival, s.remaining, s.size,
             s.statics, *self._arrays, self._scratch, self._observations, self._masks, rewards, durations, terminated, truncated,
             self._returns, self._lengths,
         )  # fmt: skip

@@ -50,6 +50,7 @@ from scripts.plots import Figure, plot_against_rate, plot_kv, plot_ttft_cdf
 from scripts.report import print_table, write_html
 from scripts.settings import parse_overrides, with_calibration
 from scripts.tables import Cell, cells, policy_labels
+from scripts.variants import agent_names, is_agent
 
 REPORT_FILE = "report.html"
 FIGURES = ("latency.png", "ttft.png", "kv.png", "ttft_cdf.png")
@@ -71,7 +72,8 @@ def arguments() -> Parser:
     workload.add_argument("--scenario", help=f"one of {', '.join(scenario_names())}")
     workload.add_argument("--trace", type=Path, metavar="FILE", help="a trace instead of a scenario; --rates rescales its time")
     parser.add_argument("--rates", type=float, nargs="+", metavar="R", help="arrival rates, requests/s (default: the workload's own)")
-    parser.add_argument("--policies", nargs="+", required=True, metavar="NAME", help=f"of {', '.join(policy_names())}")
+    known = f"of {', '.join(policy_names())}, or folders of checkpoints"
+    parser.add_argument("--policies", nargs="+", required=True, metavar="NAME", help=known)
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 .. N-1 (default 5; 1 for a trace, whose requests are given)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where summary.csv, plots and report.html go")
     parser.add_argument("--num-requests", type=int, metavar="N", help="requests of one run (default: the workload's own)")
@@ -102,9 +104,14 @@ def plan(options: argparse.Namespace) -> Comparison:
     Raises:
         ConfigError: an option that cannot be carried out.
     """
-    policies = tuple(dict.fromkeys(options.policies))
+    given = list(dict.fromkeys(options.policies))
+    agents = {name: str(folder) for name, folder in agent_names([Path(text) for text in given if is_agent(text)]).items()}
+    policies = tuple(Path(text).resolve().name if is_agent(text) else text for text in given)
+    if len(set(policies)) < len(policies):
+        raise ConfigError(f"--policies: {', '.join(given)}, a checkpoint's folder must not have the name of a baseline")
     for name in policies:
-        policy_class(name)
+        if name not in agents:
+            policy_class(name)
     rates = tuple(dict.fromkeys(options.rates or ()))
     for rate in rates:
         if not (math.isfinite(rate) and rate > 0):
@@ -112,7 +119,7 @@ def plan(options: argparse.Namespace) -> Comparison:
     for name, count in (("--seeds", options.seeds), ("--num-requests", options.num_requests), ("--jobs", options.jobs)):
         if count is not None and count < 1:
             raise ConfigError(f"{name}: {count}, must be >= 1")
-    overrides = with_calibration(parse_overrides(options.set, policies), options.calibration)
+    overrides = with_calibration(parse_overrides(options.set, [name for name in policies if name not in agents]), options.calibration)
     check_folder("--out", options.out)
     if options.trace is not None:
         scenario = scenario_from_trace(options.trace, rate=rates[0] if rates else None)
@@ -127,6 +134,7 @@ def plan(options: argparse.Namespace) -> Comparison:
         num_requests=options.num_requests or scenario.num_requests,
         overrides=overrides,
         source="" if options.trace is None else str(options.trace),
+        agents=agents,
     )
     comparison.check()
     return comparison

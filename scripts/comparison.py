@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from baselines import Policy, Setting, make_policy
+from baselines import Setting, make_policy
 from llmsched_env import __version__
 from llmsched_env.backend import make_backend
 from llmsched_env.batch_runner import Run, run_batch
@@ -26,7 +26,7 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import ttft
 from llmsched_env.perf.base import CalibrationRangeWarning
-from llmsched_env.runner import EpisodeResult, run_episode
+from llmsched_env.runner import EpisodeResult, Policy, run_episode
 from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, Workload
 from llmsched_env.workload import Scenario
 from scripts.output import replacing
@@ -97,6 +97,7 @@ class Comparison:
         rates: requests/s.
         num_requests: requests of one run.
         source: the trace file, if the workload is one.
+        agents: folders of checkpoints by the names they have among the policies.
     """
 
     scenario: Scenario
@@ -106,6 +107,7 @@ class Comparison:
     num_requests: int
     overrides: Overrides = field(default_factory=Overrides)
     source: str = ""
+    agents: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def engine(self) -> EngineConfig:
@@ -134,6 +136,10 @@ class Comparison:
             overrides=self.overrides.engine,
         )
         try:
+            if name in self.agents:
+                from agents.checkpoint import load_checkpoint
+
+                return load_checkpoint(self.agents[name], setting, name=name)
             return make_policy(name, setting, overload=True, **self.overrides.options(name))
         except ConfigError as error:
             raise type(error)(f"policy {name!r} at rate {rate:g}: {error}") from error
@@ -164,6 +170,7 @@ class Comparison:
             "trace": self.source,
             "num_requests": self.num_requests,
             "set": {key: _plain(value) for key, value in self.overrides.items()},
+            **({"agents": dict(self.agents)} if self.agents else {}),
         }
 
 

@@ -109,7 +109,14 @@ class Page:
         lines += [f"| {b.number} | {b.text} | {b.found or '-'} | **{b.answer}** |" for b in bars(self.results, agent, slo)]
         named = [f"`{agent}` for bars 1 to 4"] if agent else []
         named += [f"`{slo}` for bar 5"] if slo else []
-        return [*lines, "", f"Agents: {', '.join(named) or 'none given'}. Each ran as its checkpoint states, sampled or deterministic.", ""]
+        about = " What they are, how they were trained and what was tried: [agents.md](agents.md)."
+        told = about if named and (self.figures.parent / "agents.md").exists() else ""
+        return [
+            *lines,
+            "",
+            f"Agents: {', '.join(named) or 'none given'}. Each ran as its checkpoint states, sampled or deterministic.{told}",
+            "",
+        ]
 
     def _challengers(self, title: str, names: Sequence[str]) -> list[str]:
         lines = [f"## {title}", ""]

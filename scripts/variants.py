@@ -95,6 +95,11 @@ def needed_boundaries(chosen: Iterable[Cell]) -> dict[tuple[str, str], tuple[Sce
     return {(name, kv): (load_scenario(name), engine_of(name, kv)) for name, kv in sorted(pairs)}
 
 
+def is_agent(text: str) -> bool:
+    """Whether a policy given on a command line is the folder of a checkpoint; baselines have plain names."""
+    return "/" in text or (Path(text) / "config.json").is_file()
+
+
 def agent_names(folders: Sequence[Path]) -> dict[str, Path]:
     """Names for the agents of these folders.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -15,10 +16,12 @@ import pytest
 
 pytest.importorskip("safetensors", reason="safetensors is not installed (extra: agents)")
 
-from agents.agent import HELD_ITERATIONS, Agent
+from agents import kernel
+from agents.agent import Agent
 from agents.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_record, save_checkpoint
 from agents.domain import Domain
 from agents.interface import Interface
+from agents.kernel import HELD_ITERATIONS
 from agents.network import Network
 from agents.recipe import Recipe
 from baselines import make_policy
@@ -67,22 +70,19 @@ def test_what_comes_back_is_what_was_saved(kind: str, tmp_path: Path) -> None:
     assert not other.deterministic and other.name == "drawn"
 
 
-@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("kind", RECIPES)
-def test_one_engine_and_many_decide_alike(kind: str, deterministic: bool) -> None:
+def test_one_engine_and_many_decide_alike(kind: str) -> None:
     pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: agents)")
     from agents.training_env import AgentVecEnv
+    from llmsched_env.types import Workload
 
     recipe, setting = RECIPES[kind], DOMAIN.grid()[0]
-    agent = Agent(network_for(recipe, 1), recipe, setting.setting, deterministic=deterministic, seed=5)
-    batched = Agent(network_for(recipe, 1), recipe, setting.setting, deterministic=deterministic, seed=5)
+    agent, batched = (Agent(network_for(recipe, 1), recipe, setting.setting, deterministic=True) for _ in range(2))
     env = AgentVecEnv([setting], recipe, 1, num_requests=12)
     env.seed(11)
     observed: Any = env.reset()
     vector = env.vector
     requests = vector._requests[0, 0].copy(), vector._requests[0, 1].copy(), vector._times[0, 0].copy()
-    from llmsched_env.types import Workload
-
     workload = Workload.of(requests[2], requests[0], requests[1])
     total, done = 0.0, False
     for _ in range(3000):
@@ -97,6 +97,86 @@ def test_one_engine_and_many_decide_alike(kind: str, deterministic: bool) -> Non
     result = run_episode(agent, workload)
     if agent.interventions == 0:
         assert result.summary.latency_mean == pytest.approx(-total, rel=1e-4)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("kind", RECIPES)
+def test_a_whole_episode_in_one_call_equals_single_decisions(kind: str, deterministic: bool) -> None:
+    recipe, setting = RECIPES[kind], DOMAIN.grid()[0]
+    workload = setting.scenario.generate(5, rate=setting.rate, num_requests=40)
+    agent = Agent(network_for(recipe, 2), recipe, setting.setting, deterministic=deterministic, seed=5)
+    whole = run_episode(agent, workload)
+    interventions, memory = agent.interventions, agent.rule.memory.copy()
+    seen = 0
+
+    def count(*_: object) -> None:  # with a callback every iteration is decided by ``decide``
+        nonlocal seen
+        seen += 1
+
+    single = run_episode(agent, workload, on_step=count)
+    assert seen > 100 and single.summary.completed == 40
+    np.testing.assert_array_equal(single.log.completed, whole.log.completed)
+    np.testing.assert_array_equal(single.log.first_token, whole.log.first_token)
+    assert agent.interventions == interventions
+    np.testing.assert_array_equal(agent.rule.memory, memory)
+
+
+# --- the compiled network ------------------------------------------------------------------------------
+def in_kernel(agent: Agent) -> tuple[np.ndarray, int]:
+    """The rule's parameters and where mean and scale begin among them."""
+    parameters = agent.rule.parameters
+    tail = sum(p.size for p in (*agent.network.head, *(q for layer in agent.network.layers for q in layer)))
+    return parameters, parameters.size - tail - len(agent.network.components) - 2 * agent.network.width
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_the_compiled_network_equals_numpy_and_torch(kind: str) -> None:
+    recipe, setting = RECIPES[kind], DOMAIN.grid()[0]
+    network = network_for(recipe, 3)
+    agent = Agent(network, recipe, setting.setting, deterministic=True)
+    parameters, at = in_kernel(agent)
+    rng = np.random.default_rng(0)
+    observed = rng.uniform(size=(50, network.width)).astype(np.float32)
+    masks = rng.random((50, sum(network.components))) < 0.5
+    starts = np.cumsum([0, *network.components[:-1]])
+    masks[:, starts] |= ~np.stack([part.any(axis=1) for part in np.split(masks, starts[1:], axis=1)], axis=1)
+    ours = np.stack([kernel.network_logits(parameters, at, row) for row in observed])
+    double = {name: value.astype(np.float64) for name, value in network.tensors().items()}  # in float32 the sums differ by some 1e-6
+    layers = [(double[f"layers.{k}.weight"], double[f"layers.{k}.bias"]) for k in range(len(network.layers))]
+    layers.append((double["head.weight"], double["head.bias"]))
+    mean, scale = double["scale.mean"], double["scale.scale"]
+    exact = dataclasses.replace(network, mean=mean, scale=scale, layers=tuple(layers[:-1]), head=layers[-1])
+    np.testing.assert_allclose(ours, exact.logits(observed), atol=1e-6)
+    chosen = np.empty((50, len(network.components)), dtype=np.int64)
+    for row in range(50):
+        kernel.choose_action(parameters, at, agent.rule.memory, ours[row], masks[row])
+        chosen[row] = agent.rule.memory[kernel.M_ACTION : kernel.M_ACTION + chosen.shape[1]]
+    np.testing.assert_array_equal(chosen, exact.choose(observed, masks))
+    th = pytest.importorskip("torch", reason="torch is not installed (extra: agents)")
+    x = th.clamp((th.as_tensor(observed).double() - th.as_tensor(mean)) * th.as_tensor(scale), -5.0, 5.0)
+    for weight, bias in layers[:-1]:
+        x = th.tanh(th.nn.functional.linear(x, th.as_tensor(weight), th.as_tensor(bias)))
+    np.testing.assert_allclose(ours, th.nn.functional.linear(x, th.as_tensor(layers[-1][0]), th.as_tensor(layers[-1][1])), atol=1e-6)
+
+
+def test_compiled_draws_follow_the_softmax_and_the_mask() -> None:
+    recipe = RECIPES["admit"]  # components 2, 2, 4, 4
+    agent = Agent(network_for(recipe), recipe, DOMAIN.grid()[0].setting, seed=3)
+    parameters, at = in_kernel(agent)
+    probability = np.array([0.3, 0.7, 0.5, 0.5, 0.1, 0.2, 0.3, 0.4, 0.4, 0.3, 0.2, 0.1])
+    legal = np.ones(12, dtype=np.bool_)
+    legal[[1, 4, 11]] = False
+    n = 20_000
+    drawn = np.empty((n, 4), dtype=np.int64)
+    for i in range(n):
+        kernel.choose_action(parameters, at, agent.rule.memory, np.log(probability), legal)
+        drawn[i] = agent.rule.memory[kernel.M_ACTION : kernel.M_ACTION + 4]
+    for c, (start, size) in enumerate([(0, 2), (2, 2), (4, 4), (8, 4)]):
+        expected = np.where(legal, probability, 0.0)[start : start + size]
+        found = np.bincount(drawn[:, c], minlength=size) / n
+        assert found == pytest.approx(expected / expected.sum(), abs=0.015)
+        assert not found[expected == 0.0].any()
+    assert abs(np.corrcoef(drawn[:, 2], drawn[:, 3])[0, 1]) < 0.03  # one draw does not tell the next
 
 
 def test_torch_is_not_needed(tmp_path: Path) -> None:
@@ -135,14 +215,16 @@ def always(recipe: Recipe, choices: dict[int, int]) -> Network:
     [
         {0: 0, 1: 0, 2: 0, 3: 0},  # holds everything, admits nothing
         {0: 1, 1: 0, 2: 3, 3: 3},  # the second segment never advances
+        {0: 1, 1: 1, 2: 3, 3: 0},  # the boundary queue is never admitted
     ],
 )
 def test_no_likeliest_choice_holds_for_ever(choices: dict[int, int]) -> None:
     recipe, setting = RECIPES["admit"], DOMAIN.grid()[0]
-    workload = setting.scenario.generate(3, rate=setting.rate, num_requests=5)
+    # Requests keep arriving for longer than the guard waits; after the last arrival the engine itself lets nothing stand.
+    workload = setting.scenario.generate(3, rate=setting.rate, num_requests=60)
     agent = Agent(always(recipe, choices), recipe, setting.setting, deterministic=True)
     result = run_episode(agent, workload)
-    assert result.summary.completed == 5 and not result.summary.truncated
+    assert result.summary.completed == 60 and not result.summary.truncated
     assert agent.interventions > 0
     greedy = Agent(always(recipe, {0: 1, 1: 1, 2: 3, 3: 3}), recipe, setting.setting, deterministic=True)
     best = run_episode(greedy, workload)

@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra: agents)")
 pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: agents)")
 
-from agents.domain import Domain, EnvSetting, arrivals_of
+from agents.domain import Domain, EnvSetting, arrivals_of, workload_of
 from agents.interface import Interface
 from agents.kernel import FEATURES, GRID, HIDDEN
-from agents.recipe import LEVELS, Recipe, class_work, fluid_budget
+from agents.recipe import LEVELS, Recipe, class_work, first_token_budget, fluid_budget
 from agents.sb3_vec import SB3VecEnv
 from agents.training_env import AgentVecEnv
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv
@@ -316,12 +316,18 @@ def test_least_work_first() -> None:
 
 def test_the_token_budget_follows_the_fluid_model() -> None:
     conv, code = load_scenario("azure-conv"), load_scenario("azure-code")
-    assert fluid_budget(conv.statistics, conv.engine.replace(num_blocks=2816)) == 256
-    assert fluid_budget(code.statistics, code.engine.replace(num_blocks=2816)) == 1024
+    assert fluid_budget(conv.statistics, conv.engine.replace(num_blocks=2816), 4.8) == 256
+    assert fluid_budget(code.statistics, code.engine.replace(num_blocks=2816), 8.8) == 1024
+    large = conv.engine.replace(num_blocks=7424)  # 256 tokens an iteration are 93 % of its boundary of 6.5 requests/s
+    assert [fluid_budget(conv.statistics, large, rate) for rate in (3.0, 5.4, 6.0, 7.0)] == [256, 256, 384, 384]
+    assert first_token_budget(conv.statistics, conv.engine.replace(num_blocks=2816)) == 256
+    assert first_token_budget(conv.statistics, large) == 1024
+    assert first_token_budget(conv.statistics, large.replace(max_num_batched_tokens=512)) == 512
     paper = load_scenario("two-type")
-    assert fluid_budget(paper.statistics, paper.engine) == paper.engine.max_num_batched_tokens
+    assert first_token_budget(paper.statistics, paper.engine) == paper.engine.max_num_batched_tokens
+    assert fluid_budget(paper.statistics, paper.engine, 1.0) == paper.engine.max_num_batched_tokens
     whole = EngineConfig.vllm(enable_chunked_prefill=False, max_num_batched_tokens=4096)
-    assert fluid_budget(conv.statistics, whole) == 4096
+    assert fluid_budget(conv.statistics, whole, 1.0) == 4096
 
 
 @pytest.mark.parametrize(
@@ -361,3 +367,18 @@ def test_width_of_the_observation() -> None:
     env = AgentVecEnv(CONV.grid(), PEAK, 2)
     plain = AgentVecEnv(CONV.grid(), Recipe(**{**vars(PEAK), "features": False}), 2)
     assert env.public == plain.public + FEATURES
+
+
+def test_mixed_traffic_is_of_one_kind_in_every_episode_and_known_as_a_mix() -> None:
+    mixed = workload_of("azure-conv+sharegpt")
+    parts = [load_scenario("azure-conv"), load_scenario("sharegpt")]
+    means = [part.statistics.mean_prompt for part in parts]
+    assert mixed.statistics.mean_prompt == pytest.approx(np.mean(means))
+    assert mixed.engine == parts[0].engine and mixed.name == "azure-conv+sharegpt"
+    seen = [mixed.generate(seed, num_requests=3000).prompt_tokens.mean() for seed in range(12)]
+    nearest = [int(np.argmin([abs(mean - value) for mean in means])) for value in seen]
+    assert set(nearest) == {0, 1}
+    assert all(value == pytest.approx(means[i], rel=0.25) for value, i in zip(seen, nearest, strict=True))
+    assert Domain(("azure-conv+sharegpt",), (1.0,)).grid()[0].rate > 0
+    with pytest.raises(ConfigError, match="preset"):
+        workload_of("azure-conv+two-type")
