@@ -27,10 +27,12 @@ if not __package__:  # run as a program: imports go from the project's root, not
 import gymnasium as gym
 import numba
 import numpy as np
+from numba import prange
 
 import llmsched_env
 from baselines import Setting, make_policy
 from llmsched_env import EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.compiled import parallel
 from llmsched_env.engine import state as st
 from llmsched_env.engine.backend import SimBackend
 from llmsched_env.engine.constant import run_constant
@@ -149,11 +151,34 @@ def vector_figures(repeats: int) -> list[Figure]:
     )
     found.append(Figure(what, f"{rates[1]:,.0f}", f"`CartPoleVectorEnv`: {yardstick:,.0f}", rates[1], 500_000, reason=reason))
     if 2 in rates:
-        reason = "two cores of a virtual machine may be two threads of one core, and share the memory's bandwidth"
+        reason = f"plain arithmetic without memory gains {second_thread(repeats):.2f} times from the second thread on this machine"
         what = "two threads against one, the same"
         found.append(Figure(what, f"{rates[2]:,.0f}", f"{rates[1]:,.0f}", rates[2] / rates[1], 1.7, reason=reason))
     found.append(Figure("memory per environment, 4,096-request episodes", f"{megabytes:.2f} MB", "-", megabytes, 1.0, False))
     return found
+
+
+@parallel
+def arithmetic(loops, sums):  # type: ignore[no-untyped-def]
+    for thread in prange(sums.shape[0]):
+        x = 1.0 + thread
+        for _ in range(loops):
+            x = x * 0.999999 + 1e-6
+        sums[thread] = x
+
+
+def second_thread(repeats: int) -> float:
+    """What the machine itself gains from a second thread: two loops at once against one after the other."""
+    sums, loops = np.zeros(2), 20_000_000
+
+    def seconds(threads: int) -> float:
+        numba.set_num_threads(threads)
+        start = time.perf_counter()
+        arithmetic(loops, sums)
+        return time.perf_counter() - start
+
+    seconds(2)
+    return statistics.median(seconds(1) / seconds(2) for _ in range(repeats))
 
 
 def kernel_rate(running: int, repeats: int) -> tuple[float, float]:
