@@ -17,7 +17,7 @@ from llmsched_env.fluid import equal_probability_ends, stability_boundary
 from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
 
 ActionSet = Literal["admit", "admit-only", "reserve", "peak"]
-Order = Literal["arrival", "class", "work"]
+Order = Literal["arrival", "class", "expected", "work"]
 TokenBudget = Literal["engine", "fluid", "first-token"]
 
 LEVELS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.94, 0.97, 0.985, 1.0, 1.1)
@@ -33,8 +33,8 @@ class Recipe:
             ``AdmitOnly``; ``peak`` is in ``agents.peak``.
         num_classes: buckets of about equal probability by prompt length; 1 for a single class.
         num_segments: segments of decode length that end at quantiles of the output length.
-        order: outside requests by arrival, by class (shortest prompts first), or by the expected
-            KV x iterations of the class, least first.
+        order: outside requests by arrival, by class (shortest prompts first), or by what the class is expected to
+            cost, least first: ``expected`` tokens (``class_tokens``), or ``work``, KV x iterations (``class_work``).
         token_budget: ``engine`` keeps the engine's; ``fluid`` takes ``fluid_budget``'s, for mean latency, and
             ``first-token`` ``first_token_budget``'s, for limits on the time to the first token.
         late_last: requests past the setting's ``ttft_slo`` are admitted last (seconds), or None.
@@ -98,9 +98,9 @@ class Recipe:
         changes: dict[str, Any] = dict(self.engine)
         if self.order != "arrival":
             changes["admission_order"] = "class"
-        if self.order == "work":
-            work = class_work(setting.statistics, self.layout_for(setting.statistics))
-            changes["class_rank"] = tuple(int(r) for r in np.argsort(np.argsort(work, kind="stable"), kind="stable"))
+        if self.order in ("expected", "work"):
+            cost = (class_tokens if self.order == "expected" else class_work)(setting.statistics, self.layout_for(setting.statistics))
+            changes["class_rank"] = tuple(int(r) for r in np.argsort(np.argsort(cost, kind="stable"), kind="stable"))
         if self.late_last is not None:
             changes["late_after"] = self.late_last
         engine = engine_with(setting.engine, {**changes, **setting.overrides})
@@ -153,7 +153,7 @@ class Recipe:
         return cls(**fields)
 
 
-BUDGETS = (256, 384, 512, 1_024, 2_048, 4_096, 8_192)
+BUDGETS = (256, 384, 512, 768, 1_024, 2_048, 4_096, 8_192)
 """Token budgets that ``fluid_budget`` chooses from, and the engine's own."""
 
 
@@ -164,7 +164,9 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float
     the weights takes the time (the point of Sarathi-Serve, arXiv 2403.02310); what goes beyond makes every
     resident wait. Too small a budget, where prompts are the main work, costs throughput. So a budget is
     enough if its stability boundary is 95.5 % of the largest, or 92 % where that is 5 % above ``rate``
-    (requests/s). The shares are round values from a comparison of budgets on seeds of no evaluation.
+    (requests/s). Where a prompt takes many iterations beside its output (more than 5 %), throughput counts
+    for more: 96.5 %, or 95 % with that room. The shares are round values from a comparison of budgets on
+    seeds of no evaluation.
     """
     own = engine.max_num_batched_tokens
     if not _chunked(engine):
@@ -176,7 +178,9 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float
         if budget < engine.max_num_seqs:
             continue
         boundary = stability_boundary(statistics, engine.replace(max_num_batched_tokens=budget))
-        if boundary >= 0.955 * whole or boundary >= max(0.92 * whole, 1.05 * rate):
+        decoding = statistics.mean_prompt <= 0.05 * statistics.mean_output * budget
+        least, most = (0.92, 0.955) if decoding else (0.95, 0.965)
+        if boundary >= most * whole or boundary >= max(least * whole, 1.05 * rate):
             return budget
     return own
 
@@ -198,6 +202,16 @@ def first_token_budget(statistics: LengthStatistics, engine: EngineConfig) -> in
 def _chunked(engine: EngineConfig) -> bool:
     """Whether prompts are computed in pieces, so that the token budget is free to choose."""
     return engine.preset != "paper" and engine.enable_chunked_prefill and not engine.padded_prefill
+
+
+OUTPUT_WEIGHT = 3.0
+"""A token to decode against one to prefill, in ``class_tokens``: it takes part in more iterations."""
+
+
+def class_tokens(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
+    """(J,) E[prompt] + 3 E[output] of each class (tokens), the order of ``baselines.expected_work``."""
+    found: FloatArray = class_weights(statistics, layout) @ (statistics.prompt + OUTPUT_WEIGHT * statistics.output)
+    return found
 
 
 def class_work(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:

@@ -89,11 +89,13 @@ def plot_profiles(path: Path, results: Results, shown: Sequence[Choice]) -> int:
 
 
 def plot_middles(path: Path, middles: Sequence[tuple[str, Estimate]]) -> None:
-    """Interquartile means with their intervals, one line each, in the order given."""
+    """Interquartile means with their intervals, one line each, in the order given; a colour for each kind of variant."""
     pyplot = _pyplot()
     figure, axes = pyplot.subplots(figsize=(7.0, 0.9 + 0.3 * len(middles)), layout="constrained")
     for i, (label, estimate) in enumerate(reversed(middles)):
-        colour = COLOURS[1] if label.endswith("(tuned)") else COLOURS[0] if label.endswith("(default)") else COLOURS[2]
+        # Those that are told lengths bear a mark behind the bracket; agents have no bracket.
+        kinds = {"(tuned)": COLOURS[1], "(default)": COLOURS[0]}
+        colour = COLOURS[2] if "(" in label and not label.endswith(")") else kinds.get(label.rpartition(" ")[2], COLOURS[3])
         if math.isfinite(estimate.low):
             axes.plot((estimate.low, estimate.high), (i, i), color=colour, linewidth=5, alpha=0.35, solid_capstyle="butt")
         axes.plot(estimate.value, i, "o", color=colour, markersize=5)

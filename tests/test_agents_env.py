@@ -14,9 +14,10 @@ pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: 
 from agents.domain import Domain, EnvSetting, arrivals_of, workload_of
 from agents.interface import Interface
 from agents.kernel import FEATURES, GRID, HIDDEN
-from agents.recipe import LEVELS, Recipe, class_work, first_token_budget, fluid_budget
+from agents.recipe import LEVELS, Recipe, class_tokens, class_work, first_token_budget, fluid_budget
 from agents.sb3_vec import SB3VecEnv
 from agents.training_env import AgentVecEnv
+from baselines import Setting
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv
 from llmsched_env.backend import make_backend
 from llmsched_env.engine import state as st
@@ -317,7 +318,8 @@ def test_least_work_first() -> None:
 def test_the_token_budget_follows_the_fluid_model() -> None:
     conv, code = load_scenario("azure-conv"), load_scenario("azure-code")
     assert fluid_budget(conv.statistics, conv.engine.replace(num_blocks=2816), 4.8) == 256
-    assert fluid_budget(code.statistics, code.engine.replace(num_blocks=2816), 8.8) == 1024
+    small = code.engine.replace(num_blocks=2816)  # few output tokens: prompts are the main work
+    assert [fluid_budget(code.statistics, small, rate) for rate in (4.0, 7.0, 8.8)] == [768, 768, 1024]
     large = conv.engine.replace(num_blocks=7424)  # 256 tokens an iteration are 93 % of its boundary of 6.5 requests/s
     assert [fluid_budget(conv.statistics, large, rate) for rate in (3.0, 5.4, 6.0, 7.0)] == [256, 256, 384, 384]
     assert first_token_budget(conv.statistics, conv.engine.replace(num_blocks=2816)) == 256
@@ -382,3 +384,15 @@ def test_mixed_traffic_is_of_one_kind_in_every_episode_and_known_as_a_mix() -> N
     assert Domain(("azure-conv+sharegpt",), (1.0,)).grid()[0].rate > 0
     with pytest.raises(ConfigError, match="preset"):
         workload_of("azure-conv+two-type")
+
+
+def test_expected_order_puts_long_outputs_behind_long_prompts() -> None:
+    statistics = LengthStatistics.of([100.0, 200.0], [500.0, 10.0], [0.5, 0.5], source="two points")
+    setting = Setting(statistics, 1.0, load_scenario("azure-conv").engine)
+    recipe = Recipe(num_classes=2, num_segments=1, order="expected")
+    cost = class_tokens(statistics, recipe.layout_for(statistics))
+    # 95 % of a class are its own requests, 5 % are all.
+    everyone = 0.5 * (100 + 3 * 500) + 0.5 * (200 + 3 * 10)
+    assert cost == pytest.approx([0.95 * 1600 + 0.05 * everyone, 0.95 * 230 + 0.05 * everyone], rel=0.02)
+    assert recipe.engine_for(setting).class_rank == (1, 0)
+    assert recipe.engine_for(setting).admission_order == "class"

@@ -60,19 +60,18 @@ def random_agent(folder: Path, **recipe: Any) -> Path:
     """A learned agent with random weights."""
     from agents.checkpoint import save_checkpoint
     from agents.domain import Domain
-    from agents.interface import component_sizes, observation_width
+    from agents.interface import Interface
     from agents.network import Network
     from agents.recipe import Recipe
 
     made, domain = Recipe(**recipe), Domain(scenarios=("sharegpt",))
-    layout = made.layout_for(domain.grid()[0].setting.statistics)
-    components = component_sizes(made, layout.num_queues)
-    width, g = observation_width(made, layout), np.random.default_rng(0)
+    interface = Interface(made, domain.grid()[0].setting)
+    width, components, g = interface.width, interface.components, np.random.default_rng(0)
 
     def layer(rows: int, columns: int) -> tuple[Any, Any]:
         return g.normal(size=(rows, columns)).astype(np.float32), np.zeros(rows, np.float32)
 
     mean, scale = np.full(width, 0.5, np.float32), np.full(width, 2.0, np.float32)
     network = Network(mean, scale, (layer(16, width),), layer(sum(components), 16), components)
-    save_checkpoint(folder, network, made, domain, layout, name="random", deterministic=False, record={})
+    save_checkpoint(folder, network, made, domain, interface.layout, name="random", deterministic=False, record={})
     return folder
