@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from baselines import policy_class, policy_names
+from baselines import policy_names
 from llmsched_env.errors import ConfigError, MissingExtraError, require
 from llmsched_env.perf import calibration_names
 from llmsched_env.workload import Scenario, TraceArrivals, load_scenario, scenario_from_trace, scenario_names
@@ -50,7 +50,7 @@ from scripts.plots import Figure, plot_against_rate, plot_kv, plot_ttft_cdf
 from scripts.report import print_table, write_html
 from scripts.settings import parse_overrides, with_calibration
 from scripts.tables import Cell, cells, policy_labels
-from scripts.variants import agent_names, is_agent
+from scripts.variants import named_policies
 
 REPORT_FILE = "report.html"
 FIGURES = ("latency.png", "ttft.png", "kv.png", "ttft_cdf.png")
@@ -104,14 +104,7 @@ def plan(options: argparse.Namespace) -> Comparison:
     Raises:
         ConfigError: an option that cannot be carried out.
     """
-    given = list(dict.fromkeys(options.policies))
-    agents = {name: str(folder) for name, folder in agent_names([Path(text) for text in given if is_agent(text)]).items()}
-    policies = tuple(Path(text).resolve().name if is_agent(text) else text for text in given)
-    if len(set(policies)) < len(policies):
-        raise ConfigError(f"--policies: {', '.join(given)}, a checkpoint's folder must not have the name of a baseline")
-    for name in policies:
-        if name not in agents:
-            policy_class(name)
+    policies, agents = named_policies(options.policies)
     rates = tuple(dict.fromkeys(options.rates or ()))
     for rate in rates:
         if not (math.isfinite(rate) and rate > 0):

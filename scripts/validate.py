@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from baselines import policy_class, policy_names
+from baselines import policy_names
 from hardware.real_engine import EngineError, EngineOptions
 from llmsched_env import __version__
 from llmsched_env.backend import Backend, make_backend
@@ -52,6 +52,7 @@ from scripts.validation import (
     run_task,
 )
 from scripts.validation_report import REPORT_FILE, TABLE_FILE, measured_page, summary_lines, virtual_page, write_table
+from scripts.variants import named_policies
 
 RUNS_FILE, SCHEDULES_FILE, SETTINGS_FILE, MACHINE_FILE = "runs.csv", "schedules.csv", "settings.json", "machine.json"
 POLICIES = ("vllm", "sarathi", "wait", "nested-wait")
@@ -75,7 +76,7 @@ def arguments() -> Parser:
     parser.add_argument("--scenario", required=True, help=f"one of {', '.join(scenario_names())}")
     parser.add_argument(
         "--policies", nargs="+", default=list(POLICIES), metavar="NAME",
-        help=f"of {', '.join(policy_names())} (default: {' '.join(POLICIES)})",
+        help=f"of {', '.join(policy_names())}, or folders of checkpoints (default: {' '.join(POLICIES)})",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     rates = parser.add_mutually_exclusive_group()
@@ -104,9 +105,7 @@ def plan(options: argparse.Namespace, engine: EngineOptions, calibration: Iterat
     Raises:
         ConfigError: an option that cannot be carried out.
     """
-    policies = tuple(dict.fromkeys(options.policies))
-    for name in policies:
-        policy_class(name)
+    policies, agents = named_policies(options.policies)
     counts = (("--num-requests", options.num_requests), ("--seeds", options.seeds), ("--repeats", options.repeats))
     for name, count in (*counts, ("--max-total-tokens", options.max_total_tokens)):
         if count is not None and count < 1:
@@ -118,7 +117,7 @@ def plan(options: argparse.Namespace, engine: EngineOptions, calibration: Iterat
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{name}: {value:g}, must be finite and > 0")
     check_folder("--out", options.out)
-    overrides = parse_overrides(policy_words, policies)
+    overrides = parse_overrides(policy_words, [name for name in policies if name not in agents])
     if engine.num_blocks is None:
         raise ConfigError(f"--calibration: {options.calibration} does not state the number of KV blocks; give --set engine.num_blocks=N")
     config = engine_config(engine, calibration, engine.num_blocks)
@@ -138,6 +137,7 @@ def plan(options: argparse.Namespace, engine: EngineOptions, calibration: Iterat
         repeats=options.repeats or (QUICK_REPEATS if options.quick else REPEATS),
         warm_ups=options.warm_ups,
         options=overrides.policy,
+        agents=agents,
     )
     if options.rates:
         rates = tuple(dict.fromkeys(options.rates))
@@ -163,6 +163,7 @@ def describe(options: argparse.Namespace, engine: EngineOptions, calibration: It
         "num_requests": validation.num_requests,
         "clock": options.clock,
         "policy_options": {name: {k: str(v) for k, v in own.items()} for name, own in validation.options.items()},
+        **({"agents": dict(validation.agents)} if validation.agents else {}),
     }
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from baselines import Policy, Setting, make_policy
+from baselines import Setting, make_policy
 from llmsched_env.backend import Backend, make_backend
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.fluid import stability_boundary
-from llmsched_env.runner import run_episode
+from llmsched_env.runner import Policy, run_episode
 from llmsched_env.types import EngineConfig, IntArray, IterationReport, LengthStatistics, Workload
 from llmsched_env.workload import LengthModel, Scenario
 from llmsched_env.workload.lengths import whole_tokens
@@ -159,6 +159,7 @@ class Validation:
         num_requests: of one run.
         warm_ups, repeats: runs on the engine that are not counted, and that are.
         options: of the policies, by name.
+        agents: folders of checkpoints by the names they have among the policies.
     """
 
     scenario: Scenario
@@ -169,12 +170,17 @@ class Validation:
     repeats: int = 3
     warm_ups: int = 1
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    agents: Mapping[str, str] = field(default_factory=dict)
 
     def policy(self, name: str, rate: float) -> Policy:
         """Raises ConfigError where the policy cannot be built at this rate."""
         scenario = self.scenario
         setting = Setting(scenario.statistics, rate, scenario.engine, horizon_seconds=self.num_requests / rate)
         try:
+            if name in self.agents:
+                from agents.checkpoint import load_checkpoint
+
+                return load_checkpoint(self.agents[name], setting, name=name)
             return make_policy(name, setting, overload=True, **self.options.get(name, {}))
         except ConfigError as error:
             raise type(error)(f"policy {name!r} at rate {rate:g}: {error}") from error

@@ -100,6 +100,23 @@ def is_agent(text: str) -> bool:
     return "/" in text or (Path(text) / "config.json").is_file()
 
 
+def named_policies(given: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names of the policies of ``--policies``, each once, and the folders of those that are checkpoints.
+
+    Raises:
+        ConfigError: an unknown baseline, or two policies of one name.
+    """
+    unique = list(dict.fromkeys(given))
+    agents = {name: str(folder) for name, folder in agent_names([Path(text) for text in unique if is_agent(text)]).items()}
+    policies = tuple(Path(text).resolve().name if is_agent(text) else text for text in unique)
+    if len(set(policies)) < len(policies):
+        raise ConfigError(f"--policies: {', '.join(unique)}, a checkpoint's folder must not have the name of a baseline")
+    for name in policies:
+        if name not in agents:
+            policy_class(name)
+    return policies, agents
+
+
 def agent_names(folders: Sequence[Path]) -> dict[str, Path]:
     """Names for the agents of these folders.
 
