@@ -9,6 +9,7 @@
 #   make fidelity    measure the simulator against them and write docs/fidelity.md
 #
 #   make benchmark   speed, each figure beside its yardstick: docs/performance.md
+#   make reproduction   the paper's results on this engine, under an hour on 2 cores: docs/reproduction.md
 #
 # PIP_FLAGS goes to every pip install; with PyTorch's own index the smaller CPU build of torch is taken:
 #   make test PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -22,7 +23,7 @@ HOUSE := pyproject.toml constraints.txt
 DEMO_OUT ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all benchmark test-vllm setup-vllm fidelity lint clean distclean
+.PHONY: help demo test test-all benchmark reproduction test-vllm setup-vllm fidelity lint clean distclean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -80,6 +81,9 @@ setup-vllm: $(VLLM_VENV)/.installed
 # One thread: two on a shared machine slow each other down. vLLM's own warnings are not ours to turn into errors.
 test-vllm: setup-vllm
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/real_vllm -s -o filterwarnings=default
+
+reproduction: $(VENV)/.demo
+	$(BIN)/python scripts/reproduce.py
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis $(DEMO_OUT)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import gymnasium as gym
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -15,8 +16,9 @@ from llmsched_env.action import THETAS, ActionCodec, decode, make_codec, mask
 from llmsched_env.backend import Backend, View, make_backend
 from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
+from llmsched_env.engine.array_table import ArrayTable
 from llmsched_env.engine.backend import SimBackend
-from llmsched_env.engine.batch import step_one
+from llmsched_env.engine.batch import step_from
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.observation import ObservationLayout, encode, static_context
@@ -308,10 +310,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         b = self.backend
         kind, levels = self.codec.kind, self._levels
         self._observed = (b.settings, self.context, b.queues, b.queue_f, b.scalars, b.clocks, kind, levels)
-        self._compiled_step: tuple[Any, ...] | None = None
-        if type(b) is SimBackend and self._compiled_reward is not None:
-            # Everything of a step in one call; collected once an episode, as looking up so many attributes takes long.
-            self._compiled_step = (kind, levels, *self._compiled_reward, self._decision.array, *b.arrays, self.context)
+        self._compiled_step: ArrayTable | None = None
+        if type(b) is SimBackend and self._compiled_reward is not None and not numba.config.DISABLE_JIT:  # a step in one call
+            self._compiled_step = ArrayTable((levels, self._decision.array, *b.arrays, self.context))
+            self._step_codes = (kind, *self._compiled_reward)
         self._started = True
         observation, info = self._observe()
         if self.render_mode == "human":
@@ -333,7 +335,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
             return self.step_decision(chosen)
         flat = np.empty(self._size, dtype=np.float32)
         legal = np.empty(self._mask_size, dtype=np.bool_)
-        reward, end, clock = step_one(values, *self._compiled_step, flat, legal)
+        reward, end, clock = step_from(self._compiled_step.table, values, *self._step_codes, flat, legal)
         observation = dict(zip(self._names, self._parts(flat)))  # noqa: B905 - strict costs a tenth of the step
         info = {"clock": clock, "action_mask": legal}
         if end == st.END_NOT and self.render_mode is None:

@@ -73,6 +73,8 @@ def _share(x):  # type: ignore[no-untyped-def]
 
 @compiled
 def _count(n):  # type: ignore[no-untyped-def]
+    if n == 0.0:  # most counts are, and a logarithm takes as long as the rest of an element
+        return 0.0
     return min(math.log(1.0 + n) * _COUNT_SCALE, 1.0)
 
 

@@ -41,7 +41,8 @@ This page is written by `scripts/hardware_page.py`; every figure comes from the 
 `--model` is a built-in shape (table below; a `config.json` is written here, weights are random, nothing is downloaded), a Hugging
 Face id or a folder. The program builds the engine, steps it one iteration at a time and measures batches from coarse to fine:
 decodes by number and context length up to a nearly full KV cache, prefill chunks by size and context, chunks behind decodes. Each
-shape is run before it is timed, medians are taken, and the plan is gone through several times as long as the time allows. Then
+shape is run before it is timed, medians are taken, and the plan is gone through several times as long as the time allows. Iterations
+that prefill several prompts at once are not in the plan; the models read them as one chunk of the same sum of squares. Then
 models are fitted (non-negative least squares on relative error), and a workload that was not measured before is run on the engine
 and on the simulator.
 

@@ -219,7 +219,7 @@ def when_to_use(facts: Mapping[str, float]) -> list[str]:
         f"3. The cap is what helps on a vLLM-like engine, and {verdict}: at the largest rate at which a tuned baseline is stable, waiting "
         f"changes the mean latency of the tuned cap by {change(gate)}, and a cap without the wait is `max_num_seqs` and the token budget.",
         "4. Compare it with baselines that were tuned alike: tuned per rate the WAIT family changes mean latency by "
-        f"{change(tuned_fixed)} against the best fixed baseline there but by {change(tuned)} against the best tuned one, so it gains "
+        f"{change(tuned_fixed)} against the best fixed baseline there and by {change(tuned)} against the best tuned one, so it gains "
         f"{fair}; with fluid settings alone it is {change(edge)} against the best fixed baseline.",
         (
             f"5. Where preemption recomputes, as in vLLM, rather than losing all progress, {share:.0%} of WAIT's advantage over vLLM on "

@@ -385,7 +385,7 @@ def latency_claim(load: Load, results: Results, rates: Sequence[float]) -> Claim
         _changes(paper),
         _changes(ours),
         "agrees" if 3 * same >= 2 * len(both) else "differs",
-        f"same sign at {same} of {len(both)} rates; against equally tuned baselines {_changes(fair)}",
+        f"same sign at {same} of {len(both)} rates, less than 3% counting as none; against equally tuned baselines {_changes(fair)}",
     )
 
 

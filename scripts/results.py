@@ -186,14 +186,17 @@ def _against_defaults(results: Results, agent: str) -> tuple[str, str]:
     chosen = _stationary(results, OVERLOADED)
     if not chosen:
         return "", "no cell at loads 1.0 and 1.1"
-    ten = twenty = 0
+    ten = twenty = bound = 0
     for cell in chosen:
         labels = results.labels(cell, ("default",))
         used = [f"{name} (default)" for name in USED_TODAY if f"{name} (default)" in labels]
         waits = [label for label in used if label.startswith(("wait ", "nested-wait "))]
-        ten += _below(results.against(cell, agent, results.best(cell, used)), 0.10)
+        best = results.best(cell, used)
+        ten += _below(results.against(cell, agent, best), 0.10)
+        oracle = results.oracle(cell)
+        bound += bool(oracle) and _below(results.against(cell, oracle, best), 0.10)
         twenty += _below(results.against(cell, agent, results.best(cell, waits)), 0.20)
-    text = f"10 % below in {ten}, 20 % below WAIT and Nested WAIT in {twenty} of {len(chosen)} cells"
+    text = f"10 % below in {ten} (the oracle bound: in {bound}), 20 % below WAIT and Nested WAIT in {twenty} of {len(chosen)} cells"
     return text, _answer(min(ten, twenty) >= 2 * len(chosen) / 3)
 
 

@@ -54,6 +54,7 @@ from scripts.validation import (
 from scripts.validation_report import REPORT_FILE, TABLE_FILE, measured_page, summary_lines, virtual_page, write_table
 
 RUNS_FILE, SCHEDULES_FILE, SETTINGS_FILE, MACHINE_FILE = "runs.csv", "schedules.csv", "settings.json", "machine.json"
+POLICIES = ("vllm", "sarathi", "wait", "nested-wait")
 LOADS = (0.5, 0.7, 0.9)
 REQUESTS, REPEATS = 200, 3
 QUICK_LOADS, QUICK_REQUESTS, QUICK_REPEATS = (0.5, 0.9), 24, 2
@@ -72,7 +73,10 @@ def arguments() -> Parser:
     parser.add_argument("--calibration", required=True, metavar="FILE_OR_NAME", help="what calibrate.py engine wrote for this engine")
     add_model_arguments(parser)
     parser.add_argument("--scenario", required=True, help=f"one of {', '.join(scenario_names())}")
-    parser.add_argument("--policies", nargs="+", required=True, metavar="NAME", help=f"of {', '.join(policy_names())}")
+    parser.add_argument(
+        "--policies", nargs="+", default=list(POLICIES), metavar="NAME",
+        help=f"of {', '.join(policy_names())} (default: {' '.join(POLICIES)})",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     rates = parser.add_mutually_exclusive_group()
     rates.add_argument("--rates", type=float, nargs="+", metavar="R", help="arrival rates, requests/s")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -106,17 +109,26 @@ def test_spec_rebuilds_the_environment(env_id: str) -> None:
     assert data_equivalence(env.reset(seed=3), rebuilt.reset(seed=3), exact=True)
 
 
-def test_pickle_keeps_the_state() -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
+def test_a_copy_keeps_the_state_and_goes_its_own_way(copied: Callable[[Any], Any]) -> None:
     env = make().unwrapped
     env.reset(seed=2)
+    greedy, idle = np.array([1] * 4 + [16] * 4), np.array([0] * 4 + [0] * 4)
     for _ in range(20):
-        env.step(np.array([1] * 4 + [16] * 4))
-    copy = pickle.loads(pickle.dumps(env))
+        env.step(greedy)
+    other = copied(env)
     for _ in range(20):
-        action = np.array([1] * 4 + [16] * 4)
-        assert data_equivalence(env.step(action), copy.step(action), exact=True)
-        assert np.array_equal(env.view().residents, copy.view().residents)
-        assert env.view().clock == copy.view().clock > 0
+        assert data_equivalence(env.step(greedy), other.step(greedy), exact=True)
+        assert np.array_equal(env.view().residents, other.view().residents)
+        assert env.view().clock == other.view().clock > 0
+    clock, residents = other.view().clock, other.view().residents.copy()
+    for _ in range(20):
+        env.step(greedy)
+    assert other.view().clock == clock < env.view().clock
+    assert np.array_equal(other.view().residents, residents)
+    del env  # a copy must not lean on arrays of the original
+    gc.collect()
+    assert other.step(idle)[4]["clock"] > clock
 
 
 def test_observations_stay_in_their_space_and_masks_are_legal() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
+import numba
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
@@ -94,6 +95,7 @@ def test_make_vec_and_batched_spaces() -> None:
     env.close()
 
 
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")
 def test_threads_do_not_change_a_byte() -> None:
     runs = []
     for threads in (1, 2):

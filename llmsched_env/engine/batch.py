@@ -6,6 +6,7 @@ from numba import prange
 
 from llmsched_env.action import decode, mask
 from llmsched_env.compiled import compiled, inlined, parallel
+from llmsched_env.engine.array_table import float_rows, floats, int_rows, ints, small_ints
 from llmsched_env.engine.kernel import reset, step
 from llmsched_env.engine.state import (
     END_FINISHED,
@@ -54,6 +55,17 @@ def step_one(  # type: ignore[no-untyped-def]
     mask(action_kind, levels, queues, legal)
     reward = reward_of(reward_kind, ttft, tpot, requests, times, scalars, clocks, events)
     return reward, scalars[I_DONE], clocks[F_CLOCK]
+
+
+@compiled
+def step_from(table, action, action_kind, reward_kind, ttft, tpot, observation, legal):  # type: ignore[no-untyped-def]
+    """``step_one`` with the other arrays, in its order, in an ``ArrayTable``."""
+    return step_one(
+        action, action_kind, floats(table, 0), reward_kind, ttft, tpot, int_rows(table, 1), floats(table, 2), ints(table, 3),
+        small_ints(table, 4), int_rows(table, 5), float_rows(table, 6), int_rows(table, 7), int_rows(table, 8), float_rows(table, 9),
+        ints(table, 10), floats(table, 11), floats(table, 12), int_rows(table, 13), int_rows(table, 14), floats(table, 15), observation,
+        legal,
+    )  # fmt: skip
 
 
 @parallel

@@ -15,6 +15,7 @@ from llmsched_env.engine.moves import (
     enter_boundaries,
     evict_boundaries,
     mark_late,
+    next_equal,
     push_back,
     release_kv,
     requeue,
@@ -236,16 +237,16 @@ def uniform_tokens(m, settings, ends, requests, times, slots, queues, scalars, c
     scalars[I_KV_TOKENS] += m
     scalars[I_GENERATED_TOKENS] += m
     gone = 0
-    i = 0
-    while reached > 0:
-        if generated[i] == stop[i]:
-            reached -= 1
-            if generated[i] == slots[S_OUTPUT, i]:
-                complete(i, settings, requests, times, slots, queues, scalars, clocks, events)
-                gone += 1
-            else:
-                place(i, generated[i], settings, ends, slots, queues, scalars)
-        i += 1
+    i = next_equal(generated, stop, 0, m) if reached > 0 else m
+    while i < m:
+        if generated[i] == slots[S_OUTPUT, i]:
+            complete(i, settings, requests, times, slots, queues, scalars, clocks, events)
+            gone += 1
+        else:
+            place(i, generated[i], settings, ends, slots, queues, scalars)
+        reached -= 1
+        i = next_equal(generated, stop, i + 1, m) if reached > 0 else m
+    return gone
     return gone
 
 

@@ -69,6 +69,9 @@ from llmsched_env.engine.state import (
     T_ARRIVAL,
 )
 
+SEARCH_BLOCK = 64
+"""Slots that a search looks at together."""
+
 
 @inlined
 def push_back(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
@@ -300,24 +303,54 @@ def enter_boundaries(n, admit_all, decision, settings, slots, queues, scalars): 
 
 
 @inlined
+def next_equal(a, b, i, n):  # type: ignore[no-untyped-def]
+    """Smallest k >= i with a[k] == b[k]; n if there is none."""
+    while i + SEARCH_BLOCK <= n:
+        # Slices, and no way out of the loop: so the compiler vectorises it.
+        left, right = a[i : i + SEARCH_BLOCK], b[i : i + SEARCH_BLOCK]
+        found = 0
+        for k in range(left.shape[0]):
+            found += left[k] == right[k]
+        if found > 0:
+            break
+        i += SEARCH_BLOCK
+    while i < n and a[i] != b[i]:
+        i += 1
+    return i
+
+
+@inlined
+def next_gone(state, i, n):  # type: ignore[no-untyped-def]
+    """Smallest k >= i whose slot is marked gone; n if there is none."""
+    while i + SEARCH_BLOCK <= n:
+        block = state[i : i + SEARCH_BLOCK]
+        found = 0
+        for k in range(block.shape[0]):
+            found += block[k] == SLOT_GONE
+        if found > 0:
+            break
+        i += SEARCH_BLOCK
+    while i < n and state[i] != SLOT_GONE:
+        i += 1
+    return i
+
+
+@inlined
 def compact(n, slots):  # type: ignore[no-untyped-def]
     """Squeeze out slots marked gone, keeping the order. Returns the number left."""
-    w = 0
-    i = 0
+    state = slots[S_STATE]
+    w = next_gone(state, 0, n)
+    i = w
     while i < n:
-        if slots[S_STATE, i] == SLOT_GONE:
-            i += 1
-            continue
-        last = i  # slots i..last stay together: one move a row for the whole run
-        while last + 1 < n and slots[S_STATE, last + 1] != SLOT_GONE:
-            last += 1
-        if w != i:
+        i += 1
+        end = next_gone(state, i, n)  # slots i..end-1 stay together: one move a row for the whole run
+        if end > i:
             # Slices: an index that may be negative would keep numba from making this a block move.
             for row in range(S_ROWS):
-                source = slots[row, i : last + 1]
+                source = slots[row, i:end]
                 target = slots[row, w : w + source.shape[0]]
                 for k in range(source.shape[0]):
                     target[k] = source[k]
-        w += last - i + 1
-        i = last + 1
+            w += end - i
+        i = end
     return w
