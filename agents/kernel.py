@@ -16,6 +16,7 @@ from llmsched_env.compiled import compiled, parallel
 from llmsched_env.engine import state as st
 from llmsched_env.engine.batch import reward_of
 from llmsched_env.engine.kernel import step
+from llmsched_env.engine.moves import next_in_order, start_of_queues
 from llmsched_env.observation import encode
 from llmsched_env.types import ADMIT_ALL
 
@@ -55,29 +56,16 @@ def decode_peak(level, half_block, steps, survival, size, settings, requests, sl
     for q in range(num_queues):
         decision[0, q] = 1
         decision[1, q] = 0 if q % num_segments == 0 and level < math.inf else ADMIT_ALL
-        queues[st.Q_LEFT, q] = queues[st.Q_HEAD, q]
     if level == math.inf or scalars[st.I_WAITING] == 0:
         return
     unit = 1.0 if settings[st.C_PRESET] == st.PRESET_PAPER else float(settings[st.C_BLOCK_SIZE])
     limit = level * settings[st.C_CAPACITY] * unit
     total, own = scratch[0], scratch[1]
     predict(half_block, steps, survival, size, settings, slots, scalars, total)
-    by_class = settings[st.C_BY_CLASS] != 0
     empty = scalars[st.I_RESIDENTS] == 0
-    while True:
-        best, best_rank, best_key = -1, 0, 0
-        for q in range(0, num_queues, num_segments):
-            r = queues[st.Q_LEFT, q]
-            if r < 0:
-                continue
-            key = requests[st.R_KEY, r]
-            rank = settings[st.C_ROWS + q // num_segments] if by_class else 0
-            if key >= st.LATE_KEY // 2:
-                rank += st.LATE_KEY
-            if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
-                best, best_rank, best_key = q, rank, key
-        if best < 0:
-            return
+    start_of_queues(settings, queues)
+    best = next_in_order(settings, requests, queues)
+    while best >= 0:
         r = queues[st.Q_LEFT, best]
         generated = requests[st.R_GENERATED, r]
         held = requests[st.R_PROMPT, r] + generated + half_block
@@ -93,6 +81,7 @@ def decode_peak(level, half_block, steps, survival, size, settings, requests, sl
         empty = False
         decision[1, best] += 1
         queues[st.Q_LEFT, best] = requests[st.R_NEXT, r]
+        best = next_in_order(settings, requests, queues)
 
 
 @compiled

@@ -8,7 +8,8 @@ import numpy as np
 
 from baselines.policy import RulePolicy, Setting, output_classes
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule, next_in_order, start_of_queues
+from llmsched_env.engine.fleet import Rule
+from llmsched_env.engine.moves import next_in_order, start_of_queues
 from llmsched_env.engine.state import (
     C_BLOCK_SIZE,
     C_PRESET,

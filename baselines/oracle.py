@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from baselines.policy import RulePolicy, Setting, output_classes, prompt_classes
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule, next_in_order, start_of_queues
+from llmsched_env.engine.fleet import Rule
+from llmsched_env.engine.moves import next_in_order, start_of_queues
 from llmsched_env.engine.state import I_RESIDENTS, I_WAITING, Q_LEFT, R_NEXT, R_OUTPUT, R_PROMPT, S_OUTPUT, S_PROMPT
 from llmsched_env.errors import ConfigError
 

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
+from llmsched_env.engine.moves import next_in_order, start_of_queues
 from llmsched_env.errors import ConfigError
 from llmsched_env.observation import X_CAPACITY_TOKENS, X_ROWS, X_TABLE
 from llmsched_env.types import ADMIT_ALL, Decision
@@ -69,7 +70,6 @@ def decode_reserve(theta, settings, context, requests, slots, queues, scalars, d
     for q in range(num_queues):
         decision[0, q] = 1
         decision[1, q] = 0 if q % num_segments == 0 and theta < math.inf else ADMIT_ALL
-        queues[st.Q_LEFT, q] = queues[st.Q_HEAD, q]
     if theta == math.inf or theta == 0.0 or scalars[st.I_WAITING] == 0:
         return
     expected = context[X_ROWS + num_classes + num_queues :]
@@ -77,22 +77,10 @@ def decode_reserve(theta, settings, context, requests, slots, queues, scalars, d
     room = theta * context[X_CAPACITY_TOKENS]
     for i in range(scalars[st.I_RESIDENTS]):
         room -= slots[st.S_PROMPT, i] + expected[min(slots[st.S_GENERATED, i], top)]
-    by_class = settings[st.C_BY_CLASS] != 0
     empty = scalars[st.I_RESIDENTS] == 0
-    while True:
-        best, best_rank, best_key = -1, 0, 0
-        for q in range(0, num_queues, num_segments):
-            r = queues[st.Q_LEFT, q]
-            if r < 0:
-                continue
-            key = requests[st.R_KEY, r]
-            rank = settings[st.C_ROWS + q // num_segments] if by_class else 0
-            if key >= st.LATE_KEY // 2:
-                rank += st.LATE_KEY
-            if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
-                best, best_rank, best_key = q, rank, key
-        if best < 0:
-            return
+    start_of_queues(settings, queues)
+    best = next_in_order(settings, requests, queues)
+    while best >= 0:
         r = queues[st.Q_LEFT, best]
         generated = requests[st.R_GENERATED, r]
         # A fresh request is expected to be as long as its class; a preempted one as those of its length.
@@ -103,6 +91,7 @@ def decode_reserve(theta, settings, context, requests, slots, queues, scalars, d
         empty = False
         decision[1, best] += 1
         queues[st.Q_LEFT, best] = requests[st.R_NEXT, r]
+        best = next_in_order(settings, requests, queues)
 
 
 @compiled

@@ -21,7 +21,7 @@ from hypothesis import strategies as hst
 from baselines import Policy, Setting, make_policy, policy_class, policy_names
 from llmsched_env.backend import View, make_backend
 from llmsched_env.batch_runner import BatchPolicy, Run, run_batch
-from llmsched_env.engine import fleet
+from llmsched_env.engine import fleet, moves
 from llmsched_env.engine import state as st
 from llmsched_env.engine.backend import SimBackend
 from llmsched_env.errors import ConfigError
@@ -404,10 +404,10 @@ def test_the_walk_over_the_queues_is_the_admission_order(engine: dict[str, Any])
     evictions = late = 0
     for _ in range(2500):
         queues = backend.queues.copy()
-        starts = getattr(fleet.start_of_queues, "py_func", fleet.start_of_queues)
+        starts = getattr(moves.start_of_queues, "py_func", moves.start_of_queues)
         starts(backend.settings, queues)
         walked = []
-        while (q := fleet.next_in_order(backend.settings, backend.requests, queues)) >= 0:
+        while (q := moves.next_in_order(backend.settings, backend.requests, queues)) >= 0:
             walked.append(int(queues[st.Q_LEFT, q]))
             queues[st.Q_LEFT, q] = backend.requests[st.R_NEXT, walked[-1]]
         assert walked == [r for *_, r in in_order(view)]

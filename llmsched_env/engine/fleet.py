@@ -42,12 +42,10 @@ from llmsched_env.engine.moves import next_outside
 from llmsched_env.engine.state import (
     C_BLOCK_SIZE,
     C_BUDGET,
-    C_BY_CLASS,
     C_CAPACITY,
     C_MAX_SEQS,
     C_PRESET,
     C_RESERVE_FULL,
-    C_ROWS,
     C_SEGMENTS,
     END_NOT,
     I_BOUNDARY,
@@ -55,12 +53,9 @@ from llmsched_env.engine.state import (
     I_KV_BLOCKS,
     I_KV_TOKENS,
     I_RESIDENTS,
-    LATE_KEY,
     PRESET_PAPER,
-    Q_HEAD,
     Q_HEAD_TOKENS,
     Q_LEFT,
-    R_KEY,
 )
 from llmsched_env.fluid.wait import _ROTATION_SHIFT
 from llmsched_env.types import Decision, FloatArray, IntArray
@@ -111,34 +106,6 @@ def first_head_fits(settings, requests, queues, scalars, admit):  # type: ignore
         tokens = min(tokens, settings[C_BUDGET])
     blocks = (tokens + settings[C_BLOCK_SIZE] - 1) // settings[C_BLOCK_SIZE]
     return blocks <= free and scalars[I_RESIDENTS] < settings[C_MAX_SEQS]
-
-
-@inlined
-def start_of_queues(settings, queues):  # type: ignore[no-untyped-def]
-    """Begin a walk over the outside requests: row ``Q_LEFT`` holds the next one of each queue, -1 at its end."""
-    for q in range(0, queues.shape[1], settings[C_SEGMENTS]):
-        queues[Q_LEFT, q] = queues[Q_HEAD, q]
-
-
-@compiled
-def next_in_order(settings, requests, queues):  # type: ignore[no-untyped-def]
-    """The outside queue whose next request of the walk is admitted before all others; -1 if none is left.
-
-    The order is that of ``moves.next_outside``, which looks at heads alone.
-    """
-    by_class = settings[C_BY_CLASS] != 0
-    best, best_rank, best_key = -1, 0, 0
-    for q in range(0, queues.shape[1], settings[C_SEGMENTS]):
-        r = queues[Q_LEFT, q]
-        if r < 0:
-            continue
-        key = requests[R_KEY, r]
-        rank = settings[C_ROWS + q // settings[C_SEGMENTS]] if by_class else 0
-        if key >= LATE_KEY // 2:
-            rank += LATE_KEY
-        if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
-            best, best_rank, best_key = q, rank, key
-    return best
 
 
 @inlined

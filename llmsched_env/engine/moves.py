@@ -303,6 +303,34 @@ def enter_boundaries(n, admit_all, decision, settings, slots, queues, scalars): 
 
 
 @inlined
+def start_of_queues(settings, queues):  # type: ignore[no-untyped-def]
+    """Begin a walk over the outside requests: row ``Q_LEFT`` holds the next one of each queue, -1 at its end."""
+    for q in range(0, queues.shape[1], settings[C_SEGMENTS]):
+        queues[Q_LEFT, q] = queues[Q_HEAD, q]
+
+
+@compiled
+def next_in_order(settings, requests, queues):  # type: ignore[no-untyped-def]
+    """The outside queue whose next request of the walk is admitted before all others; -1 if none is left.
+
+    The order is that of ``next_outside``, which looks at heads alone.
+    """
+    by_class = settings[C_BY_CLASS] != 0
+    best, best_rank, best_key = -1, 0, 0
+    for q in range(0, queues.shape[1], settings[C_SEGMENTS]):
+        r = queues[Q_LEFT, q]
+        if r < 0:
+            continue
+        key = requests[R_KEY, r]
+        rank = settings[C_ROWS + q // settings[C_SEGMENTS]] if by_class else 0
+        if key >= LATE_KEY // 2:
+            rank += LATE_KEY
+        if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
+            best, best_rank, best_key = q, rank, key
+    return best
+
+
+@inlined
 def next_equal(a, b, i, n):  # type: ignore[no-untyped-def]
     """Smallest k >= i with a[k] == b[k]; n if there is none."""
     while i + SEARCH_BLOCK <= n:
