@@ -28,7 +28,7 @@ from scripts.results import Results
 from scripts.row_file import RowFile
 from scripts.suite import SUITE, Cell
 from scripts.tune import TunedFile, add_selection, check_counts, prepare
-from scripts.variants import Variant, agent_names
+from scripts.variants import GREEDY, Variant, agent_names
 
 SEEDS = 20
 QUICK_SEEDS, QUICK_REQUESTS = 3, 400
@@ -45,7 +45,8 @@ def arguments() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default=SUITE, help=f"only {SUITE}")
     known = default_policies()
-    parser.add_argument("--policies", nargs="+", default=known, metavar="NAME", help=f"of {', '.join(known)} (default: all)")
+    own = f"of {', '.join(known)} (default: all); greedy FIFO always runs beside them"
+    parser.add_argument("--policies", nargs="+", default=known, metavar="NAME", help=own)
     parser.add_argument("--agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints; the first is the generalist")
     parser.add_argument("--slo-agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints for SLO goodput")
     parser.add_argument("--tuned", type=Path, metavar="FILE.json", help="what scripts/tune.py wrote")
@@ -72,7 +73,9 @@ def plan(options: argparse.Namespace, chosen: Sequence[Cell], bench: Any) -> dic
         raise ConfigError(f"--tuned: {options.tuned} does not exist")
     tuned = TunedFile.read(options.tuned).entries if options.tuned is not None else {}
     agents = {name: str(folder) for name, folder in agent_names([*options.agents, *options.slo_agents]).items()}
-    return {cell: variants_of(cell, options.policies, tuned, agents, bench) for cell in chosen}
+    # Greedy FIFO runs in any case: scores and plots are relative to it.
+    policies = list(dict.fromkeys([*options.policies, *GREEDY]))
+    return {cell: variants_of(cell, policies, tuned, agents, bench) for cell in chosen}
 
 
 def records_of(folders: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:

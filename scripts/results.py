@@ -191,6 +191,8 @@ def _against_defaults(results: Results, agent: str) -> tuple[str, str]:
         labels = results.labels(cell, ("default",))
         used = [f"{name} (default)" for name in USED_TODAY if f"{name} (default)" in labels]
         waits = [label for label in used if label.startswith(("wait ", "nested-wait "))]
+        if not waits:
+            return "", "no default WAIT or Nested WAIT"
         best = results.best(cell, used)
         ten += _below(results.against(cell, agent, best), 0.10)
         oracle = results.oracle(cell)
@@ -225,13 +227,13 @@ def _gap(results: Results, agent: str) -> tuple[str, str]:
 
 
 def _slo(results: Results, agent: str) -> tuple[str, str]:
-    chosen = [cell for cell in _stationary(results, OVERLOADED) if "late-last (tuned)" in results.labels(cell)]
-    if not chosen:
-        return "", "no tuned late-last"
     def blind(cell: Cell) -> str:
         labels = [x for x in results.labels(cell, ("default",)) if not lengths_known(x) and not x.startswith("late-last")]
         return results.best(cell, labels, "slo_goodput", lowest=False)
 
+    chosen = [c for c in _stationary(results, OVERLOADED) if "late-last (tuned)" in results.labels(c) and blind(c)]
+    if not chosen:
+        return "", "no tuned late-last beside a default"
     late = pooled_difference(results, chosen, lambda _: agent, lambda _: "late-last (tuned)", "slo_goodput")
     defaults = pooled_difference(results, chosen, lambda _: agent, blind, "slo_goodput")
     text = f"{interval(late)} against tuned late-last; {1 + defaults.value:.2f} times the best blind default, over {len(chosen)} cells"

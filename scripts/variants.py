@@ -79,6 +79,10 @@ def runs_on(policy: str, cell: Cell) -> bool:
     return policy not in VLLM_ONLY if paper else policy != "fcfs"
 
 
+GREEDY = ("fcfs", "vllm")
+"""Greedy FIFO by preset."""
+
+
 def greedy_of(cell: Cell) -> str:
     """Greedy FIFO's name in a cell."""
     return "fcfs" if load_scenario(cell.scenario).engine.preset == "paper" else "vllm"

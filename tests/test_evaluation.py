@@ -442,6 +442,19 @@ def test_an_agent_runs_beside_the_baselines(tmp_path: Path) -> None:
     assert "| 1 |" in page and "no tuned baseline" in page
 
 
+def test_a_few_policies_and_an_agent_are_enough_for_a_page(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    folder = checkpoint(tmp_path / "random-agent")
+    words = ["--scenarios", "azure-conv", "--kv", "40GB", "--loads", "1.0", "--parts", "stationary", "--seeds", "2", "--num-requests", "60"]
+    words += ["--policies", "sarathi", "--jobs", "1", "--rows", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "results.md")]
+    second = checkpoint(tmp_path / "second")
+    assert evaluate.main([*words, "--agents", str(folder), "--slo-agents", str(second)]) == 0
+    ran = {row.variant for row in read_rows(tmp_path / "rows.csv", Row)}
+    assert ran == {"vllm (default)", "sarathi (default)", "random-agent", "second"}
+    page = (tmp_path / "results.md").read_text()
+    assert "no default WAIT or Nested WAIT" in page and "no tuned late-last" in page
+
+
 def checkpoint(folder: Path) -> Path:
     """An agent of the action set ``reserve`` whose weights are random."""
     from agents.checkpoint import save_checkpoint
