@@ -95,7 +95,7 @@ def test_make_vec_and_batched_spaces() -> None:
     env.close()
 
 
-@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="one core")
+@pytest.mark.skipif(numba.config.NUMBA_NUM_THREADS < 2, reason="numba has one thread here, and two are refused")
 def test_threads_do_not_change_a_byte() -> None:
     runs = []
     for threads in (1, 2):
