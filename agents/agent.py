@@ -79,7 +79,7 @@ class Agent:
             k.P_MAX_ADMIT: self.recipe.max_admit,
             k.P_HOLD: self.recipe.hold,
             k.P_DRAWN: not self.deterministic,
-            k.P_HALF_BLOCK: t.half_block,
+            k.P_HEADROOM: t.headroom,
             k.P_WHOLE: i.whole,
             k.P_COLUMNS: i.columns.size,
             k.P_BOUNDARY_RATE: t.boundary_rate,
@@ -99,7 +99,8 @@ class Agent:
         for row, value in values.items():
             header[row] = value
         header[k.P_LAYER : k.P_LAYER + len(layers)] = [weight.shape[0] for weight, _ in layers]
-        parts = [header, i.levels, i.context, t.statics, t.survival, t.remaining, i.columns, n.mean, n.scale, np.array(n.components)]
+        parts = [header, i.levels, i.context, t.statics, t.steps, t.survival, t.remaining, i.columns]
+        parts += [n.mean, n.scale, np.array(n.components)]
         parts += [part for layer in layers for part in layer]
         return np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in parts])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from agents.kernel import FEATURES, KINDS, STEPS, decode_agent, observe_agent
+from agents.kernel import FEATURES, GRID, KINDS, decode_agent, observe_agent
 from agents.peak import LengthTables, length_tables
 from agents.recipe import Recipe
 from baselines import Setting
@@ -36,10 +36,10 @@ class Interface:
         self.kind = KINDS[recipe.action_set]
         self.levels = np.array(recipe.choices, dtype=np.float64)
         if recipe.uses_tables:
-            self.tables = length_tables(setting.statistics, self.layout, self.engine, float(self.context[X_BOUNDARY_RATE]))
+            self.tables = length_tables(setting.statistics, self.layout, self.engine, float(self.context[X_BOUNDARY_RATE]), recipe.spare)
         else:
             self.tables = NO_TABLES
-        self._scratch = np.zeros((2, STEPS.size))
+        self._scratch = np.zeros((2, len(GRID)))
         self._observation = np.zeros((1, self.width), dtype=np.float32)
         self._mask = np.ones((1, sum(self.components)), dtype=np.bool_)
 
@@ -48,7 +48,7 @@ class Interface:
         settings, requests, slots, queues, queue_f, scalars, clocks = view.arrays  # type: ignore[attr-defined]
         t = self.tables
         observe_agent(
-            self.kind, self.recipe.max_admit, self.whole, self.columns, self.recipe.features, t.half_block, t.boundary_rate, STEPS,
+            self.kind, self.recipe.max_admit, self.whole, self.columns, self.recipe.features, t.headroom, t.boundary_rate, t.steps,
             t.survival, t.remaining, t.survival.shape[1], t.statics, settings, self.context, requests, _NO_TIMES, slots, queues, queue_f,
             scalars, clocks, self._scratch, self._observation[0], self._mask[0],
         )  # fmt: skip
@@ -59,7 +59,7 @@ class Interface:
         settings, requests, slots, queues, _, scalars, _ = view.arrays  # type: ignore[attr-defined]
         t = self.tables
         decode_agent(
-            self.kind, action, self.levels, self.recipe.max_admit, t.half_block, STEPS, t.survival, t.survival.shape[1], settings,
+            self.kind, action, self.levels, self.recipe.max_admit, t.headroom, t.steps, t.survival, t.survival.shape[1], settings,
             self.context, requests, slots, queues, scalars, self._scratch, out.array,
         )  # fmt: skip
         return out
@@ -67,7 +67,7 @@ class Interface:
 
 _NO_TIMES = np.zeros((st.T_ROWS, 1))  # read for hidden numbers alone
 NO_TABLES = LengthTables(
-    np.zeros((1, 1, STEPS.size), dtype=np.float32), np.zeros((1, 1, 2)), np.zeros(1, dtype=np.float32), 0.0, 1.0
+    np.zeros((1, 1, len(GRID)), dtype=np.float32), np.zeros((1, 1, 2)), np.zeros(1, dtype=np.float32), np.zeros(len(GRID)), 0.0, 1.0
 )
 
 

@@ -21,13 +21,12 @@ from llmsched_env.observation import encode
 from llmsched_env.types import ADMIT_ALL
 
 GRID = (0, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Iterations ahead at which the KV is predicted."""
+"""Iterations ahead at which the KV is predicted, where outputs are long enough (``agents.peak.forecast_steps``)."""
 
 STATICS = 7
 FEATURES = len(GRID) + 6 + STATICS
 HIDDEN = 5
 
-STEPS = np.array(GRID, dtype=np.float64)
 _LOG_SCALE = 1.0 / math.log(1.0 + 1e6)
 _COUNT_SCALE = 1.0 / math.log(1.0 + 1e4)
 _HORIZONS = (10.0, 30.0, 100.0)
@@ -37,20 +36,20 @@ _ADMIT, _ADMIT_ONLY, _RESERVE, _PEAK = range(4)
 
 
 @compiled
-def predict(half_block, steps, survival, size, settings, slots, scalars, out):  # type: ignore[no-untyped-def]
+def predict(headroom, steps, survival, size, settings, slots, scalars, out):  # type: ignore[no-untyped-def]
     """Write the expected KV (tokens) of the residents at each of ``steps`` into ``out`` (T,)."""
     num_segments = settings[st.C_SEGMENTS]
     out[:] = 0.0
     for i in range(scalars[st.I_RESIDENTS]):
         generated = slots[st.S_GENERATED, i]
-        held = slots[st.S_PROMPT, i] + generated + half_block
+        held = slots[st.S_PROMPT, i] + generated + headroom
         left = survival[slots[st.S_QUEUE, i] // num_segments, min(generated, size - 1)]
         for t in range(out.shape[0]):
             out[t] += left[t] * (held + steps[t])
 
 
 @compiled
-def decode_peak(level, half_block, steps, survival, size, settings, requests, slots, queues, scalars, scratch, decision):  # type: ignore[no-untyped-def]
+def decode_peak(level, headroom, steps, survival, size, settings, requests, slots, queues, scalars, scratch, decision):  # type: ignore[no-untyped-def]
     """Write the decision of this level; ``scratch`` is (2, T) float64, the queues' scratch row holds the next request to look at."""
     num_queues, num_segments = queues.shape[1], settings[st.C_SEGMENTS]
     for q in range(num_queues):
@@ -61,14 +60,14 @@ def decode_peak(level, half_block, steps, survival, size, settings, requests, sl
     unit = 1.0 if settings[st.C_PRESET] == st.PRESET_PAPER else float(settings[st.C_BLOCK_SIZE])
     limit = level * settings[st.C_CAPACITY] * unit
     total, own = scratch[0], scratch[1]
-    predict(half_block, steps, survival, size, settings, slots, scalars, total)
+    predict(headroom, steps, survival, size, settings, slots, scalars, total)
     empty = scalars[st.I_RESIDENTS] == 0
     start_of_queues(settings, queues)
     best = next_in_order(settings, requests, queues)
     while best >= 0:
         r = queues[st.Q_LEFT, best]
         generated = requests[st.R_GENERATED, r]
-        held = requests[st.R_PROMPT, r] + generated + half_block
+        held = requests[st.R_PROMPT, r] + generated + headroom
         left = survival[best // num_segments, min(generated, size - 1)]
         fits = True
         for t in range(total.shape[0]):
@@ -91,14 +90,14 @@ def _log(x):  # type: ignore[no-untyped-def]
 
 @compiled
 def features(  # type: ignore[no-untyped-def]
-    half_block, boundary_rate, steps, survival, remaining, size, statics, settings, slots, queues, queue_f, scalars, clocks, scratch, out
+    headroom, boundary_rate, steps, survival, remaining, size, statics, settings, slots, queues, queue_f, scalars, clocks, scratch, out
 ):
     """Write the features of ``agents.peak`` into ``out`` (FEATURES,) float32."""
     num_queues, num_segments = queues.shape[1], settings[st.C_SEGMENTS]
     unit = 1.0 if settings[st.C_PRESET] == st.PRESET_PAPER else float(settings[st.C_BLOCK_SIZE])
     capacity = settings[st.C_CAPACITY] * unit
     ahead = scratch[0]
-    predict(half_block, steps, survival, size, settings, slots, scalars, ahead)
+    predict(headroom, steps, survival, size, settings, slots, scalars, ahead)
     at = ahead.shape[0]
     for t in range(at):
         out[t] = min(ahead[t] / capacity / 2.0, 1.0)
@@ -162,7 +161,7 @@ def _work(prompt, generated, output):  # type: ignore[no-untyped-def]
 
 @compiled
 def decode_agent(  # type: ignore[no-untyped-def]
-    kind, action, levels, max_admit, half_block, steps, survival, size, settings, context, requests, slots, queues, scalars, scratch,
+    kind, action, levels, max_admit, headroom, steps, survival, size, settings, context, requests, slots, queues, scalars, scratch,
     decision,
 ):  # fmt: skip
     """Write the decision of an action (W,) int64 of any action set."""
@@ -177,13 +176,13 @@ def decode_agent(  # type: ignore[no-untyped-def]
         decode_reserve(levels[action[0]], settings, context, requests, slots, queues, scalars, decision)
     else:
         decode_peak(
-            levels[action[0]], half_block, steps, survival, size, settings, requests, slots, queues, scalars, scratch, decision
+            levels[action[0]], headroom, steps, survival, size, settings, requests, slots, queues, scalars, scratch, decision
         )
 
 
 @compiled
 def observe_agent(  # type: ignore[no-untyped-def]
-    kind, max_admit, whole, columns, extended, half_block, boundary_rate, steps, survival, remaining, size, statics, settings, context,
+    kind, max_admit, whole, columns, extended, headroom, boundary_rate, steps, survival, remaining, size, statics, settings, context,
     requests, times, slots, queues, queue_f, scalars, clocks, scratch, out, legal,
 ):  # fmt: skip
     """Write the observation and the mask.
@@ -201,7 +200,7 @@ def observe_agent(  # type: ignore[no-untyped-def]
     if extended:
         at = width + FEATURES
         features(
-            half_block, boundary_rate, steps, survival, remaining, size, statics, settings, slots, queues, queue_f, scalars, clocks,
+            headroom, boundary_rate, steps, survival, remaining, size, statics, settings, slots, queues, queue_f, scalars, clocks,
             scratch, out[width:at],
         )  # fmt: skip
         if out.shape[0] > at:
@@ -221,7 +220,7 @@ def observe_agent(  # type: ignore[no-untyped-def]
 
 @parallel
 def advance_all(  # type: ignore[no-untyped-def]
-    actions, kind, levels, max_admit, hold, discount, reward_kind, ttft, tpot, whole, columns, extended, row, half_block, boundary_rate,
+    actions, kind, levels, max_admit, hold, discount, reward_kind, ttft, tpot, whole, columns, extended, row, headroom, boundary_rate,
     steps, survival, remaining, sizes, statics, decisions, models, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks,
     batches, events, trace, contexts, scratch, observations, masks, rewards, durations, terminated, truncated, returns, lengths,
 ):  # fmt: skip
@@ -235,7 +234,7 @@ def advance_all(  # type: ignore[no-untyped-def]
         elapsed = 0.0
         for _ in range(hold):
             decode_agent(
-                kind, actions[e], levels, max_admit, half_block[e], steps, survival[i], sizes[i], settings[e], contexts[e], requests[e],
+                kind, actions[e], levels, max_admit, headroom[e], steps[i], survival[i], sizes[i], settings[e], contexts[e], requests[e],
                 slots[e], queues[e], scalars[e], scratch[e], decisions[e],
             )  # fmt: skip
             step(
@@ -254,7 +253,7 @@ def advance_all(  # type: ignore[no-untyped-def]
         terminated[e] = scalars[e, st.I_DONE] == st.END_FINISHED
         truncated[e] = scalars[e, st.I_DONE] > st.END_FINISHED
         observe_agent(
-            kind, max_admit, whole, columns, extended, half_block[e], boundary_rate[e], steps, survival[i], remaining[i], sizes[i],
+            kind, max_admit, whole, columns, extended, headroom[e], boundary_rate[e], steps[i], survival[i], remaining[i], sizes[i],
             statics[e],
             settings[e], contexts[e], requests[e], times[e], slots[e], queues[e], queue_f[e], scalars[e], clocks[e], scratch[e],
             observations[e], masks[e],
@@ -263,7 +262,7 @@ def advance_all(  # type: ignore[no-untyped-def]
 
 @parallel
 def branch_all(  # type: ignore[no-untyped-def]
-    tried, follow, kind, levels, max_admit, deviate, horizon, reward_kind, ttft, tpot, row, half_block, steps, survival, sizes,
+    tried, follow, kind, levels, max_admit, deviate, horizon, reward_kind, ttft, tpot, row, headroom, steps, survival, sizes,
     decisions, models, settings, ends, requests, times, slots, queues, queue_f, scalars, clocks, batches, events, trace, contexts,
     scratch, costs,
 ):  # fmt: skip
@@ -289,7 +288,7 @@ def branch_all(  # type: ignore[no-untyped-def]
                         break
                 action = tried[e, a : a + 1] if elapsed < deviate[e] else follow[e : e + 1]
                 decode_agent(
-                    kind, action, levels, max_admit, half_block[e], steps, survival[i], sizes[i], settings[e], contexts[e], requests[e],
+                    kind, action, levels, max_admit, headroom[e], steps[i], survival[i], sizes[i], settings[e], contexts[e], requests[e],
                     slots[e], queues[e], scalars[e], scratch[e], decisions[e],
                 )  # fmt: skip
                 step(
@@ -309,13 +308,13 @@ def branch_all(  # type: ignore[no-untyped-def]
 
 
 # --- an agent as a rule (``llmsched_env.engine.fleet``) -----------------------------------------------
-# Header of the parameters; behind it levels, context, statics, survival, remaining, columns, then mean and scale of the
+# Header of the parameters; behind it levels, context, statics, steps, survival, remaining, columns, then mean and scale of the
 # observation, the sizes of the action's components, and weights and biases layer by layer.
 P_KIND = 0
 P_MAX_ADMIT = 1
 P_HOLD = 2
 P_DRAWN = 3  # 1: actions are drawn, 0: the likeliest
-P_HALF_BLOCK = 4
+P_HEADROOM = 4
 P_WHOLE = 5  # numbers of the environment's observation
 P_WIDTH = 6  # D
 P_EXTENDED = 7
@@ -439,11 +438,10 @@ def _guard(held, memory, settings, queues, decision):  # type: ignore[no-untyped
 @compiled
 def agent_rule(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
     """One decision of an agent: a look at the engine and a choice every ``hold`` iterations, and what it means now."""
-    steps = STEPS
-    num_steps = steps.shape[0]
+    num_steps = len(GRID)
     kind, max_admit = int(parameters[P_KIND]), int(parameters[P_MAX_ADMIT])
     classes, size = int(parameters[P_CLASSES]), int(parameters[P_SIZE])
-    half_block = parameters[P_HALF_BLOCK]
+    headroom = parameters[P_HEADROOM]
     a = P_ROWS
     b = a + int(parameters[P_LEVELS])
     levels = parameters[a:b]
@@ -453,6 +451,9 @@ def agent_rule(parameters, memory, settings, requests, slots, queues, queue_f, s
     a = b
     b += int(parameters[P_STATICS])
     statics = parameters[a:b]
+    a = b
+    b += num_steps
+    steps = parameters[a:b]
     a = b
     b += classes * size * num_steps
     survival = parameters[a:b].reshape((classes, size, num_steps))
@@ -473,7 +474,7 @@ def agent_rule(parameters, memory, settings, requests, slots, queues, queue_f, s
         legal = np.empty(total, dtype=np.bool_)
         nothing = np.empty((st.T_ROWS, 0))
         observe_agent(
-            kind, max_admit, int(parameters[P_WHOLE]), columns, parameters[P_EXTENDED] != 0.0, half_block, parameters[P_BOUNDARY_RATE],
+            kind, max_admit, int(parameters[P_WHOLE]), columns, parameters[P_EXTENDED] != 0.0, headroom, parameters[P_BOUNDARY_RATE],
             steps, survival, remaining, size, statics, settings, context, requests, nothing, slots, queues, queue_f, scalars, clocks,
             scratch, observed, legal,
         )  # fmt: skip
@@ -482,7 +483,7 @@ def agent_rule(parameters, memory, settings, requests, slots, queues, queue_f, s
     memory[M_LEFT] -= 1
     action = memory[M_ACTION : M_ACTION + components]
     decode_agent(
-        kind, action, levels, max_admit, half_block, steps, survival, size, settings, context, requests, slots, queues, scalars, scratch,
+        kind, action, levels, max_admit, headroom, steps, survival, size, settings, context, requests, slots, queues, scalars, scratch,
         decision,
     )  # fmt: skip
     decision[2, :] = 0

@@ -2,10 +2,10 @@
 
 Residents end at random and the others grow. With S_j(g) = P(output > g) of class j, a resident of
 prompt l that has generated g tokens still runs t iterations from now with probability
-S_j(g + t) / S_j(g) and then holds l + g + t tokens (and half a block, rounded). The sum over the
-residents is the expected KV t iterations ahead, and its largest value over ``GRID`` the predicted
-peak. An action is a level: requests enter in the engine's admission order while the peak stays
-within level * C. ``reserve`` (``llmsched_env.action``) adds up final lengths, which are never
+S_j(g + t) / S_j(g) and then holds l + g + t tokens (and half a block, rounded, and ``Recipe.spare`` blocks). The
+sum over the residents is the expected KV t iterations ahead, and its largest value over ``forecast_steps``
+the predicted peak. An action is a level: requests enter in the engine's admission order while the peak
+stays within level * C. ``reserve`` (``llmsched_env.action``) adds up final lengths, which are never
 reached all at once; what over-commitment this allows depends on the workload, a level much less.
 
 An empty engine takes the first request whatever it is expected to need, so nothing is held forever.
@@ -13,7 +13,7 @@ An empty engine takes the first request whatever it is expected to need, so noth
 Features beside the observation (all in [0, 1] unless a name says otherwise), in this order:
 
 ========  ======================================================================================
-GRID      expected KV of the residents t iterations ahead, share of the capacity / 2
+14        expected KV of the residents at each of ``forecast_steps``, share of the capacity / 2
 1         work waiting: expected KV x iterations of the requests outside / capacity, *log*
 1         work left: the same of the residents' remaining iterations, *log*
 1         age of the oldest request outside, *time*
@@ -34,6 +34,7 @@ stability boundary allows.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -53,22 +54,49 @@ class LengthTables:
     """What the predictions of one workload on one engine read.
 
     Attributes:
-        survival: (J, G, T) float32, P(output > g + GRID[t] | output > g, class j).
+        survival: (J, G, T) float32, P(output > g + steps[t] | output > g, class j).
         remaining: (J, G, 2) float64, E[output - g | output > g] and E[(output (output + 1) - g (g + 1)) / 2 | output > g].
         statics: (STATICS,) float32, the static features.
-        half_block: tokens lost in a resident's last block, on average.
+        steps: (T,) float64, ``forecast_steps``.
+        headroom: tokens counted for each resident beyond those it holds: what its last block wastes on average, and the spare.
         boundary_rate: stability boundary, requests/s.
     """
 
     survival: npt.NDArray[np.float32]
     remaining: npt.NDArray[np.float64]
     statics: npt.NDArray[np.float32]
-    half_block: float
+    steps: npt.NDArray[np.float64]
+    headroom: float
     boundary_rate: float
 
 
-def length_tables(statistics: LengthStatistics, layout: QueueLayout, engine: EngineConfig, boundary_rate: float) -> LengthTables:
-    """Tables from what an operator knows of the lengths."""
+def forecast_steps(max_output: int) -> npt.NDArray[np.float64]:
+    """(T,) iterations ahead at which the KV is predicted: those of ``GRID`` within the longest output, and as many between them.
+
+    Short outputs need a finer forecast: where all end within 20 iterations, the peak lies between two points of ``GRID``.
+    """
+    if max_output > GRID[-1]:
+        return np.array(GRID, dtype=np.float64)
+    last = max(max_output - 1, 0)
+    points = [*(t for t in GRID if t < last), last]
+    while len(points) < len(GRID):
+        gaps = [b - a for a, b in itertools.pairwise(points)]
+        if max(gaps, default=0) <= 1:
+            return np.array(points + [last] * (len(GRID) - len(points)), dtype=np.float64)
+        widest = gaps.index(max(gaps))
+        points.insert(widest + 1, points[widest] + gaps[widest] // 2)
+    return np.array(points, dtype=np.float64)
+
+
+def length_tables(
+    statistics: LengthStatistics, layout: QueueLayout, engine: EngineConfig, boundary_rate: float, spare: float = 0.0
+) -> LengthTables:
+    """Tables from what an operator knows of the lengths.
+
+    Args:
+        spare: blocks (tokens in the ``paper`` preset) counted for each resident beyond its own.
+    """
+    steps = forecast_steps(statistics.max_output)
     weights = class_weights(statistics, layout)
     size = min(statistics.max_output + 1, _LONGEST)
     lengths = np.arange(size)
@@ -76,17 +104,17 @@ def length_tables(statistics: LengthStatistics, layout: QueueLayout, engine: Eng
     remaining = np.empty((layout.num_classes, size, 2))
     for j in range(layout.num_classes):
         weight = weights[j]
-        tail = _tail(statistics.output, weight, size + GRID[-1])
+        tail = _tail(statistics.output, weight, size + int(steps[-1]))
         now = np.maximum(tail[:size], 1e-12)
-        for t, ahead in enumerate(GRID):
+        for t, ahead in enumerate(steps.astype(int).tolist()):
             survival[j, :, t] = 1.0 if ahead == 0 else tail[ahead : size + ahead] / now
         first = _tail(statistics.output, weight * statistics.output, size) / now
         second = _tail(statistics.output, weight * statistics.output * (statistics.output + 1) / 2, size) / now
         known = tail[:size] > 1e-9
         remaining[j, :, 0] = np.where(known, first - lengths, 1.0)
         remaining[j, :, 1] = np.where(known, second - lengths * (lengths + 1) / 2, lengths + 1.0)
-    half_block = 0.0 if engine.preset == "paper" else (engine.block_size - 1) / 2
-    return LengthTables(survival, remaining, _statics(statistics, engine), half_block, boundary_rate)
+    headroom = spare if engine.preset == "paper" else spare * engine.block_size + (engine.block_size - 1) / 2
+    return LengthTables(survival, remaining, _statics(statistics, engine), steps, headroom, boundary_rate)
 
 
 def _tail(output: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], size: int) -> npt.NDArray[np.float64]:
@@ -119,16 +147,17 @@ class TableStack:
 
     Attributes:
         survival: (S, J, G, T) float32; remaining: (S, J, G, 2) float64; row: (N,) int64.
-        statics: (N, STATICS) float32; half_block, boundary_rate: (N,) float64.
-        size: (S,) int64, G of each row.
+        statics: (N, STATICS) float32; headroom, boundary_rate: (N,) float64.
+        size: (S,) int64, G of each row; steps: (S, T) float64.
     """
 
     survival: npt.NDArray[np.float32]
     remaining: npt.NDArray[np.float64]
     size: npt.NDArray[np.int64]
+    steps: npt.NDArray[np.float64]
     row: npt.NDArray[np.int64]
     statics: npt.NDArray[np.float32]
-    half_block: npt.NDArray[np.float64]
+    headroom: npt.NDArray[np.float64]
     boundary_rate: npt.NDArray[np.float64]
 
     @classmethod
@@ -138,7 +167,7 @@ class TableStack:
         row = np.empty(len(tables), dtype=np.int64)
         for e, table in enumerate(tables):
             for i, other in enumerate(distinct):
-                if other.survival is table.survival or np.array_equal(other.survival, table.survival):
+                if np.array_equal(other.steps, table.steps) and np.array_equal(other.survival, table.survival):
                     row[e] = i
                     break
             else:
@@ -154,9 +183,10 @@ class TableStack:
             survival,
             remaining,
             sizes,
+            np.stack([t.steps for t in distinct]),
             row,
             np.stack([t.statics for t in tables]),
-            np.array([t.half_block for t in tables]),
+            np.array([t.headroom for t in tables]),
             np.array([t.boundary_rate for t in tables]),
         )
 

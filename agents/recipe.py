@@ -10,10 +10,13 @@ from typing import Any, Literal
 import numpy as np
 
 from baselines import Setting
+from baselines.policy import interpolated_edges
 from llmsched_env.action import THETAS
 from llmsched_env.env import engine_with
 from llmsched_env.errors import ConfigError
-from llmsched_env.fluid import equal_probability_ends, stability_boundary
+from llmsched_env.fluid import Fluid, equal_probability_ends
+from llmsched_env.fluid.equilibrium import KV_CHARGED, CycleLoad, boundary_of
+from llmsched_env.forecast import middles
 from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
 
 ActionSet = Literal["admit", "admit-only", "reserve", "peak"]
@@ -39,6 +42,8 @@ class Recipe:
             ``first-token`` ``first_token_budget``'s, for limits on the time to the first token.
         late_last: requests past the setting's ``ttft_slo`` are admitted last (seconds), or None.
         max_admit: largest count of ``admit`` and ``admit-only``.
+        spare: KV blocks (tokens in the ``paper`` preset) that ``peak`` counts for each resident beyond what it is expected
+            to hold: forecasts are means, and what they miss grows with the number of residents.
         levels: thetas of ``reserve`` or levels of ``peak``; empty for their defaults.
         hold: iterations for which one action stays in force.
         features: append the features of ``agents.peak`` to the observation.
@@ -55,6 +60,7 @@ class Recipe:
     token_budget: TokenBudget = "engine"
     late_last: float | None = None
     max_admit: int = 16
+    spare: float = 0.0
     levels: tuple[float, ...] = ()
     hold: int = 1
     features: bool = False
@@ -71,6 +77,8 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 4096:
                 raise ConfigError(f"recipe.{name}: {value!r}, must be an integer from 1 to 4096")
+        if not 0 <= self.spare <= 64:
+            raise ConfigError(f"recipe.spare: {self.spare!r}, must be in [0, 64] blocks")
         if any(not level > 0 for level in self.levels) and self.action_set == "peak":
             raise ConfigError(f"recipe.levels: {self.levels}, must be > 0")
 
@@ -89,7 +97,7 @@ class Recipe:
             ends = _padded(quantiles, self.num_segments - 1, statistics.max_output)
         if self.num_classes == 1:
             return QueueLayout(segment_ends=ends)
-        edges = prompt_edges(statistics, self.num_classes)
+        edges = interpolated_edges(statistics, self.num_classes)
         longest = int(np.ceil(statistics.prompt.max()))
         return QueueLayout("prompt", _padded(edges, self.num_classes - 1, longest), segment_ends=ends)
 
@@ -165,19 +173,20 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float
     resident wait. Too small a budget, where prompts are the main work, costs throughput. So a budget is
     enough if its stability boundary is 95.5 % of the largest, or 92 % where that is 5 % above ``rate``
     (requests/s). Where a prompt takes many iterations beside its output (more than 5 %), throughput counts
-    for more: 96.5 %, or 95 % with that room. The shares are round values from a comparison of budgets on
-    seeds of no evaluation.
+    for more: 96.5 %, or 95 % with that room. Boundaries count the memory that prompts hold while they are
+    computed (``boundary_with_prefill``). The shares are round values from a comparison of budgets on seeds
+    of no evaluation.
     """
     own = engine.max_num_batched_tokens
     if not _chunked(engine):
         return own
-    whole = stability_boundary(statistics, engine)
+    whole = boundary_with_prefill(statistics, engine)
     for budget in BUDGETS:
         if budget >= own:
             break
         if budget < engine.max_num_seqs:
             continue
-        boundary = stability_boundary(statistics, engine.replace(max_num_batched_tokens=budget))
+        boundary = boundary_with_prefill(statistics, engine.replace(max_num_batched_tokens=budget))
         decoding = statistics.mean_prompt <= 0.05 * statistics.mean_output * budget
         least, most = (0.92, 0.955) if decoding else (0.95, 0.965)
         if boundary >= most * whole or boundary >= max(least * whole, 1.05 * rate):
@@ -185,18 +194,33 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float
     return own
 
 
+def boundary_with_prefill(statistics: LengthStatistics, engine: EngineConfig) -> float:
+    """The fluid stability boundary (requests/s) where a prompt of l tokens also holds its memory for l / budget iterations.
+
+    ``llmsched_env.fluid`` counts a prompt in one iteration, which is little off for prompts of some hundred
+    tokens. One of 8,630 takes 34 iterations at a budget of 256, and its whole memory is set aside all along.
+    """
+    load = Fluid.of(statistics.prompt, statistics.output, statistics.weight, engine).load
+    sums = load.sums.copy()
+    sums[KV_CHARGED] += float(statistics.weight @ statistics.prompt**2) / engine.max_num_batched_tokens
+    return boundary_of(CycleLoad(sums, engine), 1.0).rate
+
+
 def first_token_budget(statistics: LengthStatistics, engine: EngineConfig) -> int:
-    """256 tokens where they keep 99 % of the stability boundary, else 1,024; never more than the engine's own.
+    """256 tokens where they keep 99 % of the boundary, else 1,024, or 2,048 for mean prompts of more; never more than the engine's own.
 
     A larger budget computes waiting prompts sooner and makes every later token slower, which counts less
     under limits on both: where memory is the bottleneck there are few prompts to compute at a time and a
     small budget costs them nothing. Values as in ``fluid_budget``.
     """
     own = engine.max_num_batched_tokens
-    small = engine.replace(max_num_batched_tokens=256) if _chunked(engine) and engine.max_num_seqs <= 256 < own else None
-    if small is not None and stability_boundary(statistics, small) >= 0.99 * stability_boundary(statistics, engine):
-        return 256
-    return max(min(own, 1_024), engine.max_num_seqs) if _chunked(engine) else own
+    if not _chunked(engine):
+        return own
+    if engine.max_num_seqs <= 256 < own:
+        small = boundary_with_prefill(statistics, engine.replace(max_num_batched_tokens=256))
+        if small >= 0.99 * boundary_with_prefill(statistics, engine):
+            return 256
+    return max(min(own, 2_048 if statistics.mean_prompt > 2_048 else 1_024), engine.max_num_seqs)
 
 
 def _chunked(engine: EngineConfig) -> bool:
@@ -234,8 +258,7 @@ def class_weights(statistics: LengthStatistics, layout: QueueLayout) -> FloatArr
     """
     j = np.arange(layout.num_classes)[:, None]
     if layout.by == "prompt" and layout.edges:
-        bounds = np.array([1.0, *layout.edges, max(float(statistics.prompt.max()), layout.edges[-1] + 1.0)])
-        middle = np.log((bounds[:-1] + bounds[1:]) / 2)[:, None]
+        middle = np.log(middles(statistics, layout))[:, None]
         near = -0.5 * ((np.log(statistics.prompt)[None, :] - middle) / 0.15) ** 2
         own = statistics.weight * np.exp(near - near.max(axis=1, keepdims=True))
     else:
@@ -245,19 +268,6 @@ def class_weights(statistics: LengthStatistics, layout: QueueLayout) -> FloatArr
     own = np.where(mass > 0, own / np.where(mass > 0, mass, 1.0), statistics.weight)
     weights: FloatArray = 0.95 * own + 0.05 * statistics.weight
     return weights
-
-
-def prompt_edges(statistics: LengthStatistics, num_classes: int) -> tuple[int, ...]:
-    """Upper edges of at most ``num_classes`` buckets of about equal probability by prompt length.
-
-    The statistics know some twenty prompt lengths, each the middle of a range; between them the
-    distribution function is taken to be linear.
-    """
-    lengths, index = np.unique(statistics.prompt, return_inverse=True)
-    mass = np.bincount(index, statistics.weight)
-    shares = np.arange(1, num_classes) / num_classes
-    edges = np.unique(np.floor(np.interp(shares, np.cumsum(mass) - mass / 2, lengths)).astype(np.int64))
-    return tuple(int(edge) for edge in edges if 1 <= edge < lengths[-1])
 
 
 def _padded(edges: tuple[int, ...], count: int, last: int) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvS
 
 from agents.domain import EnvSetting
 from agents.interface import NO_TABLES, component_sizes, observed_columns
-from agents.kernel import FEATURES, HIDDEN, KINDS, STEPS, advance_all, branch_all, observe_agent
+from agents.kernel import FEATURES, GRID, HIDDEN, KINDS, advance_all, branch_all, observe_agent
 from agents.peak import LengthTables, TableStack, length_tables
 from agents.recipe import Recipe
 from agents.sb3_vec import SB3VecEnv
@@ -118,7 +118,7 @@ class AgentVecEnv(SB3VecEnv):
         per_setting = self._tables(len(placed))
         stack = TableStack.of([per_setting[i % len(placed)] for i in range(n)])
         self._stack = stack
-        self._scratch = np.zeros((n, 2, STEPS.size))
+        self._scratch = np.zeros((n, 2, len(GRID)))
         scale = np.array([placed[i % len(placed)].time_scale for i in range(n)])
         self.record = StepRecord(np.zeros(n), np.zeros(n, dtype=np.bool_), np.arange(n) % len(placed), scale)
         self._discount = discount_seconds * scale
@@ -137,7 +137,7 @@ class AgentVecEnv(SB3VecEnv):
         made = []
         for i in range(count):
             t = self.vector.template(i)
-            made.append(length_tables(t.scenario.statistics, t.layout, t.engine, float(t.context[X_BOUNDARY_RATE])))
+            made.append(length_tables(t.scenario.statistics, t.layout, t.engine, float(t.context[X_BOUNDARY_RATE]), self.recipe.spare))
         return made
 
     @property
@@ -165,9 +165,9 @@ class AgentVecEnv(SB3VecEnv):
         s, v = self._stack, self.vector
         row = s.row[i]
         observe_agent(
-            self._kind, self.recipe.max_admit, self._whole, self._columns, self.recipe.features, s.half_block[i], s.boundary_rate[i], STEPS,
-            s.survival[row], s.remaining[row], s.size[row], s.statics[i], v._settings[i], v._contexts[i], v._requests[i], v._times[i],
-            v._slots[i], v._queues[i], v._queue_f[i], v._scalars[i], v._clocks[i], self._scratch[i], self._observations[i],
+            self._kind, self.recipe.max_admit, self._whole, self._columns, self.recipe.features, s.headroom[i], s.boundary_rate[i],
+            s.steps[row], s.survival[row], s.remaining[row], s.size[row], s.statics[i], v._settings[i], v._contexts[i], v._requests[i],
+            v._times[i], v._slots[i], v._queues[i], v._queue_f[i], v._scalars[i], v._clocks[i], self._scratch[i], self._observations[i],
             self._masks[i],
         )  # fmt: skip
 
@@ -182,7 +182,7 @@ class AgentVecEnv(SB3VecEnv):
         terminated, truncated = np.empty(n, dtype=np.bool_), np.empty(n, dtype=np.bool_)
         advance_all(
             actions, self._kind, self._levels, self.recipe.max_admit, self.recipe.hold, self._discount, *self.vector._reward_code,
-            self._whole, self._columns, self.recipe.features, s.row, s.half_block, s.boundary_rate, STEPS, s.survival, s.remaining, s.size,
+            self._whole, self._columns, self.recipe.features, s.row, s.headroom, s.boundary_rate, s.steps, s.survival, s.remaining, s.size,
             s.statics, *self._arrays, self._scratch, self._observations, self._masks, rewards, durations, terminated, truncated,
             self._returns, self._lengths,
         )  # fmt: skip
@@ -219,7 +219,7 @@ class AgentVecEnv(SB3VecEnv):
         start = time.perf_counter()
         branch_all(
             tried, np.asarray(follow, dtype=np.int64), self._kind, self._levels, self.recipe.max_admit, deviate_seconds * scale,
-            horizon_seconds * scale, *self.vector._reward_code, s.row, s.half_block, STEPS, s.survival, s.size, *self._arrays,
+            horizon_seconds * scale, *self.vector._reward_code, s.row, s.headroom, s.steps, s.survival, s.size, *self._arrays,
             self._scratch, costs,
         )  # fmt: skip
         self.seconds += time.perf_counter() - start

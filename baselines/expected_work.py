@@ -10,7 +10,7 @@ import numpy as np
 from baselines.policy import RulePolicy, Setting, prompt_classes
 from baselines.reserve import reservation
 from llmsched_env.errors import ConfigError
-from llmsched_env.forecast import expected_output_by_class
+from llmsched_env.forecast import expected_output_by_class, middles
 from llmsched_env.types import FloatArray, LengthStatistics, QueueLayout
 
 
@@ -46,8 +46,8 @@ class ExpectedWork(RulePolicy):
 
 
 def expected_prompt_by_class(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
-    """(J,) E[prompt | class], tokens; the overall mean where the statistics know no request of the class."""
+    """(J,) E[prompt | class], tokens; the middle of the bucket where the statistics know no request of the class."""
     index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
     mass = np.bincount(index, statistics.weight, layout.num_classes)
     tokens = np.bincount(index, statistics.weight * statistics.prompt, layout.num_classes)
-    return np.where(mass > 0, tokens / np.where(mass > 0, mass, 1.0), statistics.mean_prompt)
+    return np.where(mass > 0, tokens / np.where(mass > 0, mass, 1.0), middles(statistics, layout))

@@ -95,9 +95,28 @@ def output_classes(statistics: LengthStatistics, num_classes: int) -> QueueLayou
 
 
 def prompt_classes(statistics: LengthStatistics, num_classes: int) -> QueueLayout:
-    """Buckets of equal probability by prompt length, which a server knows at arrival."""
-    edges = bucket_edges(statistics.prompt, statistics.weight, num_classes)
+    """Buckets of about equal probability by prompt length, which a server knows at arrival.
+
+    Where there are to be more buckets than the statistics know prompt lengths, ``interpolated_edges``.
+    """
+    if num_classes > np.unique(statistics.prompt).size:
+        edges = interpolated_edges(statistics, num_classes)
+    else:
+        edges = bucket_edges(statistics.prompt, statistics.weight, num_classes)
     return QueueLayout(by="prompt", edges=edges) if edges else QueueLayout()
+
+
+def interpolated_edges(statistics: LengthStatistics, num_classes: int) -> tuple[int, ...]:
+    """Upper edges of at most ``num_classes`` buckets of about equal probability by prompt length.
+
+    The statistics know some twenty prompt lengths, each the middle of a range; between them the
+    distribution function is taken to be linear.
+    """
+    lengths, index = np.unique(statistics.prompt, return_inverse=True)
+    mass = np.bincount(index, statistics.weight)
+    shares = np.arange(1, num_classes) / num_classes
+    edges = np.unique(np.floor(np.interp(shares, np.cumsum(mass) - mass / 2, lengths)).astype(np.int64))
+    return tuple(int(edge) for edge in edges if 1 <= edge < lengths[-1])
 
 
 def bucket_edges(values: np.ndarray, weight: np.ndarray, num_classes: int) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ def expected_output(statistics: LengthStatistics) -> FloatArray:
 
 
 def expected_output_by_class(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
-    """(J,) E[output | class]; the overall mean where the statistics know no request of the class."""
-    return np.array([points.mean_output for points in _classes(statistics, layout)])
+    """(J,) E[output | class]; where the statistics know no request of the class, as ``classes_of`` says."""
+    return np.array([points.mean_output for points in classes_of(statistics, layout)])
 
 
 def expected_remaining(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
@@ -27,7 +27,7 @@ def expected_remaining(statistics: LengthStatistics, layout: QueueLayout) -> Flo
     """
     out = np.ones((layout.num_classes, layout.num_segments))
     bounds = [0, *layout.segment_ends, max(statistics.max_output, 1)]
-    for j, points in enumerate(_classes(statistics, layout)):
+    for j, points in enumerate(classes_of(statistics, layout)):
         mean, above = _tails(points.output, points.weight, statistics.max_output)
         rest = (mean - np.arange(mean.size)) * above
         for k in range(layout.num_segments):
@@ -38,16 +38,32 @@ def expected_remaining(statistics: LengthStatistics, layout: QueueLayout) -> Flo
     return out
 
 
-def _classes(statistics: LengthStatistics, layout: QueueLayout) -> list[LengthStatistics]:
-    """The statistics of each class; all requests where none of the class is known."""
+def classes_of(statistics: LengthStatistics, layout: QueueLayout) -> list[LengthStatistics]:
+    """The statistics of each class.
+
+    Where none of a class is known: for a bucket by prompt length, as buckets may be finer than the
+    statistics, the requests whose prompts come nearest (by ratio) to its middle; else all requests.
+    """
     index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
+    middle = middles(statistics, layout) if layout.by == "prompt" else None
     found = []
     for j in range(layout.num_classes):
         chosen = index == j
+        if middle is not None and not statistics.weight[chosen].sum() > 0:
+            distance = np.abs(np.log(statistics.prompt / middle[j]))
+            chosen = (distance == distance[statistics.weight > 0].min()) & (statistics.weight > 0)
         if statistics.weight[chosen].sum() > 0:
             found.append(LengthStatistics.of(statistics.prompt[chosen], statistics.output[chosen], statistics.weight[chosen]))
         else:
             found.append(statistics)
+    return found
+
+
+def middles(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
+    """(J,) middle of each bucket by prompt length, tokens; the last one ends at the longest prompt known."""
+    last = layout.edges[-1] if layout.edges else 0
+    bounds = np.array([1.0, *layout.edges, max(float(statistics.prompt.max()), last + 1.0)])
+    found: FloatArray = (bounds[:-1] + bounds[1:]) / 2
     return found
 
 

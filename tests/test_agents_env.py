@@ -14,13 +14,15 @@ pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: 
 from agents.domain import Domain, EnvSetting, arrivals_of, workload_of
 from agents.interface import Interface
 from agents.kernel import FEATURES, GRID, HIDDEN
-from agents.recipe import LEVELS, Recipe, class_tokens, class_work, first_token_budget, fluid_budget
+from agents.peak import forecast_steps
+from agents.recipe import LEVELS, Recipe, boundary_with_prefill, class_tokens, class_work, first_token_budget, fluid_budget
 from agents.sb3_vec import SB3VecEnv
 from agents.training_env import AgentVecEnv
 from baselines import Setting
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv
 from llmsched_env.backend import make_backend
 from llmsched_env.engine import state as st
+from llmsched_env.perf import LinearTime
 from llmsched_env.types import LengthStatistics
 from llmsched_env.vector import LLMSchedVectorEnv
 from llmsched_env.workload import load_scenario
@@ -154,19 +156,34 @@ def survival(statistics: LengthStatistics, in_class: np.ndarray, g: int, ahead: 
     return float(weight[statistics.output > g + ahead].sum() / alive) if alive > 1e-12 else float(ahead == 0)
 
 
-def expected_kv(view: Any, statistics: LengthStatistics, index: np.ndarray, extra: list[tuple[int, int, int]]) -> np.ndarray:
-    """Expected KV tokens at every step of GRID: residents and (class, prompt, generated) of ``extra``."""
+def expected_kv(view: Any, statistics: LengthStatistics, index: np.ndarray, extra: list[tuple[int, int, int]], spare: float) -> np.ndarray:
+    """Expected KV tokens at every step of the forecast: residents and (class, prompt, generated) of ``extra``."""
     residents = view.resident_requests()
-    half = 0.0 if view.engine.preset == "paper" else (view.engine.block_size - 1) / 2
+    half = spare if view.engine.preset == "paper" else spare * view.engine.block_size + (view.engine.block_size - 1) / 2
+    steps = forecast_steps(statistics.max_output).astype(int)
     who = list(zip(residents.queue // view.layout.num_segments, residents.prompt_tokens, residents.generated, strict=True)) + extra
-    return np.array([sum(survival(statistics, index == j, int(g), t) * (p + g + half + t) for j, p, g in who) for t in GRID])
+    return np.array([sum(survival(statistics, index == j, int(g), t) * (p + g + half + t) for j, p, g in who) for t in steps])
 
 
+def test_the_forecast_looks_as_far_as_outputs_reach_and_closer_where_they_are_short() -> None:
+    assert tuple(forecast_steps(GRID[-1] + 1)) == tuple(forecast_steps(100_000)) == GRID
+    assert tuple(forecast_steps(970)) == (*GRID[:-1], 969)
+    assert forecast_steps(20).tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 17, 19]
+    for longest in (1, 2, 7, 14, 15, 100, 490, 970):
+        steps = forecast_steps(longest)
+        assert steps.shape == (len(GRID),) and steps[0] == 0 and (np.diff(steps) >= 0).all() and steps[-1] == longest - 1
+        if longest <= len(GRID):
+            assert set(steps.tolist()) == set(range(longest))
+        else:
+            assert (np.diff(steps) > 0).all()
+
+
+@pytest.mark.parametrize("spare", [0.0, 1.5])
 @pytest.mark.parametrize("name", ["azure-conv", "nested-two-type"])
-def test_peak_admits_exactly_as_many_as_the_prediction_allows(name: str) -> None:
+def test_peak_admits_exactly_as_many_as_the_prediction_allows(name: str, spare: float) -> None:
     domain = Domain((name,), (1.1,), (300,))
     setting = domain.grid()[0]
-    recipe = Recipe(**{**vars(PEAK), "levels": (0.6, 1.0, math.inf), "num_classes": 3 if name == "azure-conv" else 1})
+    recipe = Recipe(**{**vars(PEAK), "levels": (0.6, 1.0, math.inf), "num_classes": 3 if name == "azure-conv" else 1, "spare": spare})
     interface = Interface(recipe, setting.setting)
     statistics = setting.scenario.statistics
     index = interface.layout.classify(statistics.prompt, statistics.output, statistics.type_id)
@@ -187,12 +204,12 @@ def test_peak_admits_exactly_as_many_as_the_prediction_allows(name: str) -> None
             heads = [list(zip(w.prompt_tokens, w.generated, strict=True)) for w in waiting]
             admitted = [(j, p, g) for j in order for p, g in heads[j][: decision.admit[j]]]
             left = [(j, *heads[j][decision.admit[j]]) for j in order if len(heads[j]) > decision.admit[j]]
-            peak = expected_kv(view, statistics, index, admitted).max()
+            peak = expected_kv(view, statistics, index, admitted, spare).max()
             limit = recipe.choices[level] * capacity
             alone = view.num_residents == 0 and len(admitted) == 1
             assert peak <= limit * (1 + 1e-6) or alone or not admitted  # residents may have entered at another level
             if left and not alone:  # the next in the order of work does not fit any more
-                assert expected_kv(view, statistics, index, [*admitted, left[0]]).max() > limit * (1 - 1e-6)
+                assert expected_kv(view, statistics, index, [*admitted, left[0]], spare).max() > limit * (1 - 1e-6)
             granted += len(admitted)
         backend.advance(decision)
     assert granted > 10
@@ -325,6 +342,10 @@ def test_the_token_budget_follows_the_fluid_model() -> None:
     assert first_token_budget(conv.statistics, conv.engine.replace(num_blocks=2816)) == 256
     assert first_token_budget(conv.statistics, large) == 1024
     assert first_token_budget(conv.statistics, large.replace(max_num_batched_tokens=512)) == 512
+    long = load_scenario("mooncake")
+    few = long.engine.replace(num_blocks=2816)  # five prompts fill the memory, and hold it while they are computed
+    assert [fluid_budget(long.statistics, engine, 0.3) for engine in (few, long.engine.replace(num_blocks=7424))] == [512, 256]
+    assert first_token_budget(long.statistics, few) == 2048
     paper = load_scenario("two-type")
     assert first_token_budget(paper.statistics, paper.engine) == paper.engine.max_num_batched_tokens
     assert fluid_budget(paper.statistics, paper.engine, 1.0) == paper.engine.max_num_batched_tokens
@@ -332,10 +353,23 @@ def test_the_token_budget_follows_the_fluid_model() -> None:
     assert fluid_budget(conv.statistics, whole, 1.0) == 4096
 
 
+def test_prompts_hold_memory_while_they_are_computed() -> None:
+    """Against the closed form for one length and linear time: y = C / S requests at a stage, y / tau(y) of them a second."""
+    prompt, output, budget, d0, d1 = 8000, 301, 256, 0.01, 1e-6
+    statistics = LengthStatistics.of([float(prompt)], [float(output)], [1.0], source="one length")
+    engine = EngineConfig.vllm(num_blocks=2816, max_num_batched_tokens=budget, time_model=LinearTime(d0, d1))
+    load = output * (prompt + (output - 1) / 2)  # tokens x iterations, the first token from the prefill
+    charged = load + 7.5 * output + prompt * prompt / budget
+    y = 2816 * 16 / charged
+    assert boundary_with_prefill(statistics, engine) == pytest.approx(y / (d0 + d1 * y * load), rel=1e-9)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"action_set": "peaks"}, "action_set"),
+        ({"spare": -0.5}, "spare"),
+        ({"spare": float("nan")}, "spare"),
         ({"order": "size"}, "order"),
         ({"hold": 0}, "hold"),
         ({"num_classes": True}, "num_classes"),

@@ -48,7 +48,7 @@ def test_a_gain_below_the_caution_changes_nothing(tmp_path: Path) -> None:
     for run in (bold, careful):
         run.run()
     first = careful.rollouts.first
-    assert careful.hyper.recipe.choices[first] == 0.97
+    assert careful.hyper.recipe.choices[first] == 0.99
     seen = careful.rollouts.data
     assert seen is not None
     chosen = load_checkpoint(tmp_path / "b" / "agent").predict(seen.observations)[:, 0]

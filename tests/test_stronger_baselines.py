@@ -9,7 +9,9 @@ import pytest
 
 from baselines import Setting, make_policy
 from baselines.expected_work import expected_prompt_by_class
+from baselines.policy import prompt_classes
 from llmsched_env.errors import ConfigError
+from llmsched_env.forecast import expected_output_by_class, middles
 from llmsched_env.metrics import summarize
 from llmsched_env.perf import LinearTime
 from llmsched_env.runner import Policy, run_episode
@@ -45,7 +47,19 @@ def test_expected_work_ranks_classes_by_prompt_plus_c_times_expected_output() ->
 def test_expected_prompt_by_class_weighs_and_fills_unknown_classes() -> None:
     statistics = LengthStatistics.of([10, 20, 90], [1, 1, 1], [3, 1, 4])
     layout = QueueLayout("prompt", (20, 50))
-    np.testing.assert_allclose(expected_prompt_by_class(statistics, layout), [12.5, statistics.mean_prompt, 90.0])
+    np.testing.assert_allclose(expected_prompt_by_class(statistics, layout), [12.5, 35.0, 90.0])
+
+
+def test_buckets_finer_than_the_statistics_lie_between_known_lengths_and_take_after_the_nearest() -> None:
+    statistics = LengthStatistics.of([100, 200, 400, 800], [10, 20, 40, 80], [1, 1, 1, 1])
+    assert prompt_classes(statistics, 4).edges == (100, 200, 400)  # a known length each
+    layout = prompt_classes(statistics, 8)
+    assert layout.edges == (100, 150, 200, 300, 400, 600)
+    np.testing.assert_allclose(middles(statistics, layout), [50.5, 125, 175, 250, 350, 500, 700])
+    np.testing.assert_allclose(expected_prompt_by_class(statistics, layout), [100, 125, 200, 250, 400, 500, 800])
+    np.testing.assert_allclose(expected_output_by_class(statistics, layout), [10, 10, 20, 20, 40, 40, 80])
+    policy = make_policy("expected-work", setting(statistics), num_classes=8, c=1.0)
+    assert policy.layout == layout and policy.engine.class_rank == tuple(range(7))
 
 
 def test_expected_work_serves_the_cheapest_bucket_first() -> None:
