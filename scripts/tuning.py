@@ -32,7 +32,7 @@ COARSE = 7
 """Points of a grid that the first pass looks at, about."""
 
 THETAS = tuple(round(0.8 + 0.01 * i, 2) for i in range(81))
-CLASSES = (1, 2, 4, 8, 16, 32)
+CLASSES = (1, 2, 4, 8, 16, 32, 64)
 BUDGETS = (256, 384, 512, 768, 1_024, 1_536, 2_048)
 ENGINE: dict[str, Sequence[Any]] = {"engine.max_num_batched_tokens": BUDGETS}
 """The token budget is the operator's to choose whatever the policy; the ``paper`` preset has none."""
