@@ -51,7 +51,8 @@ def arguments() -> Parser:
     parser.add_argument("--slo-agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints for SLO goodput")
     parser.add_argument("--tuned", type=Path, metavar="FILE.json", help="what scripts/tune.py wrote")
     add_selection(parser)
-    parser.add_argument("--seeds", type=int, metavar="N", help=f"evaluation seeds 0 .. N-1 (default {SEEDS})")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"paired evaluation seeds in a cell (default {SEEDS})")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="the first of them; a new start draws other requests")
     parser.add_argument("--rows", type=Path, default=Path("results/bench-v1/rows.csv"), metavar="FILE.csv", help="finished runs, kept")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="the page; plots go beside it")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds of {QUICK_REQUESTS} requests")
@@ -121,6 +122,9 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--suite: {options.suite!r}, must be {SUITE!r}")
         seeds = options.seeds if options.seeds is not None else QUICK_SEEDS if options.quick else SEEDS
         check_counts(seeds=seeds, jobs=options.jobs)
+        if options.first_seed < 0:
+            raise ConfigError(f"--first-seed: {options.first_seed}, must be >= 0")
+        numbers = range(options.first_seed, options.first_seed + seeds)
         for name, path in (("--out", options.out), ("--rows", options.rows)):
             check_file(name, path)
         chosen, bench = prepare(options)
@@ -131,14 +135,14 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not options.report_only:
-        tasks = missing_tasks(bench, variants, range(seeds), store.rows)
+        tasks = missing_tasks(bench, variants, numbers, store.rows)
         try:
             with store:
                 _run(tasks, store, options.jobs)
         except KeyboardInterrupt:
             print("Stopped; the same command goes on from here.", file=sys.stderr)
             return 130
-    results = Results(variants, (row for row in store.rows if row.seed < seeds))
+    results = Results(variants, (row for row in store.rows if row.seed in numbers))
     if not results.cells:
         print("error: --rows: no row of this evaluation", file=sys.stderr)
         return 2

@@ -408,6 +408,29 @@ def test_an_evaluation_from_runs_to_page(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "results.md").read_text().splitlines()[4:] == page.splitlines()[4:]
 
 
+def test_seeds_that_nobody_has_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--scenarios", "azure-conv", "--kv", "40GB", "--loads", "1.0", "--parts", "stationary", "--policies", "vllm", "reserve"]
+    words += ["--num-requests", "60", "--jobs", "1", "--rows", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "results.md")]
+    assert evaluate.main([*words, "--seeds", "2"]) == 0
+    assert "2 paired evaluation seeds (0 to 1)" in (tmp_path / "results.md").read_text()
+    assert evaluate.main([*words, "--seeds", "3", "--first-seed", "20"]) == 0
+    rows = read_rows(tmp_path / "rows.csv", Row)
+    assert sorted({row.seed for row in rows}) == [0, 1, 20, 21, 22], "rows of both stay"
+    page = (tmp_path / "results.md").read_text()
+    assert "3 paired evaluation seeds (20 to 22)" in page
+    new = [row.latency_mean for row in rows if row.variant == "reserve (default)" and row.seed >= 20]
+    old = [row.latency_mean for row in rows if row.variant == "reserve (default)" and row.seed < 20]
+    assert f"| {np.mean(new):.4g}" in page or f"**{np.mean(new):.4g}**" in page
+    assert not set(new) & set(old)
+    for given, named in (("-1", "--first-seed: -1, must be >= 0"), ("x", "--first-seed")):
+        capsys.readouterr()
+        try:
+            code: object = evaluate.main([*words, "--first-seed", given])
+        except SystemExit as ended:
+            code = ended.code
+        assert code == 2 and named in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
