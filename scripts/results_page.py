@@ -13,7 +13,6 @@ from agents.statistics import Estimate, share_of_gap
 from scripts.evaluation import METRICS, lengths_known
 from scripts.results import (
     OVERLOADED,
-    Mark,
     Results,
     bars,
     interval,
@@ -23,7 +22,7 @@ from scripts.results import (
 )
 from scripts.results_plots import choices, middle, plot_loads, plot_middles, plot_profiles
 from scripts.suite import MOVING, SUITE, WARMUP_SHARE, Bench, Cell
-from scripts.tuning import Tuned, objective_of
+from scripts.tuning import TOGETHER, Tuned, objective_of
 from scripts.variants import greedy_of
 
 KNOWN = " †"
@@ -35,7 +34,7 @@ class Page:
     """What the page is made from.
 
     Attributes:
-        tuned: by (cell key, policy).
+        tuned: by (cell key, policy), as in ``TunedFile``.
         agents, slo_agents: names; the records of their training by name.
         command: that wrote the page.
         figures: folder of the plots, beside the page.
@@ -76,7 +75,7 @@ class Page:
         seeds = sorted({len(r.seeds(cell)) for cell in r.cells})
         numbers = _runs(sorted({seed for cell in r.cells for seed in r.seeds(cell)}))
         counts = sorted({self.bench.count(cell) for cell in r.cells})
-        rows = [row for cell in r.cells for label in r.labels(cell) for row in r.rows(cell, label)]
+        rows = [row for cell in r.cells for variant in r.plan[cell] for row in r.rows(cell, variant.label)]
         versions = sorted({row.sources for row in rows})
         wall = sum(row.wall_seconds for row in rows)
         several = f" **The rows come from {len(versions)} versions of the simulator.**" if len(versions) > 1 else ""
@@ -95,11 +94,12 @@ class Page:
             "difference excludes zero, else *equal*.",
             "* Loads are shares of greedy FIFO's measured boundary (last section). Tuning, evaluation and the boundaries draw from seed "
             "streams that cannot meet (`scripts/seeds.py`); no recorded trace is replayed, so no time ranges are shared either.",
-            f"* *Default* is a baseline as it ships, *tuned* with the parameters `scripts/tune.py` found for that very cell. "
-            f"{KNOWN.strip()} marks policies that are **told output lengths**; they never count as *best* baselines. "
-            "The *best* baseline of a cell is chosen by its mean on the evaluation seeds themselves, which favours the baselines. "
-            "The *oracle bound* is the better of `mc-sf` and `oracle-sjf`: policies that know lengths, no proven optimum; a baseline that "
-            "does not know them can beat it.",
+            f"* *Default* is a baseline as it ships, *tuned* with the parameters `scripts/tune.py` found for that very cell, "
+            "*tuned together* with one set of parameters for the whole non-stationary part; these run in that part alone and never count "
+            f"as a cell's *best* tuned baseline. {KNOWN.strip()} marks policies that are **told output lengths**; they never count as "
+            "*best* baselines. The *best* baseline of a cell is chosen by its mean on the evaluation seeds themselves, which favours the "
+            "baselines. The *oracle bound* is the better of `mc-sf` and `oracle-sjf`: policies that know lengths, no proven optimum; a "
+            "baseline that does not know them can beat it.",
             "",
         ]
 
@@ -160,9 +160,10 @@ class Page:
         for m in marks:
             oracle = r.oracle(m.cell)
             bound = interval(r.against(m.cell, oracle, m.challenger)) if oracle.endswith("(tuned)") else "-"
+            entry = self.tuned.get((m.cell.key, _short(m.challenger)))
             lines.append(
                 f"| {_cell_name(m.cell)} | {m.cell.load:g} | {_short(m.baseline)} {_number(r.mean(m.cell, m.baseline))} s | "
-                f"{_short(m.challenger)} {_number(r.mean(m.cell, m.challenger))} s | {self._options(m)} | "
+                f"{_short(m.challenger)} {_number(r.mean(m.cell, m.challenger))} s | {_options(entry)} | "
                 f"{interval(m.difference)} | {MARKS[m.verdict]} | {bound} |"
             )
         heavy = [m.cell for m in marks if m.cell.part == "stationary" and m.cell.load in OVERLOADED]
@@ -213,7 +214,7 @@ class Page:
             return []
         r = self.results
         lines = ["## Non-stationary part: mean latency (s)", ""]
-        labels = list(dict.fromkeys(label for cell in own for label in r.labels(cell)))
+        labels = list(dict.fromkeys(v.label for cell in own for v in r.plan[cell]))
         kinds = [f"{cell.part}: {cell.title}" for cell in own]
         lines += ["| variant | " + " | ".join(kinds) + " |", "| --- | " + " | ".join("---:" for _ in own) + " |"]
         for label in labels:
@@ -222,6 +223,25 @@ class Page:
         if tuned:
             pooled = pooled_difference(r, tuned, r.best_tuned, r.best_default)
             lines += ["", f"Best tuned against best default over these cells, all counted alike: {interval(pooled)}."]
+        return [*lines, "", *self._tuned_together(own)]
+
+    def _tuned_together(self, own: Sequence[Cell]) -> list[str]:
+        r = self.results
+        shared = [cell for cell in own if r.labels(cell, ("together",))]
+        labels = sorted(r.together(shared), key=lambda label: r.relative_mean(shared, label))
+        if not labels:
+            return []
+        lines = [
+            f"Tuned together: one set of parameters for {len(shared)} cells. Mean over these cells of the mean latency as a share of "
+            "greedy FIFO's, on the evaluation seeds:",
+            "",
+            "| baseline | parameters | share |",
+            "| --- | --- | ---: |",
+        ]
+        for label in labels:
+            policy = label.rpartition(" (")[0]
+            name = policy + KNOWN if lengths_known(label) else policy
+            lines.append(f"| {name} | {_options(self.tuned.get((TOGETHER, policy)))} | {r.relative_mean(shared, label):.3f} |")
         return [*lines, ""]
 
     def _goodput(self) -> list[str]:
@@ -251,13 +271,15 @@ class Page:
         return ["## Every metric at load 1.0", "", where, "", *_folded("Every scenario and memory", lines)] if heavy else []
 
     def _costs(self) -> list[str]:
-        used = [t for (key, _), t in self.tuned.items() if key in {cell.key for cell in self.results.cells}]
+        keys = {cell.key for cell in self.results.cells}
+        used = [t for t in self.tuned.values() if keys & {t.cell, *t.over}]
         lines = ["## What tuning and training cost", ""]
         if used:
             trials = Counter(t.trials for t in used)
-            runs = sum(t.trials * t.seeds for t in used)
+            shared = [t for t in used if t.over]
+            also = f", {len(shared)} of them one a policy over {_range(sorted({len(t.over) for t in shared}))} cells" if shared else ""
             lines += [
-                f"{len(used)} searches (one a cell and policy), {runs:,} runs of "
+                f"{len(used)} searches (one a cell and policy{also}), {sum(t.runs for t in used):,} runs of "
                 f"{_range(sorted({t.num_requests for t in used}))} requests, "
                 f"{sum(t.seconds for t in used) / 3600:.2f} core-hours in all; trials a search: "
                 + ", ".join(f"{n} in {c}" for n, c in sorted(trials.items()))
@@ -266,12 +288,12 @@ class Page:
                 "| policy | searches | trials | seeds a trial | core-seconds | changed the default in |",
                 "| --- | ---: | ---: | ---: | ---: | ---: |",
             ]
-            for policy in sorted({t.policy for t in used}):
-                own = [t for t in used if t.policy == policy]
+            for policy, together in sorted({(t.policy, bool(t.over)) for t in used}):
+                own = [t for t in used if (t.policy, bool(t.over)) == (policy, together)]
                 better = sum(t.value != t.default_value for t in own)
                 lines.append(
-                    f"| {policy} | {len(own)} | {_range(sorted({t.trials for t in own}))} | {_range(sorted({t.seeds for t in own}))} | "
-                    f"{sum(t.seconds for t in own):,.0f} | {better} |"
+                    f"| {policy}{', together' if together else ''} | {len(own)} | {_range(sorted({t.trials for t in own}))} | "
+                    f"{_range(sorted({t.seeds for t in own}))} | {sum(t.seconds for t in own):,.0f} | {better} |"
                 )
             lines.append("")
         else:
@@ -307,7 +329,7 @@ class Page:
         drained: Counter[str] = Counter()
         notes: Counter[str] = Counter()
         for cell in r.cells:
-            for label in r.labels(cell):
+            for label in (variant.label for variant in r.plan[cell]):
                 for row in r.rows(cell, label):
                     outside[cell.scenario] = max(outside.get(cell.scenario, 0.0), row.out_of_range)
                     if row.requests == 0:
@@ -353,20 +375,13 @@ class Page:
 
     def _entry(self, cell: Cell, label: str, metric: str) -> str:
         """A mean, in bold where it is the cell's best of those that know no lengths."""
-        if label not in self.results.labels(cell):
+        shown = [variant.label for variant in self.results.plan[cell]]
+        if label not in shown:
             return "-"
         value = self.results.mean(cell, label, metric)
-        fair = [x for x in self.results.labels(cell) if not lengths_known(x)]
+        fair = [x for x in shown if not lengths_known(x)]
         lead = self.results.best(cell, fair, metric, lowest=metric != "slo_goodput") == label
         return f"**{_number(value)}**" if lead else _number(value)
-
-    def _options(self, found: Mark) -> str:
-        policy = found.challenger.rpartition(" (")[0]
-        entry = self.tuned.get((found.cell.key, policy))
-        if entry is None:
-            return "-"
-        short = {"engine.max_num_batched_tokens": "budget", "engine.max_num_seqs": "max_num_seqs"}
-        return ", ".join(f"{short.get(k, k)} {v:g}" if isinstance(v, float) else f"{short.get(k, k)} {v}" for k, v in entry.options.items())
 
     def _image(self, name: str) -> str:
         return f"![{name.removesuffix('.png')}]({self.figures.name}/{name})"
@@ -379,6 +394,13 @@ def _folded(summary: str, lines: Sequence[str]) -> list[str]:
 
 def _cell_name(cell: Cell) -> str:
     return cell.title if cell.part == "stationary" else f"{cell.part}: {cell.title}"
+
+
+def _options(entry: Tuned | None) -> str:
+    if entry is None:
+        return "-"
+    short = {"engine.max_num_batched_tokens": "budget", "engine.max_num_seqs": "max_num_seqs"}
+    return ", ".join(f"{short.get(k, k)} {v:g}" if isinstance(v, float) else f"{short.get(k, k)} {v}" for k, v in entry.options.items())
 
 
 def _short(label: str) -> str:
