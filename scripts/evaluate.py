@@ -21,6 +21,7 @@ if not __package__:  # run as a program: imports go from the project's root, not
 
 from llmsched_env.errors import ConfigError, MissingExtraError, require
 from llmsched_env.types import FloatArray
+from scripts.ablation_table import SHIPPED, Ablation, digest_of
 from scripts.evaluation import METRICS, Row, default_policies, missing_tasks, run_cell, variants_of
 from scripts.output import check_file, replacing
 from scripts.parallel import unordered
@@ -49,6 +50,7 @@ def arguments() -> Parser:
     parser.add_argument("--policies", nargs="+", default=known, metavar="NAME", help=own)
     parser.add_argument("--agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints; the first is the generalist")
     parser.add_argument("--slo-agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints for SLO goodput")
+    parser.add_argument("--ablation", type=Path, metavar="FILE.json", help="what scripts/ablation.py wrote (default: the shipped one)")
     parser.add_argument("--tuned", type=Path, metavar="FILE.json", help="what scripts/tune.py wrote")
     add_selection(parser)
     parser.add_argument("--seeds", type=int, metavar="N", help=f"paired evaluation seeds in a cell (default {SEEDS})")
@@ -129,7 +131,10 @@ def main(words: Sequence[str] | None = None) -> int:
             check_file(name, path)
         chosen, bench = prepare(options)
         variants = plan(options, chosen, bench)
-        records = records_of(agent_names([*options.agents, *options.slo_agents]))
+        folders = agent_names([*options.agents, *options.slo_agents])
+        records = records_of(folders)
+        shown = options.ablation or (SHIPPED if SHIPPED.exists() else None)
+        ablation = Ablation.read(shown) if shown is not None else None
         store = RowFile(options.rows, Row, resume=not options.overwrite)
     except (ConfigError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -153,6 +158,7 @@ def main(words: Sequence[str] | None = None) -> int:
         agents=list(agent_names(options.agents)),
         slo_agents=list(agent_names(options.slo_agents)),
         records=records,
+        ablation=ablation.lines(ablation.digest in map(digest_of, folders.values())) if ablation is not None else [],
         command=shlex.join(["python", "scripts/evaluate.py", *given]),
         figures=options.out.parent / options.out.stem,
     )

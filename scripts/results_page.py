@@ -36,6 +36,7 @@ class Page:
     Attributes:
         tuned: by (cell key, policy), as in ``TunedFile``.
         agents, slo_agents: names; the records of their training by name.
+        ablation: lines of its section; none where it has not been run.
         command: that wrote the page.
         figures: folder of the plots, beside the page.
     """
@@ -46,6 +47,7 @@ class Page:
     agents: Sequence[str]
     slo_agents: Sequence[str]
     records: Mapping[str, Mapping[str, Any]]
+    ablation: Sequence[str]
     command: str
     figures: Path
 
@@ -63,6 +65,7 @@ class Page:
             self._moving(),
             self._goodput(),
             self._all_metrics(),
+            self.ablation,
             self._costs(),
             self._boundaries(),
             self._remarks(),
