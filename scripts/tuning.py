@@ -183,7 +183,9 @@ def _spread(size: int, step: int) -> Iterator[int]:
 
 
 def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> Tuned:
-    """Search a policy's parameters in one cell, on tuning seeds 0 .. ``seeds`` - 1.
+    """Tune one policy in one cell on the seeds of ``tuning``.
+
+    A trial that a policy's theory refuses, or that leaves requests unserved, counts as a trial and loses.
 
     Raises:
         ConfigError: unknown policy.
@@ -192,10 +194,10 @@ def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> T
 
 
 def tune_together(bench: Bench, chosen: Sequence[Cell], policy: str, *, seeds: int, trials: int) -> Tuned:
-    """Search one set of a policy's parameters for several cells: the best on average over them.
+    """Tune one set of parameters of a policy for several cells: the best on average over them.
 
     The objective is the mean over cells of the mean latency divided by that of the policy as it ships, or of the SLO goodput;
-    so all cells count alike.
+    so all cells count alike. A trial that loses in one cell, as in ``tune``, loses.
 
     Raises:
         ConfigError: unknown policy; no cell, or cells that differ in parameters or limits; one where the policy as it ships does not run.
@@ -238,7 +240,7 @@ def _tuned(bench: Bench, chosen: Sequence[Cell], policy: str, key: str, over: tu
     default = costs[None] = float(np.mean(shipped_costs / scale))
     best: dict[str, Any] = shipped
     if grid:
-        # One cell stands for all: where engines differ, their defaults are no point of the grid.
+        # Where the engines' own values differ between cells, the defaults are no point of the grid, and the first cell's are the start.
         values = [[shipped.get(n, _shipped_value(policy, place.setting, n)) for n in names] for place in places]
         start = [_nearest([v * limit for v in grid[n]] if n == "limit" else grid[n], v) for n, v in zip(names, values[0], strict=True)]
         at_start = options_of(tuple(start))
