@@ -21,6 +21,7 @@ if not __package__:  # run as a program: imports go from the project's root, not
 
 from llmsched_env.errors import ConfigError, MissingExtraError, require
 from llmsched_env.types import FloatArray
+from scripts.ablation_table import SHIPPED, Ablation, digest_of
 from scripts.evaluation import METRICS, Row, default_policies, missing_tasks, run_cell, variants_of
 from scripts.output import check_file, replacing
 from scripts.parallel import unordered
@@ -49,9 +50,11 @@ def arguments() -> Parser:
     parser.add_argument("--policies", nargs="+", default=known, metavar="NAME", help=own)
     parser.add_argument("--agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints; the first is the generalist")
     parser.add_argument("--slo-agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints for SLO goodput")
+    parser.add_argument("--ablation", type=Path, metavar="FILE.json", help="what scripts/ablation.py wrote (default: the shipped one)")
     parser.add_argument("--tuned", type=Path, metavar="FILE.json", help="what scripts/tune.py wrote")
     add_selection(parser)
-    parser.add_argument("--seeds", type=int, metavar="N", help=f"evaluation seeds 0 .. N-1 (default {SEEDS})")
+    parser.add_argument("--seeds", type=int, metavar="N", help=f"paired evaluation seeds in a cell (default {SEEDS})")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="the first of them; a new start draws other requests")
     parser.add_argument("--rows", type=Path, default=Path("results/bench-v1/rows.csv"), metavar="FILE.csv", help="finished runs, kept")
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="the page; plots go beside it")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds of {QUICK_REQUESTS} requests")
@@ -121,24 +124,30 @@ def main(words: Sequence[str] | None = None) -> int:
             raise ConfigError(f"--suite: {options.suite!r}, must be {SUITE!r}")
         seeds = options.seeds if options.seeds is not None else QUICK_SEEDS if options.quick else SEEDS
         check_counts(seeds=seeds, jobs=options.jobs)
+        if options.first_seed < 0:
+            raise ConfigError(f"--first-seed: {options.first_seed}, must be >= 0")
+        numbers = range(options.first_seed, options.first_seed + seeds)
         for name, path in (("--out", options.out), ("--rows", options.rows)):
             check_file(name, path)
         chosen, bench = prepare(options)
         variants = plan(options, chosen, bench)
-        records = records_of(agent_names([*options.agents, *options.slo_agents]))
+        folders = agent_names([*options.agents, *options.slo_agents])
+        records = records_of(folders)
+        shown = options.ablation or (SHIPPED if SHIPPED.exists() else None)
+        ablation = Ablation.read(shown) if shown is not None else None
         store = RowFile(options.rows, Row, resume=not options.overwrite)
     except (ConfigError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if not options.report_only:
-        tasks = missing_tasks(bench, variants, range(seeds), store.rows)
+        tasks = missing_tasks(bench, variants, numbers, store.rows)
         try:
             with store:
                 _run(tasks, store, options.jobs)
         except KeyboardInterrupt:
             print("Stopped; the same command goes on from here.", file=sys.stderr)
             return 130
-    results = Results(variants, (row for row in store.rows if row.seed < seeds))
+    results = Results(variants, (row for row in store.rows if row.seed in numbers))
     if not results.cells:
         print("error: --rows: no row of this evaluation", file=sys.stderr)
         return 2
@@ -149,6 +158,7 @@ def main(words: Sequence[str] | None = None) -> int:
         agents=list(agent_names(options.agents)),
         slo_agents=list(agent_names(options.slo_agents)),
         records=records,
+        ablation=ablation.lines(ablation.digest in map(digest_of, folders.values())) if ablation is not None else [],
         command=shlex.join(["python", "scripts/evaluate.py", *given]),
         figures=options.out.parent / options.out.stem,
     )

@@ -15,8 +15,8 @@ from llmsched_env.metrics import Summary, summarize
 from llmsched_env.perf.base import CalibrationRangeWarning
 from llmsched_env.runner import EpisodeResult, Policy, run_episode
 from scripts.suite import Bench, Cell, warmup_seconds
-from scripts.tuning import Tuned, default_options
-from scripts.variants import POLICIES, Variant, known_lengths, runs_on
+from scripts.tuning import TOGETHER, Tuned, default_options
+from scripts.variants import POLICIES, SUFFIXES, Variant, known_lengths, runs_on
 
 METRICS = {
     "latency_mean": "mean latency (s)",
@@ -78,7 +78,7 @@ def variants_of(
     """What runs in a cell: defaults, tuned baselines where the file has them, agents.
 
     Args:
-        tuned: by (cell key, policy).
+        tuned: by (cell key, policy); parameters tuned together run in the cells of their search.
         agents: folders by name.
     """
     found = []
@@ -87,6 +87,9 @@ def variants_of(
             found.append(Variant(name, "default", tuple(default_options(name, bench, cell).items())))
             if (cell.key, name) in tuned:
                 found.append(Variant(name, "tuned", tuple(tuned[cell.key, name].options.items())))
+            shared = tuned.get((TOGETHER, name))
+            if shared is not None and cell.key in shared.over:
+                found.append(Variant(name, "together", tuple(shared.options.items())))
     return found + [Variant(name, "agent", folder=folder) for name, folder in agents.items()]
 
 
@@ -97,7 +100,7 @@ def default_policies() -> list[str]:
 def lengths_known(variant: str) -> bool:
     """Whether a label is of a baseline that is told output lengths."""
     name, _, kind = variant.rpartition(" (")
-    return kind in ("default)", "tuned)") and known_lengths(name)
+    return f" ({kind}" in SUFFIXES.values() and known_lengths(name)
 
 
 @functools.lru_cache(maxsize=64)

@@ -12,7 +12,7 @@ from agents.statistics import Estimate, Verdict, relative_difference, share_of_g
 from llmsched_env.types import FloatArray
 from scripts.evaluation import Row, lengths_known
 from scripts.suite import MOVING, Cell
-from scripts.variants import Variant, greedy_of
+from scripts.variants import Kind, Variant, greedy_of
 
 USED_TODAY = ("fcfs", "vllm", "sarathi", "wait", "nested-wait", "shortest-prompt", "reserve")
 OVERLOADED = (1.0, 1.1)
@@ -54,7 +54,8 @@ class Results:
         values = self.values(cell, label, metric)
         return float(values.mean()) if values.size else math.nan
 
-    def labels(self, cell: Cell, kinds: Sequence[str] = ("default", "tuned", "agent")) -> list[str]:
+    def labels(self, cell: Cell, kinds: Sequence[Kind] = ("default", "tuned", "agent")) -> list[str]:
+        """Those tuned together only where asked for: elsewhere a baseline stands there once as it ships and once at its best."""
         return [v.label for v in self.plan[cell] if v.kind in kinds]
 
     def best(self, cell: Cell, labels: Iterable[str], metric: str = "latency_mean", *, lowest: bool = True) -> str:
@@ -72,6 +73,24 @@ class Results:
     def best_tuned(self, cell: Cell, metric: str = "latency_mean", *, lowest: bool = True) -> str:
         """Among tuned baselines that are not told output lengths; empty where nothing was tuned."""
         return self.best(cell, [x for x in self.labels(cell, ("tuned",)) if not lengths_known(x)], metric, lowest=lowest)
+
+    def best_together(self, chosen: Sequence[Cell]) -> str:
+        """The one baseline with parameters tuned together that has the least mean latency over these cells, as a share of greedy FIFO's.
+
+        Among those not told output lengths that run in all of them, on the evaluation seeds themselves; empty where there is none.
+        """
+        scores = {label: self.relative_mean(chosen, label) for label in self.together(chosen) if not lengths_known(label)}
+        known = {label: score for label, score in scores.items() if math.isfinite(score)}
+        return min(known, key=known.__getitem__) if known else ""
+
+    def together(self, chosen: Sequence[Cell]) -> list[str]:
+        """Labels with parameters tuned together that run in all of these cells."""
+        own = [self.labels(cell, ("together",)) for cell in chosen]
+        return [label for label in own[0] if all(label in others for others in own)] if own else []
+
+    def relative_mean(self, chosen: Sequence[Cell], label: str) -> float:
+        """Mean over cells of a label's mean latency as a share of greedy FIFO's."""
+        return float(np.mean([self.mean(cell, label) / self.mean(cell, f"{greedy_of(cell)} (default)") for cell in chosen]))
 
     def oracle(self, cell: Cell) -> str:
         """The best of the bounds that know output lengths: tuned ones, or the defaults where nothing was tuned anywhere."""
@@ -135,12 +154,13 @@ class Bar:
 
 
 NOT_TUNED = "no tuned baseline"
+NOT_TOGETHER = "no baseline tuned together"
 NO_AGENT = "no agent given"
 BAR_TEXTS = {
     1: "zero tuning, never worse: within 2 % of the best tuned baseline's mean latency in every stationary cell",
     2: "against defaults in use: at least 10 % below the best of them, and 20 % below the better of WAIT and Nested WAIT, in two "
     "thirds of the cells at loads 1.0 and 1.1, intervals excluding zero",
-    3: "where adapting pays: at least 5 % below the best tuned baseline on the non-stationary part",
+    3: "where adapting pays: on the non-stationary part at least 5 % below the best baseline tuned on average for it",
     4: "share of the gap between the best tuned baseline and the oracle bound closed at loads 1.0 and 1.1: above 0 (25 % aimed at)",
     5: "SLO goodput at loads 1.0 and 1.1: at least 1 % above tuned late-last with an interval excluding zero, and 1.3 times the best "
     "default that does not look at limits",
@@ -207,11 +227,20 @@ def _below(difference: Estimate, share: float) -> bool:
 
 
 def _adapting(results: Results, agent: str) -> tuple[str, str]:
-    chosen = [cell for cell in results.cells if cell.part in MOVING and results.best_tuned(cell)]
-    if not chosen:
-        return "", NOT_TUNED
-    pooled = pooled_difference(results, chosen, lambda _: agent, results.best_tuned)
-    return f"{interval(pooled)} over {len(chosen)} cells", _answer(_below(pooled, 0.05))
+    """Decided by the best single baseline with one set of parameters for the part; that of each cell is told beside it."""
+    moving = [cell for cell in results.cells if cell.part in MOVING]
+    shared = [cell for cell in moving if results.labels(cell, ("together",))]
+    single = [cell for cell in moving if results.best_tuned(cell)]
+    best = results.best_together(shared)
+    found, answer = [], NOT_TOGETHER if single else NOT_TUNED
+    if best:
+        pooled = pooled_difference(results, shared, lambda _: agent, lambda _: best)
+        found.append(f"{interval(pooled)} against {best}, the best with one set of parameters for all {len(shared)} cells")
+        answer = _answer(_below(pooled, 0.05))
+    if single:
+        pooled = pooled_difference(results, single, lambda _: agent, results.best_tuned)
+        found.append(f"{interval(pooled)} against the best tuned in each of {len(single)} cells separately, more than the bar asks")
+    return "; ".join(found), answer
 
 
 def _gap(results: Results, agent: str) -> tuple[str, str]:

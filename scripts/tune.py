@@ -1,9 +1,11 @@
 """Tune every baseline's parameters in every cell of the suite, on seeds that evaluation never sees.
 
     python scripts/tune.py --scenarios azure-conv sharegpt --loads 0.9 1.0 --kv 40GB --out tuned.json
+    python scripts/tune.py --together --out tuned.json
 
-Each policy with parameters gets the same number of trials. The file holds one entry a cell and policy and is
-written anew after each; run again with the same options, what it holds is kept and the rest is done.
+``--together`` looks for one set of parameters for all selected cells of the non-stationary part. Each policy with parameters
+gets the same number of trials. The file holds one entry a search and is written anew after each; run again with the same options,
+what it holds is kept and the rest is done.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -28,8 +30,8 @@ from llmsched_env.errors import ConfigError, MissingExtraError, require
 from scripts.boundary import Boundaries
 from scripts.output import check_file, replacing
 from scripts.parallel import unordered
-from scripts.suite import LOADS, MEMORY, MOVING, SCENARIOS, SUITE, Bench, Cell, cells
-from scripts.tuning import GRIDS, Tuned, grid_of, objective_of, tune
+from scripts.suite import LOADS, MEMORY, MOVING, PAIRS, SCENARIOS, SUITE, Bench, Cell, cells
+from scripts.tuning import GRIDS, TOGETHER, Tuned, grid_of, objective_of, tune, tune_together
 from scripts.variants import needed_boundaries, runs_on
 
 TRIALS = 40
@@ -45,7 +47,10 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True, slots=True)
 class TunedFile:
-    """What a file of tuned parameters holds, by (cell key, policy)."""
+    """What a file of tuned parameters holds, by (cell key, policy).
+
+    Parameters of the non-stationary part as a whole have the key ``TOGETHER`` in place of a cell's; files that have none are older.
+    """
 
     entries: dict[tuple[str, str], Tuned]
 
@@ -60,7 +65,8 @@ class TunedFile:
             return cls({})
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            suite, entries = record["suite"], [Tuned(**entry) for entry in record["entries"]]
+            suite = record["suite"]
+            entries = [Tuned(**{**entry, "over": tuple(entry.get("over", ()))}) for entry in record["entries"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not a file of tuned parameters ({type(error).__name__}: {error})") from error
         if suite != SUITE:
@@ -72,11 +78,16 @@ class TunedFile:
             "suite": SUITE,
             "version": __version__,
             "objectives": {policy: objective_of(policy) for policy in sorted({policy for _, policy in self.entries})},
-            "entries": [dataclasses.asdict(self.entries[key]) for key in sorted(self.entries)],
+            "entries": [_plain(self.entries[key]) for key in sorted(self.entries)],
         }
         with replacing(path) as file:
             json.dump(record, file, indent=1)
             file.write("\n")
+
+
+def _plain(entry: Tuned) -> dict[str, Any]:
+    """``over`` only where it says something."""
+    return {name: value for name, value in dataclasses.asdict(entry).items() if name != "over" or value}
 
 
 def arguments() -> Parser:
@@ -85,6 +96,7 @@ def arguments() -> Parser:
     parser.add_argument("--policies", nargs="+", default=list(GRIDS), metavar="NAME", help=f"of {', '.join(GRIDS)} (default: all)")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"tuning seeds 0 .. N-1 (default {SEEDS})")
     parser.add_argument("--trials", type=int, default=TRIALS, metavar="N", help=f"for each policy and cell (default {TRIALS})")
+    parser.add_argument("--together", action="store_true", help="one set of parameters for the selected cells of the non-stationary part")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     return parser
 
@@ -129,18 +141,25 @@ def main(words: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"--policies: {name!r} has nothing to tune (known: {', '.join(GRIDS)})")
         check_file("--out", options.out)
         kept = TunedFile.read(options.out)
+        if options.together:
+            options.parts = [part for part in options.parts if part != "stationary"]
+            if not cells(options.parts, options.scenarios, options.kv, options.loads):
+                kinds = f"parts {', '.join(MOVING)} of {', '.join(PAIRS)}"
+                raise ConfigError(f"--together: no cell of the non-stationary part is selected ({kinds})")
         chosen, bench = prepare(options)
     except (ConfigError, MissingExtraError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    same = (options.seeds, options.trials)
+    groups = [tuple(chosen)] if options.together else [(cell,) for cell in chosen]
     tasks = [
-        (bench, cell, policy, options.seeds, options.trials)
-        for cell in chosen
+        (bench, group, policy, options.seeds, options.trials, options.together)
+        for group in groups
         for policy in options.policies
-        if runs_on(policy, cell) and not _done(kept.entries.get((cell.key, policy)), cell, *same, bench.count(cell))
+        if runs_on(policy, group[0])
     ]
-    print(f"{len(tasks)} searches of {options.trials} trials on {options.seeds} seeds each", flush=True)
+    tasks = [task for task in tasks if not _done(kept, *task)]
+    over = f", each over {len(chosen)} cells" if options.together else ""
+    print(f"{len(tasks)} searches of {options.trials} trials on {options.seeds} seeds each{over}", flush=True)
     results = unordered("loky", options.jobs, tune_task, tasks)
     try:
         for i, found in enumerate(results, start=1):
@@ -149,6 +168,9 @@ def main(words: Sequence[str] | None = None) -> int:
             change = "" if found.default_value == found.value else f" (default {found.default_value:.4g})"
             outcome = f"{found.objective} {found.value:.4g}{change} at {found.options}"
             print(f"{i}/{len(tasks)} {found.cell} {found.policy}: {outcome}", flush=True)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     finally:
@@ -156,16 +178,20 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def tune_task(bench: Bench, cell: Cell, policy: str, seeds: int, trials: int) -> Tuned:
-    return tune(bench, cell, policy, seeds=seeds, trials=trials)
+def tune_task(bench: Bench, group: Sequence[Cell], policy: str, seeds: int, trials: int, together: bool) -> Tuned:
+    if together:
+        return tune_together(bench, group, policy, seeds=seeds, trials=trials)
+    return tune(bench, group[0], policy, seeds=seeds, trials=trials)
 
 
-def _done(entry: Tuned | None, cell: Cell, seeds: int, trials: int, num_requests: int) -> bool:
-    """Whether an entry comes from a search as asked for; a small grid has fewer points than trials."""
+def _done(kept: TunedFile, bench: Bench, group: Sequence[Cell], policy: str, seeds: int, trials: int, together: bool) -> bool:
+    """Whether the file's entry comes from a search as asked for; a small grid has fewer points than trials."""
+    entry = kept.entries.get((TOGETHER if together else group[0].key, policy))
     if entry is None:
         return False
-    points = math.prod(len(values) for values in grid_of(entry.policy, cell).values())
-    return entry.seeds == seeds and entry.num_requests == num_requests and entry.trials >= min(trials, points)
+    points = math.prod(len(values) for values in grid_of(policy, group[0]).values())
+    same = (seeds, bench.count(group[0]), {cell.key for cell in group} if together else set())
+    return (entry.seeds, entry.num_requests, set(entry.over)) == same and entry.trials >= min(trials, points)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The search for a baseline's parameters in one cell: coarse to fine along one parameter at a time.
+"""The search for a baseline's parameters in one cell, or in several together: coarse to fine along one parameter at a time.
 
 Every parameter has a grid; a point is one index for each. The first trial is the policy as it ships.
 Then, parameter after parameter, coarse points of its grid with the others kept at the best so far; then
@@ -24,7 +24,7 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.perf.base import CalibrationRangeWarning
 from llmsched_env.runner import run_episode
-from llmsched_env.types import Workload
+from llmsched_env.types import FloatArray, Workload
 from scripts.suite import Bench, Cell, engine_of, warmup_seconds
 from scripts.variants import make
 
@@ -32,7 +32,7 @@ COARSE = 7
 """Points of a grid that the first pass looks at, about."""
 
 THETAS = tuple(round(0.8 + 0.01 * i, 2) for i in range(81))
-CLASSES = (1, 2, 4, 8, 16, 32)
+CLASSES = (1, 2, 4, 8, 16, 32, 64)
 BUDGETS = (256, 384, 512, 768, 1_024, 1_536, 2_048)
 ENGINE: dict[str, Sequence[Any]] = {"engine.max_num_batched_tokens": BUDGETS}
 """The token budget is the operator's to choose whatever the policy; the ``paper`` preset has none."""
@@ -62,6 +62,9 @@ GRIDS: dict[str, Grid] = {
 }
 """Grids in the order of their values. ``limit`` is in units of the cell's TTFT limit. Policies without an entry have nothing to tune."""
 
+TOGETHER = "non-stationary"
+"""In place of a cell's key: one set of parameters for the non-stationary part."""
+
 OBJECTIVES = {"late-last": "slo_goodput"}
 """What is tuned for where it is not ``latency_mean``."""
 
@@ -89,12 +92,14 @@ class Tuned:
     """The outcome of one search.
 
     Attributes:
-        cell: ``Cell.key``.
+        cell: ``Cell.key``, or ``TOGETHER`` for one set of parameters for several cells of the non-stationary part.
+        objective: ``latency_mean`` or ``slo_goodput``; ``relative_latency_mean`` is divided by the default's in the same cell.
         options: of the constructor, engine fields with the prefix ``engine.``; what is not named is the default.
-        value, default_value: the objective at these options and at the defaults, mean over the seeds.
+        value, default_value: the objective at these options and at the defaults, mean over the seeds and the cells.
         trials: points evaluated, the defaults among them.
-        seeds, num_requests: of each trial.
+        seeds, num_requests: of each trial in each cell.
         seconds: wall time of the search on one core.
+        over: keys of the cells searched together; empty where ``cell`` is the only one.
     """
 
     cell: str
@@ -107,6 +112,12 @@ class Tuned:
     seeds: int
     num_requests: int
     seconds: float
+    over: tuple[str, ...] = ()
+
+    @property
+    def runs(self) -> int:
+        """Episodes the search took."""
+        return self.trials * self.seeds * max(len(self.over), 1)
 
 
 Point = tuple[int, ...]
@@ -179,39 +190,61 @@ def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> T
     Raises:
         ConfigError: unknown policy.
     """
+    return _tuned(bench, [cell], policy, cell.key, (), seeds, trials)
+
+
+def tune_together(bench: Bench, chosen: Sequence[Cell], policy: str, *, seeds: int, trials: int) -> Tuned:
+    """Tune one set of parameters of a policy for several cells: the best on average over them.
+
+    The objective is the mean over cells of the mean latency divided by that of the policy as it ships, or of the SLO goodput;
+    so all cells count alike. A trial that loses in one cell, as in ``tune``, loses.
+
+    Raises:
+        ConfigError: unknown policy; no cell, or cells that differ in parameters or limits; one where the policy as it ships does not run.
+    """
+    grids = [grid_of(policy, cell) for cell in chosen]
+    if not grids or any(grid != grids[0] for grid in grids) or len({bench.limits(cell) for cell in chosen}) > 1:
+        named = ", ".join(cell.key for cell in chosen) or "none"
+        raise ConfigError(f"cells: {named}, must be at least one and agree in parameters and limits")
+    return _tuned(bench, chosen, policy, TOGETHER, tuple(cell.key for cell in chosen), seeds, trials)
+
+
+def _tuned(bench: Bench, chosen: Sequence[Cell], policy: str, key: str, over: tuple[str, ...], seeds: int, trials: int) -> Tuned:
     started = time.perf_counter()
-    setting, limits = bench.setting(cell), bench.limits(cell)
-    workloads = [bench.workload(cell, "tuning", seed) for seed in range(seeds)]
-    grid = grid_of(policy, cell)
+    places = [_Place(bench.setting(c), [bench.workload(c, "tuning", seed) for seed in range(seeds)], bench.limits(c)) for c in chosen]
+    grid, (limit, _) = grid_of(policy, chosen[0]), places[0].limits
     names, objective = list(grid), objective_of(policy)
+    relative = bool(over) and objective == "latency_mean"
     backend = SimBackend()
     costs: dict[Point | None, float] = {}
 
     def options_of(point: Point) -> dict[str, Any]:
         options = {name: grid[name][i] for name, i in zip(names, point, strict=True)}
         if "limit" in options:
-            options["limit"] *= limits[0]
+            options["limit"] *= limit
         return options
 
-    def evaluate(options: dict[str, Any]) -> float:
-        try:
-            chosen = make(policy, setting, options)
-            return float(np.mean([_cost(chosen, workload, backend, objective, limits) for workload in workloads]))
-        except ConfigError:
-            return math.inf
+    def by_cell(options: Mapping[str, Any]) -> FloatArray:
+        return np.array([place.cost(policy, options, objective, backend) for place in places])
+
+    shipped = default_options(policy, bench, chosen[0])
+    shipped_costs = by_cell(shipped)
+    if relative and not np.isfinite(shipped_costs).all():
+        raise ConfigError(f"{policy}: does not run as it ships in {chosen[int(np.argmax(~np.isfinite(shipped_costs)))].key}")
+    scale = shipped_costs if relative else np.ones(len(places))
 
     def cost(point: Point) -> float:
-        costs[point] = evaluate(options_of(point))
+        costs[point] = float(np.mean(by_cell(options_of(point)) / scale))
         return costs[point]
 
-    shipped = default_options(policy, bench, cell)
-    default = costs[None] = evaluate(shipped)
+    default = costs[None] = float(np.mean(shipped_costs / scale))
     best: dict[str, Any] = shipped
     if grid:
-        values = [shipped.get(n, _shipped_value(policy, setting, n)) for n in names]
-        start = [_nearest([v * limits[0] for v in grid[n]] if n == "limit" else grid[n], v) for n, v in zip(names, values, strict=True)]
+        # Where the engines' own values differ between cells, the defaults are no point of the grid, and the first cell's are the start.
+        values = [[shipped.get(n, _shipped_value(policy, place.setting, n)) for n in names] for place in places]
+        start = [_nearest([v * limit for v in grid[n]] if n == "limit" else grid[n], v) for n, v in zip(names, values[0], strict=True)]
         at_start = options_of(tuple(start))
-        if at_start == dict(zip(names, values, strict=True)):
+        if all(at_start == dict(zip(names, own, strict=True)) for own in values):
             # The defaults lie on the grid: their trial is the first point's.
             first, spent = tuple(start), 0
             found = search([len(grid[n]) for n in names], start, trials, lambda p: default if p == first else cost(p))
@@ -223,17 +256,35 @@ def tune(bench: Bench, cell: Cell, policy: str, *, seeds: int, trials: int) -> T
     value = min(costs.values())
     sign = -1.0 if objective == "slo_goodput" else 1.0
     return Tuned(
-        cell=cell.key,
+        cell=key,
         policy=policy,
-        objective=objective,
+        objective=f"relative_{objective}" if relative else objective,
         options=best,
         value=sign * value,
         default_value=sign * default,
         trials=len(costs),
         seeds=seeds,
-        num_requests=bench.count(cell),
+        num_requests=bench.count(chosen[0]),
         seconds=round(time.perf_counter() - started, 3),
+        over=over,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What the trials of one cell share."""
+
+    setting: Setting
+    workloads: Sequence[Workload]
+    limits: tuple[float, float]
+
+    def cost(self, policy: str, options: Mapping[str, Any], objective: str, backend: SimBackend) -> float:
+        """Mean over the workloads; infinite where the policy refuses these options."""
+        try:
+            chosen = make(policy, self.setting, options)
+            return float(np.mean([_cost(chosen, workload, backend, objective, self.limits) for workload in self.workloads]))
+        except ConfigError:
+            return math.inf
 
 
 def _shipped_value(policy: str, setting: Setting, name: str) -> Any:

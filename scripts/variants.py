@@ -1,4 +1,4 @@
-"""What runs in an evaluation: baselines as they ship, baselines with tuned parameters, trained agents."""
+"""What runs in an evaluation: baselines as they ship, with tuned parameters or with those of a whole part; trained agents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from llmsched_env.types import EngineConfig
 from llmsched_env.workload import Scenario, load_scenario
 from scripts.suite import PAIRS, Bench, Cell, engine_of
 
-Kind = Literal["default", "tuned", "agent"]
+Kind = Literal["default", "tuned", "together", "agent"]
+SUFFIXES: dict[Kind, str] = {"default": " (default)", "tuned": " (tuned)", "together": " (tuned together)", "agent": ""}
+"""What follows a variant's name in its label."""
 
 POLICIES = (
     "fcfs", "vllm", "vllm-v0", "sarathi", "wait", "nested-wait", "shortest-prompt", "reserve", "expected-work", "late-last", "mc-sf",
@@ -31,6 +33,7 @@ class Variant:
 
     Attributes:
         name: of the policy or the agent.
+        kind: ``tuned`` in that very cell, or ``together`` for the non-stationary part as a whole.
         options: (name, value) pairs of a baseline's constructor, engine fields with the prefix ``engine.``.
         folder: an agent's checkpoint.
     """
@@ -42,7 +45,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return self.name if self.kind == "agent" else f"{self.name} ({self.kind})"
+        return self.name + SUFFIXES[self.kind]
 
     @property
     def options_text(self) -> str:
