@@ -133,8 +133,7 @@ def part_changes(recipe: Recipe) -> dict[str, dict[str, Any]]:
     for budget in BUDGETS:
         fixed = {**recipe.engine, "max_num_batched_tokens": budget}
         found[f"token budget {budget:,}"] = {"token_budget": "engine", "engine": fixed}
-    spare: Any = getattr(recipe, "spare", 0.0)
-    if spare:
+    if recipe.spare:
         found["spare 0"] = {"spare": 0.0}
     return found
 
