@@ -165,6 +165,10 @@ BUDGETS = (256, 384, 512, 768, 1_024, 2_048, 4_096, 8_192)
 """Token budgets that ``fluid_budget`` chooses from, and the engine's own."""
 
 
+SHORT_OUTPUT = 64
+"""Tokens; see ``fluid_budget``."""
+
+
 def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float) -> int:
     """The smallest token budget that the load leaves room for.
 
@@ -173,7 +177,8 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float
     resident wait. Too small a budget, where prompts are the main work, costs throughput. So a budget is
     enough if its stability boundary is 95.5 % of the largest, or 92 % where that is 5 % above ``rate``
     (requests/s). Where a prompt takes many iterations beside its output (more than 5 %), throughput counts
-    for more: 96.5 %, or 95 % with that room. Boundaries count the memory that prompts hold while they are
+    for more: 96.5 %, or 95 % with that room, which is 30 % where outputs are short (fewer than 64 tokens on
+    average), as longer iterations then cost a request little. Boundaries count the memory that prompts hold while they are
     computed (``boundary_with_prefill``). The shares are round values from a comparison of budgets on seeds
     of no evaluation.
     """
@@ -189,7 +194,8 @@ def fluid_budget(statistics: LengthStatistics, engine: EngineConfig, rate: float
         boundary = boundary_with_prefill(statistics, engine.replace(max_num_batched_tokens=budget))
         decoding = statistics.mean_prompt <= 0.05 * statistics.mean_output * budget
         least, most = (0.92, 0.955) if decoding else (0.95, 0.965)
-        if boundary >= most * whole or boundary >= max(least * whole, 1.05 * rate):
+        room = 1.3 if not decoding and statistics.mean_output < SHORT_OUTPUT else 1.05
+        if boundary >= most * whole or boundary >= max(least * whole, room * rate):
             return budget
     return own
 
