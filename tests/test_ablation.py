@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -93,13 +91,10 @@ def test_every_part_is_changed_once_and_nothing_else() -> None:
 
 
 def test_spare_is_a_part_where_a_recipe_has_it() -> None:
-    plain = {"order": "expected", "layout": None, "num_classes": 64, "token_budget": "fluid", "engine": {}}
-    recipe: Any = SimpleNamespace(**plain, spare=1.0)
-    assert part_changes(recipe)["spare 0"] == {"spare": 0.0}
-    assert {"8 classes", "32 classes"} <= set(part_changes(recipe))
-    for without in (SimpleNamespace(**plain), SimpleNamespace(**plain, spare=0.0)):
-        own: Any = without
-        assert "spare 0" not in part_changes(own)
+    wide = Recipe(action_set="peak", num_classes=64, num_segments=1, order="expected", token_budget="fluid", spare=1.0)
+    assert part_changes(wide)["spare 0"] == {"spare": 0.0}
+    assert {"8 classes", "32 classes"} <= set(part_changes(wide))
+    assert "spare 0" not in part_changes(dataclasses.replace(wide, spare=0.0))
 
 
 def test_the_paper_preset_has_no_token_budget_to_fix(bench: Bench) -> None:
