@@ -279,7 +279,10 @@ def test_ctrl_c_keeps_the_finished_rows(tmp_path: Path, jobs: int) -> None:
     words = ["--scenario", "azure-conv", "--rates", "4", "6", "--policies", "vllm", "nested-wait", "--seeds", "500"]
     command = [sys.executable, "scripts/compare.py", *words, "--jobs", str(jobs), "--out", str(tmp_path)]
     # its own session: the signal goes to the program and its workers, as from a terminal, and not to the tests
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell without job control has it ignored in the background
+    )  # fmt: skip
     summary = tmp_path / "summary.csv"
     try:
         deadline = time.monotonic() + 300
