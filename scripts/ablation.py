@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -41,6 +41,7 @@ from llmsched_env.types import FloatArray
 from scripts.ablation_table import REFERENCE_ROW, SHIPPED, Ablation, Figures, digest_of
 from scripts.output import check_file
 from scripts.parallel import unordered
+from scripts.parser import Parser
 from scripts.suite import Bench, Cell, warmup_seconds
 from scripts.tune import add_selection, check_counts, prepare
 
@@ -57,13 +58,6 @@ CLASSES = (8, 32)
 BUDGETS = (256, 1_024)
 THETAS = (1.1, 1.3)
 HOLDS = (1, 64)
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -26,6 +26,7 @@ from llmsched_env.perf import IterationTimeModel
 from llmsched_env.perf.store import calibration_bytes
 from scripts import calibration_engine
 from scripts.output import check_file
+from scripts.parser import Parser
 
 FORMATS = {
     "vidur": "scripts.calibration_vidur",
@@ -45,13 +46,6 @@ class Importer(Protocol):
         Raises:
             ConfigError: a file that is missing or not of the format, a missing column, a model the profile does not hold.
         """
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def arguments() -> Parser:

@@ -17,7 +17,7 @@ import shlex
 import sys
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -46,6 +46,7 @@ from scripts.comparison import (
 )
 from scripts.output import check_folder
 from scripts.parallel import BACKENDS, start_workers, unordered
+from scripts.parser import Parser
 from scripts.plots import Figure, plot_against_rate, plot_kv, plot_ttft_cdf
 from scripts.report import print_table, write_html
 from scripts.settings import parse_overrides, with_calibration
@@ -57,13 +58,6 @@ FIGURES = ("latency.png", "ttft.png", "kv.png", "ttft_cdf.png")
 INTERRUPTED = 130
 CHUNK_REQUESTS = 100_000
 """Requests that a worker simulates before it hands back rows: about a second's work."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def arguments() -> Parser:

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,15 +22,9 @@ from agents.ensemble import averaged, with_bonus
 from agents.recipe import Recipe
 from llmsched_env.errors import ConfigError, MissingExtraError
 from scripts.output import check_folder
+from scripts.parser import Parser
 
 OF_A_MEMBER = ("seed", "steps", "wall_seconds", "environment_seconds", "environments", "curve")
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def arguments() -> Parser:

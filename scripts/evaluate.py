@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -25,6 +25,7 @@ from scripts.ablation_table import SHIPPED, Ablation, digest_of
 from scripts.evaluation import METRICS, Row, default_policies, missing_tasks, run_cell, variants_of
 from scripts.output import check_file, replacing
 from scripts.parallel import unordered
+from scripts.parser import Parser
 from scripts.results import Results
 from scripts.row_file import RowFile
 from scripts.suite import SUITE, Cell
@@ -33,13 +34,6 @@ from scripts.variants import GREEDY, Variant, agent_names
 
 SEEDS = 20
 QUICK_SEEDS, QUICK_REQUESTS = 3, 400
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def arguments() -> Parser:

@@ -14,7 +14,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -23,6 +23,7 @@ from llmsched_env.errors import ConfigError, MissingExtraError
 from llmsched_env.types import RequestLog
 from scripts.evidence import MISSED, Paths
 from scripts.output import check_file, replacing
+from scripts.parser import Parser
 
 FIRST = ("rtx4090", "vidur", "a100")  # the order of the page; further parts follow by name
 
@@ -36,13 +37,6 @@ class Part(Protocol):
         Raises:
             ConfigError: raw data that are missing or not as expected.
         """
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def part_names() -> list[str]:

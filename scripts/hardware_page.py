@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -21,6 +20,7 @@ from hardware.shapes import SHAPES
 from llmsched_env.errors import ConfigError, MissingExtraError
 from llmsched_env.perf import FormulaTime, load_calibration
 from scripts.output import check_file, replacing
+from scripts.parser import Parser
 from scripts.row_file import read_rows
 from scripts.validate import MACHINE_FILE, RUNS_FILE, SCHEDULES_FILE
 from scripts.validation import Run, Schedules, gaps, rankings
@@ -95,13 +95,6 @@ KV cache that is 97 % full; a load of 1.05 keeps it full.
 OPEN = """**This part is open.** No GPU was available when this page was written; the commands above have been run on the CPU build of vLLM
 with the shape `tiny` alone, and nothing is said here about how close the simulator comes to a GPU.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def arguments() -> Parser:

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NoReturn
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,17 +31,11 @@ from llmsched_env.runner import EpisodeResult, run_episode
 from llmsched_env.types import EngineConfig, EpisodeLimits, IterationReport, RequestLog, Workload
 from llmsched_env.workload import Scenario, scenario_from_trace
 from scripts.output import check_file, replacing
+from scripts.parser import Parser
 from scripts.settings import Overrides, parse_overrides, with_calibration
 
 REQUEST_COLUMNS = ("request_id", "arrived_at", "prompt_tokens", "output_tokens", "admitted_at", "ttft", "e2e", "evictions", "completed")
 ITERATION_COLUMNS = ("start", "duration", "batch_size", "prefill_tokens", "total_tokens", "kv_used", "queue_length")
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def arguments() -> Parser:

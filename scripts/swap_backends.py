@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -35,6 +35,7 @@ from llmsched_env.metrics import Summary, summarize
 from llmsched_env.runner import run_episode
 from llmsched_env.types import EngineConfig, IterationReport, RequestLog
 from llmsched_env.workload import Scenario, load_scenario, scenario_names
+from scripts.parser import Parser
 
 BACKENDS = ("sim", "vllm-scheduler", "vllm")
 COLUMNS = (
@@ -47,11 +48,6 @@ COLUMNS = (
     ("evictions", "evictions", "d"),
     ("iterations", "iterations", "d"),
 )
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def arguments() -> Parser:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -30,19 +30,13 @@ from llmsched_env.errors import ConfigError, MissingExtraError, require
 from scripts.boundary import Boundaries
 from scripts.output import check_file, replacing
 from scripts.parallel import unordered
+from scripts.parser import Parser
 from scripts.suite import LOADS, MEMORY, MOVING, PAIRS, SCENARIOS, SUITE, Bench, Cell, cells
 from scripts.tuning import GRIDS, TOGETHER, Tuned, grid_of, objective_of, tune, tune_together
 from scripts.variants import needed_boundaries, runs_on
 
 TRIALS = 40
 SEEDS = 4
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if not __package__:  # run as a program: imports go from the project's root, not from scripts/
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -35,6 +35,7 @@ from llmsched_env.perf import CalibrationRangeWarning, IterationTimeModel, load_
 from llmsched_env.workload import load_scenario, scenario_names
 from scripts.engine_settings import add_model_arguments, backend_settings, engine_config, engine_options
 from scripts.output import check_folder, replacing
+from scripts.parser import Parser
 from scripts.row_file import RowFile
 from scripts.settings import parse_overrides
 from scripts.validation import (
@@ -60,13 +61,6 @@ LOADS = (0.5, 0.7, 0.9)
 REQUESTS, REPEATS = 200, 3
 QUICK_LOADS, QUICK_REQUESTS, QUICK_REPEATS = (0.5, 0.9), 24, 2
 INTERRUPTED = 130
-
-
-class Parser(argparse.ArgumentParser):
-    """Refuses in the same words as every other refusal here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}\n")
 
 
 def arguments() -> Parser:
