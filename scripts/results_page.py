@@ -22,7 +22,7 @@ from scripts.results import (
 )
 from scripts.results_plots import choices, middle, plot_loads, plot_middles, plot_profiles
 from scripts.suite import MOVING, SUITE, WARMUP_SHARE, Bench, Cell
-from scripts.tuning import TOGETHER, Tuned, objective_of
+from scripts.tuning import TOGETHER, TRIALS, Tuned, objective_of
 from scripts.variants import greedy_of
 
 KNOWN = " †"
@@ -97,7 +97,8 @@ class Page:
             "difference excludes zero, else *equal*.",
             "* Loads are shares of greedy FIFO's measured boundary (last section). Tuning, evaluation and the boundaries draw from seed "
             "streams that cannot meet (`scripts/seeds.py`); no recorded trace is replayed, so no time ranges are shared either.",
-            f"* *Default* is a baseline as it ships, *tuned* with the parameters `scripts/tune.py` found for that very cell, "
+            f"* *Default* is a baseline as it ships, *tuned* with the best parameters found for that very cell: by the search of "
+            f"`scripts/tune.py`{self._longer_searches()}, "
             "*tuned together* with one set of parameters for the whole non-stationary part; these run in that part alone and never count "
             f"as a cell's *best* tuned baseline. {KNOWN.strip()} marks policies that are **told output lengths**; they never count as "
             "*best* baselines. The *best* baseline of a cell is chosen by its mean on the evaluation seeds themselves, which favours the "
@@ -105,6 +106,16 @@ class Page:
             "baseline that does not know them can beat it.",
             "",
         ]
+
+    def _longer_searches(self) -> str:
+        """How many of the tuned parameters took more trials than a search makes by default."""
+        longer = sum(entry.trials > TRIALS for entry in self.tuned.values())
+        if not longer:
+            return ""
+        return (
+            f", with more than its {TRIALS} trials for {longer} of the {len(self.tuned)} entries (points tried around the best of a "
+            "search, or a longer one; the file has the counts)"
+        )
 
     def _bars(self) -> list[str]:
         agent = self.agents[0] if self.agents else ""

@@ -32,10 +32,9 @@ from scripts.output import check_file, replacing
 from scripts.parallel import unordered
 from scripts.parser import Parser
 from scripts.suite import LOADS, MEMORY, MOVING, PAIRS, SCENARIOS, SUITE, Bench, Cell, cells
-from scripts.tuning import GRIDS, TOGETHER, Tuned, grid_of, objective_of, tune, tune_together
+from scripts.tuning import GRIDS, TOGETHER, TRIALS, Tuned, grid_of, objective_of, tune, tune_together
 from scripts.variants import needed_boundaries, runs_on
 
-TRIALS = 40
 SEEDS = 4
 
 

@@ -28,6 +28,9 @@ from llmsched_env.types import FloatArray, Workload
 from scripts.suite import Bench, Cell, engine_of, warmup_seconds
 from scripts.variants import make
 
+TRIALS = 40
+"""Of one search, unless asked otherwise."""
+
 COARSE = 7
 """Points of a grid that the first pass looks at, about."""
 
