@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import numpy.typing as npt
 
 from agents import kernel as k
-from agents.interface import Interface
+from agents.interface import Interface, agent_record
 from agents.network import Network
 from agents.recipe import Recipe
 from baselines import Setting
 from llmsched_env.backend import View
-from llmsched_env.engine.fleet import Rule
+from llmsched_env.engine.rules import Rule
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Decision
 
@@ -63,46 +65,28 @@ class Agent:
             raise ConfigError(
                 f"agent {name!r}: action components {network.components}, but {recipe.action_set!r} has {self.interface.components}"
             )
-        memory = k.M_ACTION + len(network.components) + self.layout.num_queues
-        self.rule = Rule(k.agent_rule, self.layout.num_queues, self._parameters(), memory)
+        self.rule = Rule(k.agent_rule, self.layout.num_queues, self._record(), known_lengths=self.known_lengths)
         self.reset()
 
-    def _parameters(self) -> npt.NDArray[np.float64]:
-        """Everything the rule reads, in the order ``agents.kernel`` states."""
-        i, n, t = self.interface, self.network, self.interface.tables
+    def _record(self) -> k.AgentRecord:
+        """Everything the rule reads."""
+        i, n = self.interface, self.network
         layers = [*n.layers, n.head]
-        if len(layers) > k.MAX_LAYERS:
-            raise ConfigError(f"agent {self.name!r}: {len(layers)} layers, must be at most {k.MAX_LAYERS}")
-        header = np.zeros(k.P_ROWS)
-        values = {
-            k.P_KIND: i.kind,
-            k.P_MAX_ADMIT: self.recipe.max_admit,
-            k.P_HOLD: self.recipe.hold,
-            k.P_DRAWN: not self.deterministic,
-            k.P_HEADROOM: t.headroom,
-            k.P_WHOLE: i.whole,
-            k.P_COLUMNS: i.columns.size,
-            k.P_BOUNDARY_RATE: t.boundary_rate,
-            k.P_WIDTH: i.width,
-            k.P_EXTENDED: self.recipe.features,
-            k.P_GUARDED: self.recipe.action_set in ("admit", "admit-only") or 0.0 in self.recipe.choices,
-            k.P_LEVELS: i.levels.size,
-            k.P_CONTEXT: i.context.size,
-            k.P_STATICS: t.statics.size,
-            k.P_CLASSES: t.survival.shape[0],
-            k.P_SIZE: t.survival.shape[1],
-            k.P_COMPONENTS: len(n.components),
-            k.P_LAYERS: len(layers),
-            # 53 bits, which a float64 holds
-            k.P_SEED: np.random.SeedSequence(self.seed).generate_state(1, np.uint64)[0] >> np.uint64(11),
-        }
-        for row, value in values.items():
-            header[row] = value
-        header[k.P_LAYER : k.P_LAYER + len(layers)] = [weight.shape[0] for weight, _ in layers]
-        parts = [header, i.levels, i.context, t.statics, t.steps, t.survival, t.remaining, i.columns]
-        parts += [n.mean, n.scale, np.array(n.components)]
-        parts += [part for layer in layers for part in layer]
-        return np.concatenate([np.asarray(part, dtype=np.float64).ravel() for part in parts])
+        weights = [np.asarray(part, dtype=np.float64).ravel() for layer in layers for part in layer]
+        record = agent_record(
+            self.recipe,
+            self.layout,
+            i.forecast,
+            i.tables,
+            mean=np.array(n.mean, dtype=np.float64),
+            scale=np.array(n.scale, dtype=np.float64),
+            layers=np.array([weight.shape[0] for weight, _ in layers], dtype=np.int64),
+            weights=np.concatenate(weights),
+        )
+        record.drawn = not self.deterministic
+        record.guarded = self.recipe.action_set in ("admit", "admit-only") or 0.0 in self.recipe.choices
+        record.seed = int(np.random.SeedSequence(self.seed).generate_state(1, np.uint64)[0] >> np.uint64(11))  # not negative
+        return record
 
     def reset(self) -> None:
         """Forget the last episode."""
@@ -112,7 +96,7 @@ class Agent:
     @property
     def interventions(self) -> int:
         """How often the guard changed a decision in this episode."""
-        return int(self.rule.memory[k.M_INTERVENTIONS])
+        return int(cast(k.AgentRecord, self.rule.policy).interventions)
 
     def decide(self, view: View) -> Decision:
         """The decision for the next iteration. The object returned is reused by the next call."""

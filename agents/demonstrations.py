@@ -20,7 +20,6 @@ from agents.recipe import Recipe
 from baselines import Policy
 from llmsched_env.action import ActionCodec
 from llmsched_env.backend import make_backend
-from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Decision, EpisodeLimits, Workload
 
@@ -133,7 +132,8 @@ def record_episode(
         if actor is not None and rng is not None and rng.random() >= share:
             acting = actor.decide(view)
         backend.advance(acting)
-        rows.append((*kept, action, -backend.clocks[st.F_STEP_SYSTEM_SECONDS] / len(workload), backend.clocks[st.F_DURATION]))
+        report = backend.record.report
+        rows.append((*kept, action, -report.system_seconds / len(workload), report.duration))
     backend.close()
     observations, masks, actions, rewards, seconds = zip(*rows, strict=True)
     return (

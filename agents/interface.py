@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from agents.kernel import FEATURES, GRID, KINDS, decode_agent, observe_agent
+from agents.kernel import FEATURES, GRID, KINDS, AgentRecord, decode_at, observe_at
 from agents.peak import LengthTables, length_tables
 from agents.recipe import Recipe
 from baselines import Setting
 from llmsched_env.action import ActionCodec
 from llmsched_env.backend import View
-from llmsched_env.engine import state as st
-from llmsched_env.observation import X_BOUNDARY_RATE, ObservationLayout, static_context
+from llmsched_env.errors import ConfigError
+from llmsched_env.forecast import Forecast, make_forecast
+from llmsched_env.observation import ObservationLayout
 from llmsched_env.types import Decision, QueueLayout
+
+NO_TABLES = LengthTables(
+    np.zeros((1, 1, len(GRID)), dtype=np.float32), np.zeros((1, 1, 2)), np.zeros(1, dtype=np.float32), np.zeros(len(GRID)), 0.0, 1.0
+)
+
+
+def agent_record(
+    recipe: Recipe, layout: QueueLayout, forecast: Forecast, tables: LengthTables, **network: npt.NDArray[Any]
+) -> AgentRecord:
+    """What the compiled functions of ``agents.kernel`` read of a recipe in one setting.
+
+    Args:
+        tables: ``NO_TABLES`` where the recipe uses none.
+        network: arrays of an actor by field, where there is one.
+    """
+    whole, columns = observed_columns(recipe, layout)
+    components = component_sizes(recipe, layout.num_queues)
+    record = AgentRecord(
+        levels=np.array(recipe.choices, dtype=np.float64),
+        forecast=forecast,
+        columns=columns,
+        steps=tables.steps,
+        survival=tables.survival,
+        remaining=tables.remaining,
+        statics=tables.statics.astype(np.float64),
+        total=np.zeros(len(GRID)),
+        own=np.zeros(len(GRID)),
+        components=np.array(components, dtype=np.int64),
+        action=np.zeros(len(components), dtype=np.int64),
+        held=np.zeros(layout.num_queues, dtype=np.int64),
+        **network,
+    )
+    record.kind, record.max_admit, record.hold = KINDS[recipe.action_set], recipe.max_admit, recipe.hold
+    record.whole, record.extended = whole, recipe.features
+    record.width = columns.size + (FEATURES if recipe.features else 0)
+    record.headroom, record.boundary_rate, record.discount = tables.headroom, tables.boundary_rate, np.inf
+    return record
 
 
 class Interface:
@@ -29,49 +69,39 @@ class Interface:
         self.recipe = recipe
         self.layout = recipe.layout_for(setting.statistics)
         self.engine = recipe.engine_for(setting)
-        self.whole, self.columns = observed_columns(recipe, self.layout)
-        self.width = self.columns.size + (FEATURES if recipe.features else 0)
         self.components = component_sizes(recipe, self.layout.num_queues)
-        self.context = static_context(setting.statistics, setting.rate, self.engine, self.layout)
-        self.kind = KINDS[recipe.action_set]
-        self.levels = np.array(recipe.choices, dtype=np.float64)
+        self.forecast = make_forecast(setting.statistics, setting.rate, self.engine, self.layout)
         if recipe.uses_tables:
-            self.tables = length_tables(setting.statistics, self.layout, self.engine, float(self.context[X_BOUNDARY_RATE]), recipe.spare)
+            self.tables = length_tables(setting.statistics, self.layout, self.engine, self.forecast.boundary_rate, recipe.spare)
         else:
             self.tables = NO_TABLES
-        self._scratch = np.zeros((2, len(GRID)))
+        self.record = agent_record(recipe, self.layout, self.forecast, self.tables)
+        self.width = self.record.width
         self._observation = np.zeros((1, self.width), dtype=np.float32)
         self._mask = np.ones((1, sum(self.components)), dtype=np.bool_)
 
     def observe(self, view: View) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """(1, D) observation and (1, sum of components) mask; the same two arrays at every call."""
-        settings, requests, slots, queues, queue_f, scalars, clocks = view.arrays  # type: ignore[attr-defined]
-        t = self.tables
-        observe_agent(
-            self.kind, self.recipe.max_admit, self.whole, self.columns, self.recipe.features, t.headroom, t.boundary_rate, t.steps,
-            t.survival, t.remaining, t.survival.shape[1], t.statics, settings, self.context, requests, _NO_TIMES, slots, queues, queue_f,
-            scalars, clocks, self._scratch, self._observation[0], self._mask[0],
-        )  # fmt: skip
+        """(1, D) observation and (1, sum of components) mask; the same two arrays at every call.
+
+        Raises:
+            ConfigError: the view has other queues.
+        """
+        self._check(view)
+        observe_at(view.record.handle, self.record.handle, self._observation[0], self._mask[0])  # type: ignore[attr-defined]
         return self._observation, self._mask
 
     def decode(self, view: View, action: npt.NDArray[np.int64], out: Decision) -> Decision:
         """Write what the action (components,) means now into ``out``."""
-        settings, requests, slots, queues, _, scalars, _ = view.arrays  # type: ignore[attr-defined]
-        t = self.tables
-        decode_agent(
-            self.kind, action, self.levels, self.recipe.max_admit, t.headroom, t.steps, t.survival, t.survival.shape[1], settings,
-            self.context, requests, slots, queues, scalars, self._scratch, out.array,
-        )  # fmt: skip
+        self._check(view)
+        decode_at(view.record.handle, self.record.handle, action, out.handle)  # type: ignore[attr-defined]
         return out
 
-
-_NO_TIMES = np.zeros((st.T_ROWS, 1))  # read for hidden numbers alone
-NO_TABLES = LengthTables(
-    np.zeros((1, 1, len(GRID)), dtype=np.float32), np.zeros((1, 1, 2)), np.zeros(1, dtype=np.float32), np.zeros(len(GRID)), 0.0, 1.0
-)
+    def _check(self, view: View) -> None:
+        if view.layout.num_queues != self.layout.num_queues:
+            raise ConfigError(f"view: {view.layout.num_queues} queues, must be {self.layout.num_queues} as the agent's layout has")
 
 
-CLASS_FREE = ("kv", "committed", "sequences", "iteration", "evictions", "context")
+CLASS_FREE = ("kv", "sequences", "iteration", "evictions", "context")
 """Fields of the environment's observation that a compact agent reads."""
 
 

@@ -35,8 +35,7 @@ from stable_baselines3.common.monitor import Monitor  # noqa: E402
 from stable_baselines3.common.vec_env import VecEnv  # noqa: E402
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn  # noqa: E402
 
-# What `get_attr` reads from the scalar environment that holds the settings of environment i. Its other attributes
-# are the state of an episode, which the vector environment keeps in its arrays.
+# What `get_attr` reads from the settings of environment i.
 SETTINGS = (
     "scenario",
     "rate",
@@ -47,11 +46,10 @@ SETTINGS = (
     "codec",
     "reward",
     "reveal_output_length",
-    "observation_space",
-    "action_space",
-    "render_mode",
-    "metadata",
+    "backlog",
 )
+_SHARED = {"observation_space": "single_observation_space", "action_space": "single_action_space"}
+_FIXED = ("render_mode", "metadata", *_SHARED, *SETTINGS)
 
 
 class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-baselines3 the base is Any
@@ -120,7 +118,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
         if dones.any():
             infos = infos.copy()
             seconds = round(time.time() - self._built, 6)
-            returns, lengths = last["episode"]["r"], last["episode"]["l"]
+            returns, lengths = last["final_info"]["episode_return"], last["final_info"]["episode_length"]
             for i in np.flatnonzero(dones):
                 infos[i] = {
                     "terminal_observation": self._shaped(last["final_obs"][i]),
@@ -151,10 +149,12 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
         if attr_name == "action_masks":
             return [partial(self._action_mask, i) for i in chosen]
         if attr_name in SETTINGS:
-            return [getattr(self.vector.template(i), attr_name) for i in chosen]
+            return [getattr(self.vector.spec_of(i), attr_name) for i in chosen]
+        if attr_name in _FIXED:
+            return [getattr(self.vector, _SHARED.get(attr_name, attr_name)) for _ in chosen]
         missing = [i for i in chosen if attr_name not in self._attributes[i]]
         if missing:
-            raise AttributeError(f"{attr_name}: no attribute of environment {missing[0]} (settings: {', '.join(SETTINGS)})")
+            raise AttributeError(f"{attr_name}: no attribute of environment {missing[0]} (settings: {', '.join(_FIXED)})")
         return [self._attributes[i][attr_name] for i in chosen]
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
@@ -164,7 +164,7 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
             AttributeError: the name of an attribute of the environment: these are fixed when it is built.
         """
         chosen = self._chosen(indices)
-        if any(hasattr(self.vector.template(i), attr_name) for i in chosen):
+        if attr_name in _FIXED:
             raise AttributeError(f"{attr_name}: fixed when the environment is built, pass it to LLMSchedVectorEnv")
         for i in chosen:
             self._attributes[i][attr_name] = value

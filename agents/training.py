@@ -278,7 +278,7 @@ class _Stages(BaseCallback):
         record = training.env.record
         seconds, env_seconds = self.clock()
         simulated = float((buffer.durations * record.time_scale).sum())
-        requests = training.env.vector.template(0).num_requests
+        requests = training.env.vector.spec_of(0).num_requests
         in_system = -float(buffer.rewards.sum()) * requests / max(simulated, 1e-9)
         entry = {"steps": int(model.num_timesteps), "seconds": round(seconds, 2), "reward": float(buffer.rewards.mean())}
         entry["in_system"] = in_system

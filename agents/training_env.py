@@ -17,14 +17,15 @@ import numpy.typing as npt
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from agents.domain import EnvSetting
-from agents.interface import NO_TABLES, component_sizes, observed_columns
-from agents.kernel import FEATURES, GRID, HIDDEN, KINDS, advance_all, branch_all, observe_agent
-from agents.peak import LengthTables, TableStack, length_tables
+from agents.interface import NO_TABLES, agent_record, component_sizes
+from agents.kernel import HIDDEN, AgentRecord, advance_range, carry_on, observe_all_at
+from agents.peak import length_tables
 from agents.recipe import Recipe
 from agents.sb3_vec import SB3VecEnv
 from llmsched_env.action import THETAS
+from llmsched_env.engine.state import END_FINISHED, RUNNING
 from llmsched_env.errors import ConfigError
-from llmsched_env.observation import X_BOUNDARY_RATE
+from llmsched_env.records import Level
 from llmsched_env.types import QueueLayout
 from llmsched_env.vector import LLMSchedVectorEnv
 
@@ -105,53 +106,56 @@ class AgentVecEnv(SB3VecEnv):
         )
         super().__init__(vector, flatten=True)
         n = vector.num_envs
-        self._whole, self._columns = observed_columns(recipe, vector.template(0).layout)
-        self.public = self._columns.size + (FEATURES if recipe.features else 0)
+        if vector._compiled_reward is None:
+            raise ConfigError(f"reward: {reward!r}, must be a built-in or compiled one (llmsched_env.reward.CompiledReward) in training")
+        per_setting = self._records(placed)
+        self._agents = [self._own(per_setting[i % len(placed)]) for i in range(n)]
+        self.public = self._agents[0].width
         self._size = self.public + (HIDDEN if hidden else 0)
         self.observation_space = gym.spaces.Box(0.0, 1.0, (self._size,), np.float32)
-        self._kind = KINDS[recipe.action_set]
-        self._levels = np.array(recipe.choices, dtype=np.float64)
-        self.components = component_sizes(recipe, vector.template(0).layout.num_queues)
+        self.components = component_sizes(recipe, self.layout.num_queues)
         self._mask_size = sum(self.components)
         if len(self.components) == 1:
             self.action_space = gym.spaces.Discrete(self._mask_size)
-        per_setting = self._tables(len(placed))
-        stack = TableStack.of([per_setting[i % len(placed)] for i in range(n)])
-        self._stack = stack
-        self._scratch = np.zeros((n, 2, len(GRID)))
         scale = np.array([placed[i % len(placed)].time_scale for i in range(n)])
         self.record = StepRecord(np.zeros(n), np.zeros(n, dtype=np.bool_), np.arange(n) % len(placed), scale)
-        self._discount = discount_seconds * scale
+        for agent, seconds in zip(self._agents, discount_seconds * scale, strict=True):
+            agent.discount = seconds
         self.seconds = 0.0
-        self._returns = np.zeros(n)
-        self._lengths = np.zeros(n, dtype=np.int64)
-        v = vector
-        self._arrays = (
-            v._decisions, v._models, v._settings, v._ends, v._requests, v._times, v._slots, v._queues, v._queue_f, v._scalars,
-            v._clocks, v._batches, v._events, v._trace, v._contexts,
-        )  # fmt: skip
+        # Where nothing is compiled a handle is the record itself.
+        handles = np.empty((n, 4), dtype=vector._handles.dtype)
+        handles[:, :3] = vector._handles
+        for i, agent in enumerate(self._agents):
+            handles[i, 3] = agent.handle
+        self._handles = handles
 
-    def _tables(self, count: int) -> list[LengthTables]:
-        if not self.recipe.uses_tables:
-            return [NO_TABLES] * count
+    def _records(self, placed: Sequence[EnvSetting]) -> list[AgentRecord]:
+        """One record for each setting."""
         made = []
-        for i in range(count):
-            t = self.vector.template(i)
-            made.append(length_tables(t.scenario.statistics, t.layout, t.engine, float(t.context[X_BOUNDARY_RATE]), self.recipe.spare))
+        for i in range(len(placed)):
+            spec = self.vector.spec_of(i)
+            forecast, tables = self.vector._envs[i].codec.forecast, NO_TABLES
+            if self.recipe.uses_tables:
+                tables = length_tables(spec.scenario.statistics, spec.layout, spec.engine, forecast.boundary_rate, self.recipe.spare)
+            made.append(agent_record(self.recipe, spec.layout, forecast, tables))
         return made
+
+    @staticmethod
+    def _own(shared: AgentRecord) -> AgentRecord:
+        """A record that shares the tables of another; only what is written is its own."""
+        own = {name: np.zeros_like(shared._parts[name]) for name in ("total", "own", "action", "held")}
+        return AgentRecord(shared._memory.copy(), Level.HIDDEN, **{**shared._parts, **own})
 
     @property
     def layout(self) -> QueueLayout:
         """The queues of the first environment."""
-        return self.vector.template(0).layout
+        return self.vector.spec_of(0).layout
 
     # --- stepping ---------------------------------------------------------------------------------
     def reset(self) -> npt.NDArray[np.float32]:
         self.vector.reset(seed=self._seeds)
         self._reset_seeds()
         self._actions = None
-        self._returns[:] = 0.0
-        self._lengths[:] = 0
         self._new_outputs()
         for i in range(self.num_envs):
             self._observe(i)
@@ -162,44 +166,39 @@ class AgentVecEnv(SB3VecEnv):
         self._masks = np.empty((self.num_envs, self._mask_size), dtype=np.bool_)
 
     def _observe(self, i: int) -> None:
-        s, v = self._stack, self.vector
-        row = s.row[i]
-        observe_agent(
-            self._kind, self.recipe.max_admit, self._whole, self._columns, self.recipe.features, s.headroom[i], s.boundary_rate[i],
-            s.steps[row], s.survival[row], s.remaining[row], s.size[row], s.statics[i], v._settings[i], v._contexts[i], v._requests[i],
-            v._times[i], v._slots[i], v._queues[i], v._queue_f[i], v._scalars[i], v._clocks[i], self._scratch[i], self._observations[i],
-            self._masks[i],
-        )  # fmt: skip
+        observe_all_at(self._handles[i, 0], self._handles[i, 3], self._observations[i], self._masks[i])
 
     def step_wait(self) -> VecEnvStepReturn:
         if self._actions is None:
             raise gym.error.ResetNeeded("call step_async() before step_wait()")
         start = time.perf_counter()
-        actions, self._actions = np.asarray(self._actions, dtype=np.int64).reshape(self.num_envs, len(self.components)), None
+        actions, self._actions = self._checked(self._actions), None
         self._new_outputs()
-        n, s = self.num_envs, self._stack
-        rewards, durations = np.empty(n), np.empty(n)
-        terminated, truncated = np.empty(n, dtype=np.bool_), np.empty(n, dtype=np.bool_)
-        advance_all(
-            actions, self._kind, self._levels, self.recipe.max_admit, self.recipe.hold, self._discount, *self.vector._reward_code,
-            self._whole, self._columns, self.recipe.features, s.row, s.headroom, s.boundary_rate, s.steps, s.survival, s.remaining, s.size,
-            s.statics, *self._arrays, self._scratch, self._observations, self._masks, rewards, durations, terminated, truncated,
-            self._returns, self._lengths,
-        )  # fmt: skip
+        n = self.num_envs
+        results, ends = np.empty((n, 2)), np.empty(n, dtype=np.int64)
+        self.vector._workers.run(advance_range, self._handles, actions, self._observations, self._masks, results, ends)
+        rewards, durations = results[:, 0], results[:, 1]
         self.record.durations[:] = durations / self.record.time_scale
-        self.record.truncated[:] = truncated
+        self.record.truncated[:] = ends > END_FINISHED
         infos = self._no_infos
-        dones = terminated | truncated
+        dones = ends != RUNNING
         if dones.any():
             infos = infos.copy()
             elapsed = round(time.time() - self._built, 6)
             for i in np.flatnonzero(dones).tolist():
-                infos[i] = {"episode": {"r": float(self._returns[i]), "l": int(self._lengths[i]), "t": elapsed}}
-                self._returns[i], self._lengths[i] = 0.0, 0
+                env = self.vector._envs[i]
+                infos[i] = {"episode": {"r": env.episode_return, "l": env.episode_length, "t": elapsed}}
                 self.vector._start(i)
                 self._observe(i)
         self.seconds += time.perf_counter() - start
         return self._observations, rewards.astype(np.float32), dones, infos
+
+    def _checked(self, actions: Any) -> npt.NDArray[np.int64]:
+        """(N, W) int64, every one in its space: compiled code reads tables by them."""
+        chosen = np.asarray(actions, dtype=np.int64).reshape(self.num_envs, len(self.components))
+        if ((chosen < 0) | (chosen >= np.array(self.components))).any():
+            raise ConfigError(f"actions: {actions!r}, must be from 0 to {[size - 1 for size in self.components]}")
+        return chosen
 
     def branch(self, follow: npt.NDArray[np.int64], deviate_seconds: float, horizon_seconds: float) -> npt.NDArray[np.float64]:
         """(num_envs, A) what each of the A actions would cost from here; every action meets the same future requests.
@@ -213,15 +212,20 @@ class AgentVecEnv(SB3VecEnv):
         """
         if len(self.components) != 1:
             raise ConfigError(f"recipe.action_set: {self.recipe.action_set!r} has {len(self.components)} components, must have one")
-        n, s, scale = self.num_envs, self._stack, self.record.time_scale
-        tried = np.tile(np.arange(self._mask_size, dtype=np.int64), (n, 1))
+        n, scale = self.num_envs, self.record.time_scale
+        followed = self._checked(follow)
         costs = np.empty((n, self._mask_size))
         start = time.perf_counter()
-        branch_all(
-            tried, np.asarray(follow, dtype=np.int64), self._kind, self._levels, self.recipe.max_admit, deviate_seconds * scale,
-            horizon_seconds * scale, *self.vector._reward_code, s.row, s.headroom, s.steps, s.survival, s.size, *self._arrays,
-            self._scratch, costs,
-        )  # fmt: skip
+
+        def try_all(first: int, last: int) -> None:
+            for e in range(first, last):
+                kept = self.vector.fleet.save(e)
+                for a in range(self._mask_size):
+                    tried = np.array([a])
+                    costs[e, a] = carry_on(self._handles[e], tried, followed[e], deviate_seconds * scale[e], horizon_seconds * scale[e])
+                    self.vector.fleet.restore(e, kept)
+
+        self.vector._workers.run(try_all)
         self.seconds += time.perf_counter() - start
         return costs
 

@@ -7,26 +7,14 @@ from typing import ClassVar
 import numpy as np
 
 from baselines.policy import RulePolicy, Setting, output_classes
+from baselines.walk import admit_and_go_on, begin_walk
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule
-from llmsched_env.engine.moves import next_in_order, start_of_queues
-from llmsched_env.engine.state import (
-    C_BLOCK_SIZE,
-    C_PRESET,
-    I_RESIDENTS,
-    I_WAITING,
-    PRESET_PAPER,
-    Q_LEFT,
-    R_GENERATED,
-    R_NEXT,
-    R_OUTPUT,
-    R_PROMPT,
-    S_COMPUTED,
-    S_GENERATED,
-    S_OUTPUT,
-    S_TARGET,
-)
+from llmsched_env.engine.residents import computed, generated
+from llmsched_env.engine.rules import Rule
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
+from llmsched_env.records import Numbers
+from llmsched_env.types import Decision
 
 
 @compiled
@@ -62,41 +50,40 @@ def insert(value, weight, n, values, weights):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def shortest_that_fit(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """Admit in the engine's order until one does not fit. ``parameters``: the capacity in tokens."""
-    decision[0, :] = 1
-    decision[1, :] = 0
-    decision[2, :] = 0
-    if scalars[I_WAITING] == 0:
+def shortest_that_fit(engine: Engine, policy: Numbers, decision: Decision) -> None:
+    """Admit in the engine's order until one does not fit. ``policy.parameters``: the capacity in tokens."""
+    requests, settings = engine.requests, engine.settings
+    q = begin_walk(engine, decision)
+    if q < 0:
         return
-    paper = settings[C_PRESET] == PRESET_PAPER
+    paper = settings.paper != 0
     # A block partly filled counts whole: at most block_size - 1 tokens more for each request.
-    rounding = 0 if paper else settings[C_BLOCK_SIZE] - 1
+    rounding = 0 if paper else settings.block_size - 1
     # Prefill takes one iteration, whose token is the first output in the vllm preset only.
     first_stage = 1 if paper else 0
-    n = scalars[I_RESIDENTS]
-    remaining = np.empty(n + scalars[I_WAITING], dtype=np.int64)
-    held = np.empty(n + scalars[I_WAITING], dtype=np.int64)
-    order = np.argsort(slots[S_OUTPUT, :n] - slots[S_GENERATED, :n])
+    n = engine.num_residents
+    remaining = np.empty(n + engine.num_waiting, dtype=np.int64)
+    held = np.empty(n + engine.num_waiting, dtype=np.int64)
+    left = np.empty(n, dtype=np.int64)
+    tokens = np.empty(n, dtype=np.int64)
+    r = engine.oldest
+    for i in range(n):
+        left[i] = requests.output[r] - generated(engine, r)
+        tokens[i] = max(computed(engine, r), requests.target[r]) + rounding
+        r = requests.next[r]
+    order = np.argsort(left)
     for at in range(n):
-        i = order[at]
-        remaining[at] = slots[S_OUTPUT, i] - slots[S_GENERATED, i]
-        held[at] = max(slots[S_COMPUTED, i], slots[S_TARGET, i]) + rounding
-    start_of_queues(settings, queues)
-    q = next_in_order(settings, requests, queues)
+        remaining[at] = left[order[at]]
+        held[at] = tokens[order[at]]
     while q >= 0:
-        r = queues[Q_LEFT, q]
-        generated = requests[R_GENERATED, r]
-        insert(
-            requests[R_OUTPUT, r] - generated + first_stage, requests[R_PROMPT, r] + generated + rounding, n, remaining, held
-        )  # fmt: skip
+        r = engine.queues.left[q]
+        kept = requests.base_generated[r]
+        insert(requests.output[r] - kept + first_stage, requests.prompt[r] + kept + rounding, n, remaining, held)
         # An empty engine takes the first request whatever it needs.
-        if n > 0 and not fits_forever(held[: n + 1], remaining[: n + 1], parameters[0]):
+        if n > 0 and not fits_forever(held[: n + 1], remaining[: n + 1], policy.parameters[0]):
             return
         n += 1
-        decision[1, q] += 1
-        queues[Q_LEFT, q] = requests[R_NEXT, r]
-        q = next_in_order(settings, requests, queues)
+        q = admit_and_go_on(engine, q, decision)
 
 
 class McSf(RulePolicy):
@@ -119,4 +106,4 @@ class McSf(RulePolicy):
         self.layout = output_classes(setting.statistics, num_classes)
         self.engine = setting.engine_for(admission_order="class")
         capacity = (1.0 - margin) * self.engine.kv_capacity_tokens
-        self.rule = Rule(shortest_that_fit, self.layout.num_queues, [capacity])
+        self.rule = Rule(shortest_that_fit, self.layout.num_queues, [capacity], known_lengths=True)

@@ -7,13 +7,15 @@ from typing import ClassVar
 import numpy as np
 
 from baselines.policy import RulePolicy, Setting, output_classes
+from baselines.wait import free_a_full_memory
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule, first_head_fits
-from llmsched_env.engine.state import F_RATE_SECONDS, Q_RESIDENTS, Q_WAITING, QF_ARRIVALS, RATE_WINDOW_SECONDS
+from llmsched_env.engine.rules import Rule
+from llmsched_env.engine.state import RATE_WINDOW_SECONDS, Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import class_profiles
 from llmsched_env.fluid.equilibrium import KV_CHARGED, Fluid
-from llmsched_env.types import FloatArray
+from llmsched_env.records import Counts, Record, Vector
+from llmsched_env.types import Decision, FloatArray
 
 GRID = 64
 CREDIT = 1_000_000
@@ -33,44 +35,46 @@ def cycle_of(work, cycles, grid):  # type: ignore[no-untyped-def]
     return cycles[i - 1] + share * (cycles[i] - cycles[i - 1])
 
 
-@compiled
-def follow_rates(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """WAIT with n_j = (rate seen of class j) x (cycle for the work seen).
+class RatesRecord(Record):
+    """What ``follow_rates`` reads and remembers."""
 
-    ``parameters``: expected rates, KV work of a request by class, longest cycle x work, then work and cycle of the
-    grid; ``memory``: credit of each class.
-    """
-    num_classes = queues.shape[1]
-    expected, work = parameters[:num_classes], parameters[num_classes : 2 * num_classes]
-    at = 2 * num_classes + 1
-    limit, grid, cycles = parameters[at - 1], parameters[at : at + GRID], parameters[at + GRID : at + 2 * GRID]
+    expected: Vector  # (J,) rates, requests/s
+    work: Vector  # (J,) KV work of a request, token seconds per second of rate
+    limit: float  # longest cycle x work
+    grid: Vector  # (GRID,) work
+    cycles: Vector  # (GRID,) cycle for it, seconds
+    credit: Counts  # (J,) fractions of a request carried over, in units of 1 / CREDIT
+
+
+@compiled
+def follow_rates(engine: Engine, policy: RatesRecord, decision: Decision) -> None:
+    """WAIT with n_j = (rate seen of class j) x (cycle for the work seen)."""
+    queues, num_classes = engine.queues, engine.settings.num_queues
     # The part of the window that has not been seen yet counts at the expected rate.
-    unseen = RATE_WINDOW_SECONDS - clocks[F_RATE_SECONDS]
+    unseen = RATE_WINDOW_SECONDS - engine.rate_seconds
     total = 0.0
     for j in range(num_classes):
-        total += (queue_f[QF_ARRIVALS, j] + unseen * expected[j]) / RATE_WINDOW_SECONDS * work[j]
-    cycle = cycle_of(total, cycles, grid)
+        total += (queues.arrivals[j] + unseen * policy.expected[j]) / RATE_WINDOW_SECONDS * policy.work[j]
+    cycle = cycle_of(total, policy.cycles, policy.grid)
     if total > 0.0:
-        cycle = min(cycle, limit / total)
-    run, admit = decision[0], decision[1]
-    decision[2, :] = 0
+        cycle = min(cycle, policy.limit / total)
     launched = False
     advances = False
     for j in range(num_classes):
-        rate = (queue_f[QF_ARRIVALS, j] + unseen * expected[j]) / RATE_WINDOW_SECONDS
-        credit = memory[j] + int(rate * cycle * CREDIT)
+        rate = (queues.arrivals[j] + unseen * policy.expected[j]) / RATE_WINDOW_SECONDS
+        credit = policy.credit[j] + int(rate * cycle * CREDIT)
         need = credit // CREDIT
-        if queues[Q_RESIDENTS, j] == 0:
+        if queues.residents[j] == 0:
             need = max(need, 1)
-        ready = queues[Q_WAITING, j] >= need
-        run[j] = ready
-        admit[j] = need if ready else 0
+        ready = queues.waiting[j] >= need
+        decision.run[j] = ready
+        decision.admit[j] = need if ready else 0
+        decision.evict[j] = 0
         if ready:
-            memory[j] = max(credit - need * CREDIT, 0)
+            policy.credit[j] = max(credit - need * CREDIT, 0)
             launched = True
-            advances = advances or queues[Q_RESIDENTS, j] > 0
-    if launched and not advances and not first_head_fits(settings, requests, queues, scalars, admit):
-        run[:] = 1
+            advances = advances or queues.residents[j] > 0
+    free_a_full_memory(engine, launched, advances, decision)
 
 
 class ModifiedWait(RulePolicy):
@@ -107,9 +111,12 @@ class ModifiedWait(RulePolicy):
         shares: FloatArray = np.geomspace(1e-3, 1.0, GRID) * longest / load.times(longest).seconds
         at = [load.times(float(share)) for share in shares]
         cycles = [min(slack * one.equilibrium_seconds(), one.longest_cycle()[0]) for one in at]
-        self.rule = Rule(
-            follow_rates,
-            self.layout.num_queues,
-            np.concatenate([fluid.class_rate, fluid.class_sums[:, KV_CHARGED], [longest * work], shares * work, cycles]),
-            memory=self.layout.num_classes,
+        record = RatesRecord(
+            expected=np.array(fluid.class_rate, dtype=np.float64),
+            work=np.array(fluid.class_sums[:, KV_CHARGED], dtype=np.float64),
+            grid=shares * work,
+            cycles=np.array(cycles),
+            credit=np.zeros(self.layout.num_classes, dtype=np.int64),
         )
+        record.limit = longest * work
+        self.rule = Rule(follow_rates, self.layout.num_queues, record, known_lengths=True)

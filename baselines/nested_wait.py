@@ -9,30 +9,9 @@ import numpy as np
 
 from baselines.policy import RulePolicy, Setting
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule, first_head_fits, rotated
-from llmsched_env.engine.state import (
-    C_BLOCK_SIZE,
-    C_BOUNDARY_SLOT,
-    C_CAPACITY,
-    C_PRESET,
-    I_KV_BLOCKS,
-    I_KV_TOKENS,
-    I_RESIDENTS,
-    PRESET_PAPER,
-    Q_HEAD,
-    Q_LEFT,
-    Q_RESIDENTS,
-    Q_WAITING,
-    R_GENERATED,
-    R_NEXT,
-    R_PROMPT,
-    S_COMPUTED,
-    S_GENERATED,
-    S_QUEUE,
-    S_STATE,
-    S_TARGET,
-    SLOT_BOUNDARY,
-)
+from llmsched_env.engine.residents import computed, generated, kv_of
+from llmsched_env.engine.rules import Rule, first_head_fits, kv_free, rotated
+from llmsched_env.engine.state import BOUNDARY, Engine
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import (
     NestedThresholds,
@@ -42,7 +21,8 @@ from llmsched_env.fluid import (
     segment_design,
 )
 from llmsched_env.fluid.buffer import segment_stages
-from llmsched_env.types import QueueLayout
+from llmsched_env.records import Counts, Record, Vector
+from llmsched_env.types import Decision, QueueLayout
 
 # More segments promise less base memory, but where M_req exceeds the KV cache their boundary queues
 # fill it and evictions never end (measured on azure-conv lengths at 0.8 to 1.0 of the boundary).
@@ -50,148 +30,158 @@ CANDIDATE_SEGMENTS = (1, 2, 3, 4)
 OVERLOAD_SEGMENTS = 4
 
 
-@compiled
-def longest_prefix(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """The longest prefix of segments whose queues hold their thresholds.
+class NestedRecord(Record):
+    """What the rules of ``NestedWait`` read and remember, by segment."""
 
-    ``parameters``: K thresholds, K segment ends, the longest prompt; ``memory``: iterations launched, by segment.
-    """
-    num_segments = queues.shape[1]
-    run, admit, evict = decision[0], decision[1], decision[2]
-    decision[:] = 0
+    thresholds: Vector
+    ends: Vector  # decode length at the end of the segment
+    caps: Vector  # on residents; of the rules other than the paper's
+    launched: Counts  # iterations so far
+    longest_prompt: float
+    no_wait: bool
+
+
+@compiled
+def hold_everything(engine: Engine, decision: Decision) -> None:
+    for q in range(engine.settings.num_queues):
+        decision.run[q] = 0
+        decision.admit[q] = 0
+        decision.evict[q] = 0
+
+
+@compiled
+def run_all_segments(engine: Engine, decision: Decision) -> None:
+    for q in range(engine.settings.num_queues):
+        decision.run[q] = 1
+
+
+@compiled
+def longest_prefix(engine: Engine, policy: NestedRecord, decision: Decision) -> None:
+    """The longest prefix of segments whose queues hold their thresholds."""
+    queues, num_segments = engine.queues, engine.settings.num_queues
+    hold_everything(engine, decision)
     joined = 0
     asked = 0
     inside = 0
     while asked + inside == 0:
         # Under rotation an iteration may ask for nobody; with no resident to advance it is skipped.
         joined = 0
-        while joined < num_segments and queues[Q_WAITING, joined] >= rotated(parameters[joined], memory[joined]):
+        while joined < num_segments and queues.waiting[joined] >= rotated(policy.thresholds[joined], policy.launched[joined]):
             joined += 1
         if joined == 0:
             return
         for k in range(joined):
-            admit[k] = rotated(parameters[k], memory[k])
-            memory[k] += 1
-            asked += admit[k]
-            inside += queues[Q_RESIDENTS, k]
-    run[:joined] = 1
+            decision.admit[k] = rotated(policy.thresholds[k], policy.launched[k])
+            policy.launched[k] += 1
+            asked += decision.admit[k]
+            inside += queues.residents[k]
     left_behind = 0
-    for k in range(1, num_segments):
-        left_behind += queues[Q_WAITING, k] - admit[k]
+    for k in range(num_segments):
+        decision.run[k] = 1 if k < joined else 0
+        if k > 0:
+            left_behind += queues.waiting[k] - decision.admit[k]
     evicted = 0
     if left_behind > 0:
-        evicted = repair(joined, admit, evict, parameters, settings, requests, slots, queues, scalars)
-    if inside + evicted + asked - admit[0] == 0 and not first_head_fits(settings, requests, queues, scalars, admit):
-        run[:] = 1
+        evicted = repair(engine, policy, joined, decision)
+    if inside + evicted + asked - decision.admit[0] == 0 and not first_head_fits(engine, decision):
+        run_all_segments(engine, decision)
 
 
 @compiled
-def repair(joined, admit, evict, parameters, settings, requests, slots, queues, scalars):  # type: ignore[no-untyped-def]
+def repair(engine: Engine, policy: NestedRecord, joined: int, decision: Decision) -> int:
     """Evict unselected boundary requests, newest admission first, until projected memory fits. Returns how many."""
-    num_segments = queues.shape[1]
-    ends = parameters[num_segments : 2 * num_segments]
-    longest_prompt = parameters[2 * num_segments]
-    capacity = settings[C_CAPACITY]
-    used = scalars[I_KV_TOKENS if settings[C_PRESET] == PRESET_PAPER else I_KV_BLOCKS]
-    if capacity - used - 2 * scalars[I_RESIDENTS] >= admit[0] * (longest_prompt + 2):
+    requests, queues, capacity = engine.requests, engine.queues, engine.settings.capacity
+    if kv_free(engine) - 2 * engine.num_residents >= decision.admit[0] * (policy.longest_prompt + 2):
         return 0  # fits whatever each request takes (tokens or blocks) in one iteration
 
     total = 0
-    for k in range(num_segments):
-        queues[Q_LEFT, k] = admit[k]
-    for i in range(scalars[I_RESIDENTS]):
+    for k in range(engine.settings.num_queues):
+        queues.left[k] = decision.admit[k]
+    r = engine.oldest
+    while r >= 0:
         selected = False
-        if slots[S_STATE, i] == SLOT_BOUNDARY:
-            k = slots[S_QUEUE, i]
-            selected = queues[Q_LEFT, k] > 0
-            queues[Q_LEFT, k] -= selected
-        total += charge_after(i, selected, joined, ends, settings, slots)
-    r = queues[Q_HEAD, 0]
-    for _ in range(admit[0]):
+        if requests.status[r] == BOUNDARY:
+            k = requests.queue[r]
+            selected = queues.left[k] > 0
+            if selected:
+                queues.left[k] -= 1
+        total += charge_after(engine, policy, r, selected, joined)
+        r = requests.next[r]
+    r = queues.head[0]
+    for _ in range(decision.admit[0]):
         if r < 0:
             break
-        total += held(requests[R_PROMPT, r] + requests[R_GENERATED, r] + 1, settings)
-        r = requests[R_NEXT, r]
+        total += kv_of(engine, requests.prompt[r] + requests.base_generated[r] + 1)
+        r = requests.next[r]
 
     evicted = 0
-    i = scalars[I_RESIDENTS] - 1
-    while total > capacity and i >= 0:
+    r = engine.newest
+    while total > capacity and r >= 0:
         # Those selected are the oldest of their queue: counted from the newest, the others come first.
-        k = slots[S_QUEUE, i]
-        if slots[S_STATE, i] == SLOT_BOUNDARY and evict[k] < queues[Q_WAITING, k] - admit[k]:
-            evict[k] += 1
+        k = requests.queue[r]
+        if requests.status[r] == BOUNDARY and decision.evict[k] < queues.waiting[k] - decision.admit[k]:
+            decision.evict[k] += 1
             evicted += 1
-            total -= charge_after(i, False, joined, ends, settings, slots)
-        i -= 1
+            total -= charge_after(engine, policy, r, False, joined)
+        r = requests.previous[r]
     return evicted
 
 
 @compiled
-def held(tokens, settings):  # type: ignore[no-untyped-def]
-    """KV units of a request that holds ``tokens``."""
-    if settings[C_PRESET] == PRESET_PAPER:
-        return tokens
-    return (tokens + settings[C_BLOCK_SIZE] - 1) // settings[C_BLOCK_SIZE]
-
-
-@compiled
-def charge_after(i, selected, joined, ends, settings, slots):  # type: ignore[no-untyped-def]
-    """KV units charged to resident i after the iteration, unknown lengths counted as longer.
+def charge_after(engine: Engine, policy: NestedRecord, r: int, selected: bool, joined: int) -> int:
+    """KV units charged to resident r after the iteration, unknown lengths counted as longer.
 
     A survivor in a segment is charged the token it computes next (the paper's l + s), a boundary
     request what it holds, a request at the end of the last segment nothing.
     """
-    computed = slots[S_COMPUTED, i]
-    boundary = slots[S_STATE, i] == SLOT_BOUNDARY
+    requests, settings = engine.requests, engine.settings
+    held = computed(engine, r)
+    boundary = requests.status[r] == BOUNDARY
     if boundary and not selected:
-        return held(computed, settings)
-    if settings[C_PRESET] != PRESET_PAPER:
+        return kv_of(engine, held)
+    if settings.paper == 0:
         # Next iteration's slots: one token computed now, room for the next.
-        return held(max(computed, slots[S_TARGET, i]) + 2, settings)
+        return kv_of(engine, max(held, requests.target[r]) + 2)
+    ends = policy.ends
     last = int(ends[ends.shape[0] - 1])
-    generated = slots[S_GENERATED, i]
+    tokens = generated(engine, r)
     if boundary:
-        return computed + (1 if settings[C_BOUNDARY_SLOT] != 0 else min(2, last - generated))
-    if slots[S_QUEUE, i] >= joined:
-        return computed + 1
-    if generated + 1 >= last:
+        return held + (1 if settings.boundary_slot != 0 else min(2, last - tokens))
+    if requests.queue[r] >= joined:
+        return held + 1
+    if tokens + 1 >= last:
         return 0
     for end in ends:
-        if generated + 1 == end:
-            return computed + 1
-    return computed + 2
+        if tokens + 1 == end:
+            return held + 1
+    return held + 2
 
 
 @compiled
-def separate_segments(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """The rules ``implemented`` and ``no-wait``: each segment for itself.
-
-    ``parameters``: as ``longest_prefix`` with whole thresholds, then the caps of the segments and 1 where nobody waits.
-    """
-    num_segments = queues.shape[1]
-    run, admit, evict = decision[0], decision[1], decision[2]
-    decision[:] = 0
-    no_wait = parameters[3 * num_segments + 1] != 0.0
+def separate_segments(engine: Engine, policy: NestedRecord, decision: Decision) -> None:
+    """The rules ``implemented`` and ``no-wait``: each segment for itself, with whole thresholds."""
+    queues, num_segments = engine.queues, engine.settings.num_queues
+    hold_everything(engine, decision)
     asked = 0
     inside = 0
     left_behind = 0
     for k in range(num_segments):
-        quota = int(parameters[k])
-        room = int(parameters[2 * num_segments + 1 + k]) - queues[Q_RESIDENTS, k]
-        if no_wait or room <= 0 or queues[Q_WAITING, k] >= quota:
-            run[k] = 1
-            admit[k] = max(min(quota, room, queues[Q_WAITING, k]), 0)
-            inside += queues[Q_RESIDENTS, k]
+        quota = int(policy.thresholds[k])
+        room = int(policy.caps[k]) - queues.residents[k]
+        if policy.no_wait != 0 or room <= 0 or queues.waiting[k] >= quota:
+            decision.run[k] = 1
+            decision.admit[k] = max(min(quota, room, queues.waiting[k]), 0)
+            inside += queues.residents[k]
         if k > 0:
-            asked += admit[k]
-            left_behind += queues[Q_WAITING, k] - admit[k]
-    if inside + asked + admit[0] == 0:
+            asked += decision.admit[k]
+            left_behind += queues.waiting[k] - decision.admit[k]
+    if inside + asked + decision.admit[0] == 0:
         return
     evicted = 0
     if left_behind > 0:  # counted as if every segment ran, which charges a frozen resident one token too much
-        evicted = repair(num_segments, admit, evict, parameters, settings, requests, slots, queues, scalars)
-    if inside + evicted + asked == 0 and not first_head_fits(settings, requests, queues, scalars, admit):
-        run[:] = 1
+        evicted = repair(engine, policy, num_segments, decision)
+    if inside + evicted + asked == 0 and not first_head_fits(engine, decision):
+        run_all_segments(engine, decision)
 
 
 class NestedWait(RulePolicy):
@@ -277,17 +267,20 @@ class NestedWait(RulePolicy):
         # The design may have merged segments that no request passes.
         self._ends = np.asarray(self.parameters.segment_ends, dtype=np.int64)
         self.layout = QueueLayout(segment_ends=tuple(int(e) for e in self._ends[:-1]))
-        longest_prompt = np.ceil(statistics.prompt.max())
         n = self.parameters.thresholds
-        if rule == "paper":
-            numbers = np.concatenate([n, self._ends, [longest_prompt]])
-            self.rule = Rule(longest_prefix, self.layout.num_queues, numbers, memory=self.layout.num_segments)
-        else:
+        caps = np.empty(0)
+        if rule != "paper":
             first, last = segment_stages(self.parameters.segment_ends, self.engine)
             caps = np.maximum(np.floor(n * (last - first + 1) + 1e-9), 1.0)
-            whole = np.maximum(np.floor(n + 1e-9), 1.0)
-            numbers = np.concatenate([whole, self._ends, [longest_prompt], caps, [rule == "no-wait"]])
-            self.rule = Rule(separate_segments, self.layout.num_queues, numbers)
+            n = np.maximum(np.floor(n + 1e-9), 1.0)
+        record = NestedRecord(
+            thresholds=np.array(n, dtype=np.float64),
+            ends=self._ends.astype(np.float64),
+            caps=caps,
+            launched=np.zeros(self.layout.num_segments, dtype=np.int64),
+        )
+        record.longest_prompt, record.no_wait = np.ceil(statistics.prompt.max()), rule == "no-wait"
+        self.rule = Rule(longest_prefix if rule == "paper" else separate_segments, self.layout.num_queues, record)
 
     def _design(
         self, setting: Setting, num_segments: int | None, slack: float, delta: float, overload: bool

@@ -6,37 +6,36 @@ import math
 from typing import ClassVar, Literal
 
 from baselines.policy import RulePolicy, Setting, output_classes, prompt_classes
+from baselines.walk import admit_and_go_on, begin_walk
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule
-from llmsched_env.engine.moves import next_in_order, start_of_queues
-from llmsched_env.engine.state import I_RESIDENTS, I_WAITING, Q_LEFT, R_NEXT, R_OUTPUT, R_PROMPT, S_OUTPUT, S_PROMPT
+from llmsched_env.engine.rules import Rule
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
+from llmsched_env.records import Numbers
+from llmsched_env.types import Decision
 
 
 @compiled
-def reserve_true(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """Admit in the engine's order until one does not fit. ``parameters``: tokens that final lengths may add up to."""
-    decision[0, :] = 1
-    decision[1, :] = 0
-    decision[2, :] = 0
-    if scalars[I_WAITING] == 0:
+def reserve_true(engine: Engine, policy: Numbers, decision: Decision) -> None:
+    """Admit in the engine's order until one does not fit. ``policy.parameters``: tokens that final lengths may add up to."""
+    requests = engine.requests
+    q = begin_walk(engine, decision)
+    if q < 0:
         return
-    room = parameters[0]
-    for i in range(scalars[I_RESIDENTS]):
-        room -= slots[S_PROMPT, i] + slots[S_OUTPUT, i]
-    empty = scalars[I_RESIDENTS] == 0
-    start_of_queues(settings, queues)
-    q = next_in_order(settings, requests, queues)
+    room = policy.parameters[0]
+    r = engine.oldest
+    while r >= 0:
+        room -= requests.prompt[r] + requests.output[r]
+        r = requests.next[r]
+    empty = engine.num_residents == 0
     while q >= 0:
-        r = queues[Q_LEFT, q]
-        room -= requests[R_PROMPT, r] + requests[R_OUTPUT, r]
+        r = engine.queues.left[q]
+        room -= requests.prompt[r] + requests.output[r]
         # An empty engine takes the first request whatever it needs.
         if room < 0.0 and not empty:
             return
         empty = False
-        decision[1, q] += 1
-        queues[Q_LEFT, q] = requests[R_NEXT, r]
-        q = next_in_order(settings, requests, queues)
+        q = admit_and_go_on(engine, q, decision)
 
 
 class OracleSjf(RulePolicy):
@@ -67,4 +66,4 @@ class OracleSjf(RulePolicy):
         classes = output_classes if by == "output" else prompt_classes
         self.layout = classes(setting.statistics, num_classes)
         self.engine = setting.engine_for(admission_order="class")
-        self.rule = Rule(reserve_true, self.layout.num_queues, [theta * self.engine.kv_capacity_tokens])
+        self.rule = Rule(reserve_true, self.layout.num_queues, [theta * self.engine.kv_capacity_tokens], known_lengths=True)

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmsched_env.backend import View
-from llmsched_env.engine.fleet import Rule
-from llmsched_env.env import engine_with
+from llmsched_env.engine.rules import Rule
 from llmsched_env.errors import ConfigError
+from llmsched_env.spec import engine_with
 from llmsched_env.types import Decision, EngineConfig, LengthStatistics, QueueLayout
 
 
@@ -69,7 +69,7 @@ class Policy(ABC):
 
 
 class RulePolicy(Policy):
-    """A policy whose decision is a compiled rule, so that whole episodes run without Python (``llmsched_env.engine.fleet``)."""
+    """A policy whose decision is a compiled rule, so that whole episodes run without Python (``llmsched_env.engine.rules``)."""
 
     rule: Rule
 

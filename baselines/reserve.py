@@ -5,30 +5,35 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-import numpy as np
-
 from baselines.policy import RulePolicy, Setting, prompt_classes
 from llmsched_env.action import decode_reserve
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule
+from llmsched_env.engine.rules import Rule
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
-from llmsched_env.observation import static_context
+from llmsched_env.forecast import Forecast, make_forecast
+from llmsched_env.records import Record
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, QueueLayout
 
 
+class ReserveRecord(Record):
+    theta: float
+    forecast: Forecast  # what an operator knows
+
+
 @compiled
-def reserve(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """One action of the action set ``reserve``. ``parameters``: theta, then what an operator knows (``static_context``)."""
-    decode_reserve(parameters[0], settings, parameters[1:], requests, slots, queues, scalars, decision)
-    decision[2, :] = 0
+def reserve(engine: Engine, policy: ReserveRecord, decision: Decision) -> None:
+    """One action of the action set ``reserve``."""
+    decode_reserve(engine, policy.theta, policy.forecast, decision)
 
 
 def reservation(setting: Setting, theta: float, engine: EngineConfig, layout: QueueLayout) -> Rule:
     """Admits in the engine's order while the final KV to expect of all residents fits theta * C."""
     if not (math.isfinite(theta) and theta > 0):
         raise ConfigError(f"policy.theta: {theta}, must be finite and > 0")
-    known = static_context(setting.statistics, setting.rate, engine, layout)
-    return Rule(reserve, layout.num_queues, np.concatenate([[theta], known]))
+    record = ReserveRecord(forecast=make_forecast(setting.statistics, setting.rate, engine, layout))
+    record.theta = theta
+    return Rule(reserve, layout.num_queues, record)
 
 
 class Reserve(RulePolicy):

@@ -6,40 +6,33 @@ from typing import ClassVar
 
 from baselines.policy import RulePolicy, Setting
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule, kv_free
-from llmsched_env.engine.state import (
-    C_BLOCK_SIZE,
-    C_MAX_SEQS,
-    C_PRESET,
-    C_WATERMARK,
-    I_RESIDENTS,
-    I_WAITING,
-    PRESET_PAPER,
-    Q_HEAD_TOKENS,
-)
-from llmsched_env.types import ADMIT_ALL, QueueLayout
+from llmsched_env.engine.rules import Rule, kv_free
+from llmsched_env.engine.state import Engine
+from llmsched_env.records import Numbers
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout
 
 
 @compiled
-def prefill_first(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
+def prefill_first(engine: Engine, policy: Numbers, decision: Decision) -> None:
     """Everything that waits and nothing that runs where the head fits, else the reverse."""
+    settings = engine.settings
     fits = False
-    if scalars[I_WAITING] > 0:
-        tokens = queues[Q_HEAD_TOKENS, 0]
-        if settings[C_PRESET] == PRESET_PAPER:  # every resident is charged one token more than it holds
-            fits = tokens <= kv_free(settings, scalars) - scalars[I_RESIDENTS]
+    if engine.num_waiting > 0:
+        tokens = engine.queues.head_tokens[0]
+        if settings.paper != 0:  # every resident is charged one token more than it holds
+            fits = tokens <= kv_free(engine) - engine.num_residents
         else:
-            blocks = (tokens + settings[C_BLOCK_SIZE] - 1) // settings[C_BLOCK_SIZE]
-            fits = blocks + settings[C_WATERMARK] <= kv_free(settings, scalars) and scalars[I_RESIDENTS] < settings[C_MAX_SEQS]
-    decision[0, 0] = 0 if fits else 1
-    decision[1, 0] = ADMIT_ALL if fits else 0
-    decision[2, 0] = 0
+            blocks = (tokens + settings.block_size - 1) // settings.block_size
+            fits = blocks + settings.watermark_blocks <= kv_free(engine) and engine.num_residents < settings.max_num_seqs
+    decision.run[0] = 0 if fits else 1
+    decision.admit[0] = ADMIT_ALL if fits else 0
+    decision.evict[0] = 0
 
 
 class VllmV0(RulePolicy):
     """If the head of the queue fits, an iteration of prefills alone; otherwise all residents decode.
 
-    Design rule 16: the head fits if its blocks and the watermark are free and a sequence slot is.
+    Rule 16 of ``docs/engine-rules.md``: the head fits if its blocks and the watermark are free and a sequence slot is.
     Engine: chunked prefill off, 1 % watermark, a budget of at least ``budget`` tokens (4,096 in
     Vidur) and never below the longest request, which vLLM would refuse.
 

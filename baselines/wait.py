@@ -9,66 +9,80 @@ import numpy as np
 
 from baselines.policy import RulePolicy, Setting, output_classes
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule, first_head_fits, rotated
-from llmsched_env.engine.state import Q_RESIDENTS, Q_WAITING
+from llmsched_env.engine.rules import Rule, first_head_fits, rotated
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import WaitThresholds, check_wait, class_profiles, wait_thresholds_of
 from llmsched_env.fluid.equilibrium import stage_shift
-from llmsched_env.types import FloatArray
+from llmsched_env.records import Counts, Record, Vector
+from llmsched_env.types import Decision, FloatArray
 
 Variant = Literal["paper", "any-trigger", "cap-releases", "implemented", "no-wait"]
 
 
+class WaitRecord(Record):
+    """What the rules of ``Wait`` read and remember, by class."""
+
+    thresholds: Vector
+    caps: Vector  # on residents; of the variants
+    launched: Counts  # iterations so far
+    any_trigger: bool
+    cap_releases: bool
+    no_wait: bool
+
+
 @compiled
-def collect(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """Every class whose queue holds its threshold. ``parameters``: the thresholds; ``memory``: iterations launched, by class."""
-    num_classes = queues.shape[1]
-    run, admit = decision[0], decision[1]
-    decision[2, :] = 0
+def free_a_full_memory(engine: Engine, launched: bool, advances: bool, decision: Decision) -> None:
+    """Where new requests alone would run and not even the first fits, all residents advance."""
+    if launched and not advances and not first_head_fits(engine, decision):
+        for q in range(engine.settings.num_queues):
+            decision.run[q] = 1
+
+
+@compiled
+def collect(engine: Engine, policy: WaitRecord, decision: Decision) -> None:
+    """Every class whose queue holds its threshold."""
+    queues = engine.queues
     launched = False
     advances = False
-    for j in range(num_classes):
-        need = rotated(parameters[j], memory[j])
-        if queues[Q_RESIDENTS, j] == 0:
+    for j in range(engine.settings.num_queues):
+        need = rotated(policy.thresholds[j], policy.launched[j])
+        if queues.residents[j] == 0:
             # Nothing to advance: an iteration of this class is worth launching for new requests only.
             need = max(need, 1)
-        ready = queues[Q_WAITING, j] >= need
-        run[j] = ready
-        admit[j] = need if ready else 0
+        ready = queues.waiting[j] >= need
+        decision.run[j] = ready
+        decision.admit[j] = need if ready else 0
+        decision.evict[j] = 0
         if ready:
-            memory[j] += 1
+            policy.launched[j] += 1
             launched = True
-            advances = advances or queues[Q_RESIDENTS, j] > 0
-    if launched and not advances and not first_head_fits(settings, requests, queues, scalars, admit):
-        run[:] = 1
+            advances = advances or queues.residents[j] > 0
+    free_a_full_memory(engine, launched, advances, decision)
 
 
 @compiled
-def collect_variant(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """The variants of ``Wait``. ``parameters``: thresholds, caps on residents, then 1 or 0 for any-trigger, cap-releases, no-wait."""
-    num_classes = queues.shape[1]
-    flags = parameters[2 * num_classes :]
-    any_trigger, cap_releases, no_wait = flags[0] != 0.0, flags[1] != 0.0, flags[2] != 0.0
-    run, admit = decision[0], decision[1]
-    decision[2, :] = 0
+def collect_variant(engine: Engine, policy: WaitRecord, decision: Decision) -> None:
+    """The variants of ``Wait``."""
+    queues, num_classes = engine.queues, engine.settings.num_queues
     launched = False
     advances = False
     for j in range(num_classes):
-        quota = int(parameters[j])
-        room = int(parameters[num_classes + j]) - queues[Q_RESIDENTS, j]
-        need = min(quota, room) if cap_releases else quota
-        ready = no_wait or queues[Q_WAITING, j] >= need
-        run[j] = ready
-        admit[j] = max(min(quota, room), 0)
+        quota = int(policy.thresholds[j])
+        room = int(policy.caps[j]) - queues.residents[j]
+        need = min(quota, room) if policy.cap_releases != 0 else quota
+        ready = policy.no_wait != 0 or queues.waiting[j] >= need
+        decision.run[j] = ready
+        decision.admit[j] = max(min(quota, room), 0)
+        decision.evict[j] = 0
         launched = launched or ready
     for j in range(num_classes):
-        if any_trigger and launched:
-            run[j] = 1
-        if run[j] == 0:
-            admit[j] = 0
-        advances = advances or (run[j] != 0 and queues[Q_RESIDENTS, j] > 0)
-    if launched and not advances and not first_head_fits(settings, requests, queues, scalars, admit):
-        run[:] = 1
+        if policy.any_trigger != 0 and launched:
+            decision.run[j] = 1
+        if decision.run[j] == 0:
+            decision.admit[j] = 0
+        advances = advances or (decision.run[j] != 0 and queues.residents[j] > 0)
+    free_a_full_memory(engine, launched, advances, decision)
 
 
 class Wait(RulePolicy):
@@ -151,10 +165,16 @@ class Wait(RulePolicy):
             )
         self.notes = "; ".join(self.parameters.notes)
         if variant == "paper":
-            self.rule = Rule(collect, self.layout.num_queues, self.parameters.thresholds, memory=self.layout.num_classes)
+            thresholds, caps = self.parameters.thresholds, np.empty(0)
         else:
-            flags = [variant in ("any-trigger", "implemented"), variant in ("cap-releases", "implemented"), variant == "no-wait"]
-            self.rule = Rule(collect_variant, self.layout.num_queues, np.concatenate([*self._quotas_and_caps(setting), flags]))
+            thresholds, caps = self._quotas_and_caps(setting)
+        record = WaitRecord(
+            thresholds=np.array(thresholds, dtype=np.float64), caps=caps, launched=np.zeros(self.layout.num_classes, dtype=np.int64)
+        )
+        record.any_trigger = variant in ("any-trigger", "implemented")
+        record.cap_releases = variant in ("cap-releases", "implemented")
+        record.no_wait = variant == "no-wait"
+        self.rule = Rule(collect if variant == "paper" else collect_variant, self.layout.num_queues, record, known_lengths=True)
 
     def _quotas_and_caps(self, setting: Setting) -> tuple[FloatArray, FloatArray]:
         """(J,) whole thresholds, and (J,) caps on residents: threshold times the mean iterations of a request."""

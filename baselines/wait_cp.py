@@ -9,31 +9,36 @@ import numpy as np
 
 from baselines.policy import RulePolicy, Setting, need_vllm
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.fleet import Rule, rotated
-from llmsched_env.engine.state import I_RESIDENTS, I_WAITING
+from llmsched_env.engine.rules import Rule, rotated
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import equilibrium_of, find_boundary
-from llmsched_env.types import QueueLayout
+from llmsched_env.records import Numbers
+from llmsched_env.types import Decision, QueueLayout
 
 OVERLOAD_SHARE = 0.98
 """Outside the stability region the default cap is that of the fluid model at this share of the boundary."""
 
 
 @compiled
-def collect_and_chunk(parameters, memory, settings, requests, slots, queues, queue_f, scalars, clocks, decision):  # type: ignore[no-untyped-def]
-    """Everything runs and the cap is filled. ``parameters``: cap, prompts per iteration, 1 to wait; ``memory``: iterations launched."""
-    room = max(int(parameters[0]) - scalars[I_RESIDENTS], 0)
-    decision[2, 0] = 0
+def collect_and_chunk(engine: Engine, policy: Numbers, decision: Decision) -> None:
+    """Everything runs and the cap is filled.
+
+    ``policy.parameters``: cap, prompts per iteration, 1 to wait; ``memory``: iterations launched.
+    """
+    room = max(int(policy.parameters[0]) - engine.num_residents, 0)
     need = 0
-    if parameters[2] != 0.0:
-        need = rotated(parameters[1], memory[0])
-        if scalars[I_RESIDENTS] == 0:
+    if policy.parameters[2] != 0.0:
+        need = rotated(policy.parameters[1], policy.memory[0])
+        if engine.num_residents == 0:
             need = max(need, 1)
         need = min(need, room)  # a cap that is used up leaves nothing to wait for
-    ready = scalars[I_WAITING] >= need
-    decision[0, 0] = ready
-    decision[1, 0] = room if ready else 0
-    memory[0] += ready
+    ready = engine.num_waiting >= need
+    decision.run[0] = ready
+    decision.admit[0] = room if ready else 0
+    decision.evict[0] = 0
+    if ready:
+        policy.memory[0] += 1
 
 
 class WaitCp(RulePolicy):

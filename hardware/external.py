@@ -1,33 +1,29 @@
-"""A backend whose iterations another engine schedules: our queues and clock, its batches and blocks."""
+"""A backend whose iterations another engine schedules: our queues and clock, its batches and blocks.
+
+There is one orchestration, the compiled step (``llmsched_env.engine.step``). It asks whoever stands behind
+``engine.code.schedule`` for an iteration; here that is ``ExternalBackend._schedule``.
+"""
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import weakref
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
-from llmsched_env.engine import kernel, moves
+import numpy as np
+
+from hardware.gate import Gate, allowed
+from llmsched_env.compiled import compiled
 from llmsched_env.engine import state as st
-from llmsched_env.engine.arrays import ArrayBackend, ArrayView, check_served
-from llmsched_env.engine.vllm import batch_sums
+from llmsched_env.engine.link import link
+from llmsched_env.engine.record_backend import RecordBackend, RecordView, check_served, list_residents
+from llmsched_env.engine.residents import admit, blocks_for, computed, preempt
+from llmsched_env.engine.schedule_vllm import blocks_to_take, describe_batch, take_blocks
+from llmsched_env.engine.step import engine_at, step_at
 from llmsched_env.errors import ConfigError
+from llmsched_env.pointers import Callback
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """A decision in the engine's terms for one iteration; requests by index.
-
-    Attributes:
-        admit: waiting requests that may enter, in this order.
-        hold: residents that may not advance; their KV stays and they cannot be preempted.
-        evict: residents that give up their KV first, newest admission first.
-    """
-
-    admit: list[int]
-    hold: list[int]
-    evict: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,43 @@ class Executed:
     seconds: float | None = None
 
 
-class ExternalBackend(ArrayBackend):
+@compiled
+def move_requests(engine: Any, preempted: Any, admitted: Any) -> int:
+    """Preemptions (n,) and admissions (m,) of an iteration, in order. Returns the first request that is not the head of its queue, or -1."""
+    record = engine_at(engine)
+    for i in range(preempted.shape[0]):
+        preempt(record, preempted[i])
+    for i in range(admitted.shape[0]):
+        r = admitted[i]
+        q = record.requests.outside[r]
+        if record.queues.head[q] != r:
+            return r
+        admit(record, q)
+        record.report.admitted += 1
+    return -1
+
+
+@compiled
+def take_over(engine: Any, residents: Any, tokens: Any, blocks: Any) -> int:
+    """Tokens scheduled for all residents (n,) and the blocks they then hold. Returns the row whose blocks are not ours, or -1."""
+    record = engine_at(engine)
+    requests = record.requests
+    for i in range(residents.shape[0]):
+        r = residents[i]
+        requests.tokens[r] = tokens[i]
+        if blocks_for(record, computed(record, r) + tokens[i]) != blocks[i]:
+            return i
+        need = blocks_to_take(record, r, tokens[i])
+        if need > 0:
+            take_blocks(record, r, tokens[i], need)
+        if requests.status[r] == st.ENTERING and tokens[i] == 0:  # it has entered, though no budget was left for it
+            requests.status[r] = st.DECODE
+    record.report.kv_reserved = record.kv_blocks
+    describe_batch(record)
+    return -1
+
+
+class ExternalBackend(RecordBackend):
     """Everything of a backend but the scheduling of one iteration, which ``iterate`` asks of an engine.
 
     Attributes:
@@ -59,7 +91,19 @@ class ExternalBackend(ArrayBackend):
             is then only an upper limit; the log holds the lengths found.
     """
 
+    external = True
     discovers_lengths = False
+
+    def __init__(self, trace: bool = False) -> None:
+        super().__init__(trace)
+        this = weakref.ref(self)  # or the callback would keep an engine in memory that nobody else knows of
+
+        def schedule() -> None:
+            backend = this()
+            assert backend is not None
+            backend._schedule()
+
+        self._callback = Callback(schedule)
 
     @abstractmethod
     def start(self, engine: EngineConfig) -> None:
@@ -81,14 +125,15 @@ class ExternalBackend(ArrayBackend):
         limits: EpisodeLimits,
         *,
         reveal_output_length: bool = False,
-    ) -> ArrayView:
+    ) -> RecordView:
+        name = type(self).__name__
         if engine.preset != "vllm":
-            raise ConfigError(f"engine.preset: {engine.preset!r}, must be 'vllm' on backend {type(self).__name__}")
-        for name in ("padded_prefill", "decode_needs_free_block"):
-            if getattr(engine, name):
-                raise ConfigError(f"engine.{name}: True, must be False on backend {type(self).__name__} (not a rule of vLLM)")
+            raise ConfigError(f"engine.preset: {engine.preset!r}, must be 'vllm' on backend {name}")
+        for option, why in _REFUSED.items():
+            if getattr(engine, option):
+                raise ConfigError(f"engine.{option}: True, must be False on backend {name} ({why})")
         if engine.eviction != "recompute":
-            raise ConfigError(f"engine.eviction: {engine.eviction!r}, must be 'recompute' on backend {type(self).__name__} (vLLM's rule)")
+            raise ConfigError(f"engine.eviction: {engine.eviction!r}, must be 'recompute' on backend {name} (vLLM's rule)")
         check_served(workload, engine)  # before an engine is built for it
         self.start(engine)
         view = super().reset(workload, layout, engine, limits, reveal_output_length=reveal_output_length)
@@ -96,111 +141,82 @@ class ExternalBackend(ArrayBackend):
         self._submit_arrivals()
         return view
 
+    def _link(self) -> None:
+        link(self.record.code, self.engine, self.layout, schedule=self._callback.address)
+
     def advance(self, decision: Decision) -> None:
         self.check_running()
-        settings, requests, slots, queues = self.settings, self.requests, self.slots, self.queues
-        scalars, clocks, events = self.scalars, self.clocks, self.events
-        n = kernel.begin_step(decision.array, settings, requests, slots, queues, scalars, clocks, events)
+        self.check_decision(decision)
+        record = self.record
         self._finished: set[int] = set()
         self._seconds: float | None = None
-        n = self._schedule(n, False, decision, events[0, : scalars[st.I_STEP_EVICTED]].tolist())
-        moves.requeue(events[0], 0, scalars[st.I_STEP_EVICTED], settings, requests, queues, scalars)
-        moves.requeue(events[1], 0, scalars[st.I_STEP_PREEMPTED], settings, requests, queues, scalars)
-        if kernel.needs_drain(settings, requests, scalars, self.batch):
-            n = moves.compact(n, slots)
-            preempted = int(scalars[st.I_STEP_PREEMPTED])
-            n = self._schedule(n, True, decision, [])
-            moves.requeue(events[1], preempted, scalars[st.I_STEP_PREEMPTED], settings, requests, queues, scalars)
-            kernel.note_drain(scalars, self.batch)
-        seconds = self._seconds
-        if seconds is None:
-            seconds = float(kernel.model_seconds(self.model, scalars, self.batch))
-        kernel.finish_step(
-            n,
-            seconds,
-            settings,
-            self.ends,
-            requests,
-            self.times,
-            slots,
-            queues,
-            self.queue_f,
-            scalars,
-            clocks,
-            self.batch,
-            events,
-            self.trace,
-        )
-        completed = set(events[2, : scalars[st.I_COMPLETED]].tolist())
-        if completed != self._finished and scalars[st.I_DONE] != st.END_HORIZON:
+        self._broken = False
+        step_at(record.handle, decision.handle)
+        self._callback.check()
+        completed = set(record.events.finished[: record.report.completed].tolist())
+        if completed != self._finished and record.end != st.END_HORIZON:
             raise RuntimeError(f"the engine finished requests {sorted(self._finished)}, its output lengths say {sorted(completed)}")
         self._submit_arrivals()
         self.check_progress()
 
     def _submit_arrivals(self) -> None:
-        arrived = int(self.scalars[st.I_NEXT_ARRIVAL])
-        for r in range(self._submitted, arrived):
-            if self.requests[st.R_STATUS, r] == st.STATUS_WAITING:
-                prompt, output = int(self.requests[st.R_PROMPT, r]), int(self.requests[st.R_OUTPUT, r])
-                self.submit(r, prompt, output, float(self.times[st.T_ARRIVAL, r]))
-        self._submitted = arrived
+        record = self.record
+        for r in range(self._submitted, record.next_arrival):
+            if record.requests.status[r] == st.WAITING:
+                prompt, output = int(record.requests.prompt[r]), int(record.hidden.output[r])
+                self.submit(r, prompt, output, float(record.hidden.arrival[r]))
+        self._submitted = record.next_arrival
 
-    def _outside(self, run_all: bool, decision: Decision, places: int) -> list[int]:
-        """Outside requests the decision admits, in the global admission order, at most ``places``."""
-        segments, by_class = self.layout.num_segments, self.engine.admission_order == "class"
-        queues: list[list[tuple[bool, int, int, int]]] = []
-        for j in range(self.layout.num_classes):
-            count = places if run_all else min(int(decision.admit[j * segments]), places)
-            waiting = self._view.waiting_requests(j, max(count, 0))
-            timely = int(self._view.waiting[j, 0] - self._view.late[j])
-            rank = int(self.settings[st.C_ROWS + j]) if by_class else 0
-            pairs = zip(waiting.key.tolist(), waiting.id.tolist(), strict=True)
-            queues.append([(i >= timely, rank, key, r) for i, (key, r) in enumerate(pairs)])
-        # Heads against heads, each queue in its own order: what ``moves.next_outside`` does.
-        return [r for *_, r in itertools.islice(heapq.merge(*queues), places)]
-
-    def _schedule(self, n: int, run_all: bool, decision: Decision, evicted: list[int]) -> int:
-        """One iteration of the engine, written into the arrays. Returns the number of slots in use."""
-        settings, requests, slots, queues, scalars = self.settings, self.requests, self.slots, self.queues, self.scalars
-        if scalars[st.I_BOUNDARY] > 0:
-            moves.enter_boundaries(n, run_all, decision.array, settings, slots, queues, scalars)
-        ids, state = slots[st.S_ID, :n], slots[st.S_STATE, :n]
-        interior = state == st.SLOT_INTERIOR
-        runs = (state == st.SLOT_ENTERING) | (interior if run_all else interior & (decision.run[slots[st.S_QUEUE, :n]] != 0))
-        gate = Gate(
-            admit=self._outside(run_all, decision, max(self.engine.max_num_seqs - n, 0)), hold=ids[~runs].tolist(), evict=evicted
-        )
-        done = self.iterate(gate)
+    def _schedule(self) -> None:
+        """One iteration of the engine, written into the record in which the step has opened the decision."""
+        record = self.record
+        record.batch.batch_size = 0.0  # if the engine fails, the rest of the step gives nobody a token
+        if self._broken:  # and asks for a drain iteration
+            return
+        self._broken = True
+        done = self.iterate(allowed(record))
         self._finished |= done.finished
-        if done.seconds is not None:
-            self._seconds = done.seconds
-        place = {r: i for i, r in enumerate(ids.tolist())}
-        for r in done.preempted:
-            moves.evict(place[r], settings, requests, slots, queues, scalars)
-            requests[st.R_FORCED, r] += 1
-            scalars[st.I_FORCED_EVICTIONS] += 1
-            self.events[1, scalars[st.I_STEP_PREEMPTED]] = r
-            scalars[st.I_STEP_PREEMPTED] += 1
-        clock = float(self.clocks[st.F_CLOCK])
-        for r in done.admitted:
-            q = int(requests[st.R_CLASS, r]) * self.layout.num_segments
-            if moves.admit(q, n, clock, settings, self.ends, requests, self.times, slots, queues, scalars) != r:
-                raise RuntimeError(f"the engine admitted request {r}, which is not the oldest of its queue")
-            scalars[st.I_ADMITTED] += 1
-            n += 1
-        for i in range(n):
-            if slots[st.S_STATE, i] == st.SLOT_GONE:
-                continue
-            r = int(slots[st.S_ID, i])
-            slots[st.S_TOKENS, i] = done.tokens.get(r, 0)
-            more = done.blocks[r] - int(slots[st.S_BLOCKS, i])
-            if more:
-                slots[st.S_BLOCKS, i] += more
-                queues[st.Q_RESIDENT_KV, slots[st.S_QUEUE, i]] += more
-                scalars[st.I_KV_BLOCKS] += more
-            if self.discovers_lengths and r in done.finished:
-                length = int(slots[st.S_GENERATED, i]) + 1
-                requests[st.R_OUTPUT, r] = slots[st.S_OUTPUT, i] = length
-        scalars[st.I_KV_RESERVED] = scalars[st.I_KV_BLOCKS]
-        batch_sums(n, slots, self.batch)
-        return n
+        wrong = move_requests(record.handle, _indices(done.preempted), _indices(done.admitted))
+        if wrong >= 0:
+            raise RuntimeError(f"the engine admitted request {wrong}, which is not the oldest of its queue")
+        self._take_over(done)
+        if self.discovers_lengths:
+            self._discover(done.finished)
+        # Of an empty attempt and the drain iteration after it the last time counts.
+        self._seconds = self._seconds if done.seconds is None else done.seconds
+        if self._seconds is not None:
+            record.measured_seconds = self._seconds
+        self._broken = False
+
+    def _take_over(self, done: Executed) -> None:
+        record = self.record
+        residents = np.empty(record.num_residents, dtype=np.int32)
+        list_residents(record.handle, residents)
+        ids = residents.tolist()
+        tokens, blocks = _indices([done.tokens.get(r, 0) for r in ids]), _indices([done.blocks[r] for r in ids])
+        row = take_over(record.handle, residents, tokens, blocks)
+        if row >= 0:
+            ours = blocks_for(record, computed(record, ids[row]) + int(tokens[row]))
+            raise RuntimeError(f"request {ids[row]}: the engine holds {blocks[row]} KV blocks for it, its tokens take {ours}")
+
+    def _discover(self, finished: set[int]) -> None:
+        """The iteration's token is the last of these requests."""
+        requests, hidden = self.record.requests, self.record.hidden
+        for r in finished:
+            hidden.output[r] = requests.base_generated[r] + 1
+            if self.reveal_output_length:
+                requests.output[r] = hidden.output[r]
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(f"backend {type(self).__name__} cannot be pickled or copied: another engine stands behind it")
+
+
+_REFUSED = {
+    "padded_prefill": "not a rule of vLLM",
+    "decode_needs_free_block": "not a rule of vLLM",
+    "enable_prefix_caching": "blocks that several requests share are not accounted for; backend 'sim' has it",
+}
+
+
+def _indices(numbers: list[int]) -> Any:
+    return np.array(numbers, dtype=np.int64)

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from hardware.real_engine import check_version, prepare_environment
+from hardware.versions import check_version, prepare_environment
 
 if "vllm" in sys.modules:  # a server has loaded this module: the environment is its own
     check_version()

@@ -21,58 +21,22 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from hardware.options import FIXED, SETTINGS, differing, engine_arguments, setting_names, settings_of
 from hardware.shapes import is_shape, model_shape, write_shape
-from llmsched_env.errors import ConfigError, MissingExtraError
+from hardware.versions import prepare_environment
+from llmsched_env.errors import ConfigError
 from llmsched_env.types import EngineConfig
-
-SUPPORTED_VERSIONS = ("0.28.0",)
-_ENVIRONMENT = (
-    ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),  # the engine in this process: its scheduler must be at hand
-    ("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB; a number of blocks that is given wins
-    ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),  # binding threads to cores would bind the whole program
-    ("VLLM_NO_USAGE_STATS", "1"),
-    ("VLLM_LOGGING_LEVEL", "ERROR"),
-)
 
 
 class EngineError(RuntimeError):
     """The engine could not start or has died; the message names the cause."""
-
-
-def check_version() -> str:
-    """The installed vLLM version.
-
-    Raises:
-        MissingExtraError: neither vllm nor vllm-cpu is installed.
-        ConfigError: a version this module was not tested with.
-    """
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        if version.split("+")[0] not in SUPPORTED_VERSIONS:
-            raise ConfigError(f"{name} {version} is not supported (tested: {', '.join(SUPPORTED_VERSIONS)})")
-        return version
-    raise MissingExtraError("vllm is not installed; run: pip install 'llmsched-env[vllm]' (CPU only: make setup-vllm)")
-
-
-def prepare_environment() -> None:
-    """What vLLM reads when it is imported; values the user has set win. Call before the first ``import vllm``.
-
-    Raises:
-        MissingExtraError, ConfigError: as ``check_version``.
-    """
-    check_version()
-    for name, value in _ENVIRONMENT:
-        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,40 +105,29 @@ class EngineOptions:
         """
         if engine.preset != "vllm":
             raise ConfigError(f"engine.preset: {engine.preset!r}, must be 'vllm' on a real engine")
-        allowed = [f.name for f in dataclasses.fields(cls) if f.name not in _OF_ENGINE]
+        of_engine = setting_names()
+        allowed = [f.name for f in dataclasses.fields(cls) if f.name not in of_engine]
         for name in settings:
-            if name in _OF_ENGINE:
+            if name in of_engine:
                 raise ConfigError(f"backend_config.{name}: belongs to the environment's engine settings, such as engine={{'{name}': ...}}")
             if name not in allowed:
                 near = difflib.get_close_matches(name, allowed, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"backend_config.{name}: unknown{hint} (allowed: {', '.join(allowed)})")
-        return cls(**{name: getattr(engine, name) for name in _OF_ENGINE}, **settings)
+        return cls(**{name: getattr(engine, name) for name in of_engine}, **settings)
 
 
-_OF_ENGINE = (
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "num_blocks",
-    "block_size",
-    "enable_chunked_prefill",
-    "scheduler_reserve_full_isl",
-    "watermark",
-)
 # What keeps one step one iteration, and what EngineOptions has a field for.
 _FIXED = frozenset(
     {
         *(name for name in EngineOptions.__dataclass_fields__ if name != "extra"),
-        "num_gpu_blocks_override",
-        "async_scheduling",
+        *(setting.argument for setting in SETTINGS),
+        *FIXED,
         "scheduler_cls",
         "scheduling_policy",
-        "enable_prefix_caching",
         "speculative_config",
-        "skip_tokenizer_init",
     }
-)
+) - {"disable_log_stats"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,23 +209,12 @@ def build_engine(options: EngineOptions, scheduler_cls: type | None = None) -> A
                 model=model,
                 load_format=load_format,
                 dtype=dtype,
-                skip_tokenizer_init=True,
-                max_model_len=options.max_model_len,
-                max_num_seqs=options.max_num_seqs,
-                max_num_batched_tokens=options.max_num_batched_tokens,
-                num_gpu_blocks_override=None if options.num_blocks is None else options.num_blocks + 1,
-                block_size=options.block_size,
-                enable_chunked_prefill=options.enable_chunked_prefill,
-                scheduler_reserve_full_isl=options.scheduler_reserve_full_isl,
-                watermark=options.watermark,
                 gpu_memory_utilization=options.gpu_memory_utilization,
                 enforce_eager=options.enforce_eager or _on_cpu(),
                 seed=options.seed,
-                enable_prefix_caching=False,
-                async_scheduling=False,  # CUDA's default is a queue of two batches, where step() may return before its results
                 scheduler_cls=scheduler_cls or GatedScheduler,
-                disable_log_stats=True,
                 use_tqdm_on_load=False,
+                **engine_arguments(options),
                 **options.extra,
             )
         )
@@ -302,20 +244,8 @@ def _check_agreement(engine: Any, options: EngineOptions) -> None:
     kinds = [type(group.kv_cache_spec).__name__ for group in groups]
     if kinds != ["FullAttentionSpec"] or getattr(groups[0].kv_cache_spec, "sliding_window", None):
         raise ConfigError(f"model: {options.model} keeps its KV cache as {kinds}; only full attention in every layer is supported")
-    found = {
-        "max_model_len": scheduler.max_model_len,
-        "max_num_seqs": scheduler.max_num_running_reqs,
-        "max_num_batched_tokens": scheduler.max_num_scheduled_tokens,
-        "block_size": scheduler.block_size,
-        "enable_chunked_prefill": scheduler.scheduler_config.enable_chunked_prefill,
-        "scheduler_reserve_full_isl": scheduler.scheduler_reserve_full_isl,
-        "watermark": scheduler.scheduler_config.watermark,
-    }
-    if options.num_blocks is not None:
-        found["num_blocks"] = num_usable_blocks(engine)
-    for name, value in found.items():
-        if value != getattr(options, name):
-            raise ConfigError(f"{name}: asked for {getattr(options, name)}, but vLLM runs {options.model} with {value}; set it to that")
+    for setting, wanted, found in differing(options, SimpleNamespace(**settings_of(scheduler))):
+        raise ConfigError(f"{setting.name}: asked for {wanted}, but vLLM runs {options.model} with {found}; set it to that")
 
 
 def free_engine(engine: Any) -> None:

@@ -6,22 +6,45 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hardware.real_engine import prepare_environment, write_tiny_llama
+from hardware.versions import prepare_environment
 
-prepare_environment()
+prepare_environment()  # before vLLM is imported
 
 import torch
 from vllm import EngineArgs, SamplingParams
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from hardware.external import Executed, ExternalBackend, Gate
+from hardware.external import Executed, ExternalBackend
+from hardware.gate import Gate
 from hardware.gated_scheduler import Admission, GatedScheduler
+from hardware.options import engine_arguments
+from hardware.real_engine import write_tiny_llama
 from llmsched_env.types import EngineConfig
 
 _FAKE_TOKEN = 7
+
+
+def faked_config(model: Path, engine: EngineConfig, arguments: dict[str, Any]) -> Any:
+    """vLLM's configuration of an engine that no model runs on."""
+    config = EngineArgs(model=str(model), load_format="dummy", dtype="float32", enforce_eager=True, **arguments).create_engine_config()
+    config.cache_config.num_gpu_blocks = engine.num_blocks + 1  # vLLM counts one null block that no request can use
+    return config
+
+
+def faked_scheduler(scheduler_cls: type[Scheduler], config: Any, engine: EngineConfig) -> Any:
+    """A scheduler with its KV cache manager, without an engine around it."""
+    spec = FullAttentionSpec(block_size=engine.block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    return scheduler_cls(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(engine.num_blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)]),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=engine.block_size,
+        log_stats=False,
+    )
 
 
 class VllmSchedulerBackend(ExternalBackend):
@@ -37,52 +60,16 @@ class VllmSchedulerBackend(ExternalBackend):
         self._configs: dict[tuple[Any, ...], Any] = {}
 
     def start(self, engine: EngineConfig) -> None:
-        spec = FullAttentionSpec(block_size=engine.block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
-        # vLLM counts one null block that no request can use.
-        cache = KVCacheConfig(
-            num_blocks=engine.num_blocks + 1, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-        )
-        config = self._config(engine)
-        self._scheduler = GatedScheduler(
-            vllm_config=config,
-            kv_cache_config=cache,
-            structured_output_manager=StructuredOutputManager(config),
-            block_size=engine.block_size,
-            log_stats=False,
-        )
+        config = self.vllm_config(engine)
+        self._scheduler = faked_scheduler(GatedScheduler, config, engine)
 
-    def _config(self, engine: EngineConfig) -> Any:
-        key = (
-            engine.max_model_len,
-            engine.max_num_seqs,
-            engine.max_num_batched_tokens,
-            engine.enable_chunked_prefill,
-            engine.block_size,
-            engine.watermark,
-            engine.scheduler_reserve_full_isl,
-            engine.num_blocks,
-        )
+    def vllm_config(self, engine: EngineConfig) -> Any:
+        """vLLM's configuration for these settings, built once."""
+        arguments = engine_arguments(engine)
+        key = tuple(arguments.values())
         if key not in self._configs:
             folder = write_tiny_llama(Path(self._folder.name) / str(engine.max_model_len), engine.max_model_len)
-            config = EngineArgs(
-                model=str(folder),
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                dtype="float32",
-                enforce_eager=True,
-                max_model_len=engine.max_model_len,
-                max_num_seqs=engine.max_num_seqs,
-                max_num_batched_tokens=engine.max_num_batched_tokens,
-                enable_chunked_prefill=engine.enable_chunked_prefill,
-                enable_prefix_caching=False,
-                async_scheduling=False,
-                block_size=engine.block_size,
-                watermark=engine.watermark,
-                scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
-                disable_log_stats=True,
-            ).create_engine_config()
-            config.cache_config.num_gpu_blocks = engine.num_blocks + 1
-            self._configs[key] = config
+            self._configs[key] = faked_config(folder, engine, arguments)
         return self._configs[key]
 
     def submit(self, request: int, prompt_tokens: int, output_tokens: int, arrival: float) -> None:
@@ -99,7 +86,9 @@ class VllmSchedulerBackend(ExternalBackend):
     def iterate(self, gate: Gate) -> Executed:
         scheduler = self._scheduler
         scheduler.gate = admission = Admission(
-            admit=[str(r) for r in gate.admit], hold=frozenset(map(str, gate.hold)), evict=[str(r) for r in gate.evict]
+            admit=list(map(str, gate.admit.tolist())),
+            hold=frozenset(map(str, gate.hold.tolist())),
+            evict=list(map(str, gate.evict.tolist())),
         )
         output = scheduler.schedule()
         ids = list(admission.tokens)

@@ -17,19 +17,20 @@ Every action is legal. The ``reserve`` policy of ``baselines`` is one constant a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine import state as st
-from llmsched_env.engine.moves import next_in_order, start_of_queues
+from llmsched_env.engine.queues import next_in_order, start_of_queues
+from llmsched_env.engine.residents import generated
 from llmsched_env.errors import ConfigError
-from llmsched_env.observation import X_CAPACITY_TOKENS, X_ROWS, X_TABLE
+from llmsched_env.forecast import Forecast
+from llmsched_env.records import Record, Vector
 from llmsched_env.types import ADMIT_ALL, Decision
 
 ADMIT = 0
@@ -38,14 +39,14 @@ THETAS = (0.0, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, math.inf)
 
 
 @compiled
-def fill_mask(queues, max_admit, out):  # type: ignore[no-untyped-def]
+def fill_mask(engine, max_admit, out):  # type: ignore[no-untyped-def]
     """Write the mask of ``admit``, components concatenated, into ``out`` (2 Q + (max_admit + 1) Q,) bool."""
-    num_queues = queues.shape[1]
+    queues, num_queues = engine.queues, engine.settings.num_queues
     at = 2 * num_queues
     for q in range(num_queues):
-        out[2 * q] = queues[st.Q_RESIDENTS, q] > 0
+        out[2 * q] = queues.residents[q] > 0
         out[2 * q + 1] = True
-        waiting = queues[st.Q_WAITING, q]
+        waiting = queues.waiting[q]
         for n in range(max_admit):
             out[at + n] = n <= waiting
         out[at + max_admit] = waiting > 0
@@ -53,63 +54,111 @@ def fill_mask(queues, max_admit, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def decode_action(action, max_admit, decision):  # type: ignore[no-untyped-def]
-    """Write the ``run`` and ``admit`` rows of ``decision`` (3, Q) int32 from an action (2 Q,) int64 of ``admit``."""
-    num_queues = decision.shape[1]
+def decode_action(action, num_queues, max_admit, decision):  # type: ignore[no-untyped-def]
+    """Write ``run`` and ``admit`` of ``decision`` from an action (2 Q,) int64 of ``admit``."""
     for q in range(num_queues):
-        decision[0, q] = action[q]
+        decision.run[q] = action[q]
         count = action[num_queues + q]
-        decision[1, q] = ADMIT_ALL if count >= max_admit else count
+        decision.admit[q] = ADMIT_ALL if count >= max_admit else count
 
 
 @compiled
-def decode_reserve(theta, settings, context, requests, slots, queues, scalars, decision):  # type: ignore[no-untyped-def]
-    """Write the decision of ``reserve`` at this theta; the queues' scratch row holds the next request to look at."""
-    num_queues, num_segments = queues.shape[1], settings[st.C_SEGMENTS]
-    num_classes = num_queues // num_segments
-    for q in range(num_queues):
-        decision[0, q] = 1
-        decision[1, q] = 0 if q % num_segments == 0 and theta < math.inf else ADMIT_ALL
-    if theta == math.inf or theta == 0.0 or scalars[st.I_WAITING] == 0:
+def run_everything(engine, greedy, decision):  # type: ignore[no-untyped-def]
+    """Everything runs and boundaries are passed; from outside as many as fit enter (``greedy``) or nobody."""
+    num_segments = engine.settings.num_segments
+    for q in range(engine.settings.num_queues):
+        decision.run[q] = 1
+        decision.admit[q] = ADMIT_ALL if greedy or q % num_segments != 0 else 0
+        decision.evict[q] = 0
+
+
+@compiled
+def decode_reserve(engine, theta, forecast, decision):  # type: ignore[no-untyped-def]
+    """Write the decision of ``reserve`` at this theta, with what ``forecast`` expects."""
+    run_everything(engine, theta == math.inf, decision)
+    if theta == math.inf or theta == 0.0 or engine.num_waiting == 0:
         return
-    expected = context[X_ROWS + num_classes + num_queues :]
-    top = int(context[X_TABLE]) - 1
-    room = theta * context[X_CAPACITY_TOKENS]
-    for i in range(scalars[st.I_RESIDENTS]):
-        room -= slots[st.S_PROMPT, i] + expected[min(slots[st.S_GENERATED, i], top)]
-    empty = scalars[st.I_RESIDENTS] == 0
-    start_of_queues(settings, queues)
-    best = next_in_order(settings, requests, queues)
+    requests, queues = engine.requests, engine.queues
+    expected = forecast.expected
+    top = expected.shape[0] - 1
+    room = theta * forecast.capacity_tokens
+    r = engine.oldest
+    while r >= 0:
+        room -= requests.prompt[r] + expected[min(generated(engine, r), top)]
+        r = requests.next[r]
+    empty = engine.num_residents == 0
+    start_of_queues(engine)
+    best = next_in_order(engine)
     while best >= 0:
-        r = queues[st.Q_LEFT, best]
-        generated = requests[st.R_GENERATED, r]
+        r = queues.left[best]
+        kept = requests.base_generated[r]
         # A fresh request is expected to be as long as its class; a preempted one as those of its length.
-        length = context[X_ROWS + best // num_segments] if generated == 0 else expected[min(generated, top)]
-        room -= requests[st.R_PROMPT, r] + length
+        length = forecast.by_class[best // engine.settings.num_segments] if kept == 0 else expected[min(kept, top)]
+        room -= requests.prompt[r] + length
         if room < 0.0 and not empty:
             return
         empty = False
-        decision[1, best] += 1
-        queues[st.Q_LEFT, best] = requests[st.R_NEXT, r]
-        best = next_in_order(settings, requests, queues)
+        decision.admit[best] += 1
+        queues.left[best] = requests.next[r]
+        best = next_in_order(engine)
 
 
 @compiled
-def decode(kind, levels, action, settings, context, requests, slots, queues, scalars, decision):  # type: ignore[no-untyped-def]
-    """An action of either set; ``levels`` are its thetas, or max_admit alone."""
+def is_legal(kind, action, num_queues, levels):  # type: ignore[no-untyped-def]
+    """Whether an action (W,) int64 lies in its space."""
     if kind == RESERVE:
-        decode_reserve(levels[action[0]], settings, context, requests, slots, queues, scalars, decision)
-    else:
-        decode_action(action, int(levels[0]), decision)
+        return 0 <= action[0] < levels.shape[0]
+    for q in range(num_queues):  # noqa: SIM110 - a generator would be compiled to a slower loop
+        if not (0 <= action[q] <= 1 and 0 <= action[num_queues + q] <= levels[0]):
+            return False
+    return True
 
 
 @compiled
-def mask(kind, levels, queues, out):  # type: ignore[no-untyped-def]
+def decode(engine, codec, action, decision):  # type: ignore[no-untyped-def]
+    """An action (W,) int64 of either set; ``codec`` is a ``CodecRecord``."""
+    if codec.kind == RESERVE:
+        decode_reserve(engine, codec.levels[action[0]], codec.forecast, decision)
+    else:
+        decode_action(action, engine.settings.num_queues, int(codec.levels[0]), decision)
+
+
+@compiled
+def mask(engine, codec, out):  # type: ignore[no-untyped-def]
     """The mask of either set."""
-    if kind == RESERVE:
-        out[:] = True
+    if codec.kind == RESERVE:
+        for n in range(codec.levels.shape[0]):
+            out[n] = True
     else:
-        fill_mask(queues, int(levels[0]), out)
+        fill_mask(engine, int(codec.levels[0]), out)
+
+
+class CodecRecord(Record):
+    """An action set as compiled code reads it."""
+
+    kind: int  # ADMIT or RESERVE
+    levels: Vector  # thetas of ``reserve``; max_admit alone of ``admit``
+    forecast: Forecast
+
+
+def _as_integers(action: Any, width: int, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[np.int64]:
+    if type(action) is np.ndarray and action.dtype == np.int64 and action.shape == (width,) and action.flags.c_contiguous:
+        return action  # what ``action_space.sample`` and most agents give
+    given = np.asarray(action)
+    if given.dtype.kind == "f" and np.isfinite(given).all() and (given == np.floor(given)).all() and (np.abs(given) < 2**53).all():
+        given = given.astype(np.int64)
+    if given.dtype.kind not in "iu":
+        raise ConfigError(f"action: {action!r}, must be whole numbers in {space()}")
+    if given.shape != (width,) and not (width == 1 and given.shape == ()):
+        raise ConfigError(f"action: shape {given.shape}, must be {space().shape} in {space()}")
+    if given.dtype.kind == "u" and (given > np.iinfo(np.int64).max).any():
+        raise ConfigError(f"action: {action!r}, must be whole numbers in {space()}")
+    return np.ascontiguousarray(given.reshape(width), dtype=np.int64)
+
+
+def _refuse(values: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], who: str) -> NoReturn:
+    at = int(np.flatnonzero((values < 0) | (values > bounds))[0])
+    raise ConfigError(f"action: {who}component {at} is {values[at]}, must be from 0 to {bounds[at]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +197,40 @@ class ActionCodec:
     def mask_size(self) -> int:
         return self.num_queues * (self.max_admit + 3)
 
+    @property
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """(W,) largest value of each component; the smallest is 0."""
+        return np.repeat([1, self.max_admit], self.num_queues)
+
+    def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
+        """``action`` as (W,) int64.
+
+        Raises:
+            ConfigError: another shape, or numbers that are not whole.
+        """
+        return _as_integers(action, self.width, self.space)
+
+    def as_integers_of(self, actions: Any, count: int) -> npt.NDArray[np.int64]:
+        """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
+        if type(actions) is np.ndarray and actions.dtype == np.int64 and actions.size == count * self.width and actions.flags.c_contiguous:
+            return actions.reshape(count, self.width)
+        given = np.asarray(actions)
+        if given.shape[:1] != (count,):
+            raise ConfigError(f"actions: shape {given.shape}, must begin with the number of environments, {count}")
+        return np.stack([self.as_integers(action) for action in given])
+
+    def refuse(self, values: npt.NDArray[np.int64], who: str = "") -> NoReturn:
+        """Raise the error of an action outside the space."""
+        _refuse(values, self.bounds, who)
+
     def decode(self, action: npt.ArrayLike, out: Decision) -> Decision:
         """Write the decision an action stands for into ``out``; ``evict`` stays 0."""
-        values = np.ascontiguousarray(action, dtype=np.int64)
+        values = self.as_integers(action)
+        if ((values < 0) | (values > self.bounds)).any():
+            self.refuse(values)
         n = self.num_queues
-        if values.shape != (2 * n,):
-            raise ConfigError(f"action: shape {values.shape}, must be ({2 * n},)")
-        decode_action(values, self.max_admit, out.array)
+        out.run[:] = values[:n]
+        out.admit[:] = np.where(values[n:] >= self.max_admit, ADMIT_ALL, values[n:])
         return out
 
     def encode(self, decision: Decision) -> npt.NDArray[np.int64]:
@@ -198,6 +274,32 @@ class ReserveCodec:
     @property
     def mask_size(self) -> int:
         return len(self.thetas)
+
+    @property
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """(1,) largest action; the smallest is 0."""
+        return np.array([len(self.thetas) - 1])
+
+    def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
+        """``action`` as (W,) int64.
+
+        Raises:
+            ConfigError: another shape, or numbers that are not whole.
+        """
+        return _as_integers(action, self.width, self.space)
+
+    def as_integers_of(self, actions: Any, count: int) -> npt.NDArray[np.int64]:
+        """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
+        if type(actions) is np.ndarray and actions.dtype == np.int64 and actions.size == count * self.width and actions.flags.c_contiguous:
+            return actions.reshape(count, self.width)
+        given = np.asarray(actions)
+        if given.shape[:1] != (count,):
+            raise ConfigError(f"actions: shape {given.shape}, must begin with the number of environments, {count}")
+        return np.stack([self.as_integers(action) for action in given])
+
+    def refuse(self, values: npt.NDArray[np.int64], who: str = "") -> NoReturn:
+        """Raise the error of an action outside the space."""
+        _refuse(values, self.bounds, who)
 
 
 def make_codec(action_set: str, num_queues: int, max_admit: int, thetas: Sequence[float]) -> ActionCodec | ReserveCodec:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import numpy.typing as npt
 
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import (
     Decision,
@@ -160,20 +160,10 @@ class Counters:
 class Backend(Protocol):
     """One serving engine under our decisions: simulator, vLLM's scheduler, or a real vLLM engine.
 
-    Besides its methods a backend keeps the summary arrays of ``llmsched_env.engine.state`` (rows
-    named there), from which observations, masks and rewards are computed: ``settings``,
-    ``requests``, ``times``, ``slots``, ``queues``, ``queue_f``, ``scalars``, ``clocks`` and ``events``.
+    Besides its methods a backend keeps the engine's record, from which observations, masks and rewards are computed.
     """
 
-    settings: npt.NDArray[np.int64]
-    requests: IntArray
-    times: FloatArray
-    slots: IntArray
-    queues: IntArray
-    queue_f: FloatArray
-    scalars: npt.NDArray[np.int64]
-    clocks: FloatArray
-    events: IntArray
+    record: Engine
 
     def reset(
         self,
@@ -205,8 +195,8 @@ class Backend(Protocol):
 
 
 _BACKENDS = {
-    "sim": "llmsched_env.engine.backend:SimBackend",
-    "sim-prefix-cache": "llmsched_env.engine.prefix_backend:PrefixCachingBackend",
+    "sim": "llmsched_env.engine.simulator:SimBackend",
+    "sim-prefix-cache": "llmsched_env.engine.simulator:PrefixCachingBackend",
     "vllm-scheduler": "hardware.vllm_scheduler:VllmSchedulerBackend",
     "vllm": "hardware.vllm_engine:VllmEngineBackend",
 }

@@ -4,114 +4,74 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import gymnasium as gym
-import numba
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.action import THETAS, ActionCodec, decode, make_codec, mask
-from llmsched_env.backend import Backend, View, make_backend
-from llmsched_env.compiled import compiled
-from llmsched_env.engine import state as st
-from llmsched_env.engine.array_table import ArrayTable
-from llmsched_env.engine.backend import SimBackend
-from llmsched_env.engine.batch import step_from
+from llmsched_env.action import THETAS, ActionCodec
+from llmsched_env.backend import View, make_backend
+from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine.state import END_FINISHED, END_STUCK, RUNNING, Engine
+from llmsched_env.env_step import ILLEGAL, EnvRecord, env_decode, env_mask, env_observe, env_step
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
-from llmsched_env.observation import ObservationLayout, encode, static_context
-from llmsched_env.perf import LinearTime, load_calibration
-from llmsched_env.reward import FinishedRequests, Reward, compiled_reward, make_reward
-from llmsched_env.types import ClassBy, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
-from llmsched_env.workload import Scenario, load_scenario, scenario_from_trace
+from llmsched_env.observation import ObservationLayout
+from llmsched_env.reward import FinishedRequests, Reward, compiled_reward
+from llmsched_env.spec import EnvSpec, checked_backlog, checked_count, checked_rate, draw_backlog
+from llmsched_env.types import ClassBy, Decision, EngineConfig, Workload
+from llmsched_env.workload import Scenario
 
 Observation = dict[str, npt.NDArray[np.float32]]
 
-
-def engine_with(base: EngineConfig, changes: Mapping[str, Any] | EngineConfig | None) -> EngineConfig:
-    """``base`` with plain-value changes; ``d0``, ``d1`` set a linear time model, ``time_model`` loads a calibration by name.
-
-    Raises:
-        ConfigError: unknown field, or a value the engine refuses.
-    """
-    if changes is None:
-        return base
-    if isinstance(changes, EngineConfig):
-        return changes
-    fields = dict(changes)
-    if isinstance(fields.get("time_model"), str):
-        fields["time_model"] = load_calibration(fields["time_model"])
-    if "d0" in fields or "d1" in fields:
-        model = fields.get("time_model", base.time_model)
-        known = {"d0": model.d0, "d1": model.d1} if isinstance(model, LinearTime) else {}
-        known.update({k: float(fields.pop(k)) for k in ("d0", "d1") if k in fields})
-        missing = [k for k in ("d0", "d1") if k not in known]
-        if missing:
-            raise ConfigError(f"engine.{missing[0]}: missing, a linear time model needs d0 and d1")
-        fields["time_model"] = LinearTime(known["d0"], known["d1"])
-    allowed = EngineConfig.__dataclass_fields__
-    for name in fields:
-        if name not in allowed:
-            raise ConfigError(f"engine.{name}: unknown field (allowed: {', '.join(allowed)}, d0, d1)")
-    return base.replace(**fields)
-
-
-@compiled
-def observe(settings, context, queues, queue_f, scalars, clocks, action_kind, levels, observation, legal):  # type: ignore[no-untyped-def]
-    """Observation and mask in one call."""
-    encode(settings, context, queues, queue_f, scalars, clocks, observation)
-    mask(action_kind, levels, queues, legal)
-
-
-def draw_backlog(backlog: tuple[int, int], rng: np.random.Generator) -> int:
-    """Requests at time 0; nothing is drawn where there is no choice."""
-    low, high = backlog
-    return low if low == high else int(rng.integers(low, high + 1))
+MOST_RATES = 32
+"""Rates for which the forecast is kept: ``reset(options={"rate": ...})`` may draw a new one every time."""
 
 
 class StepOutcome:
-    """``llmsched_env.reward.Outcome`` read from the backend's arrays."""
+    """``llmsched_env.reward.Outcome`` read from the engine's record."""
 
-    __slots__ = ("_backend", "num_requests")
+    __slots__ = ("num_requests", "record")
 
-    def __init__(self, backend: Backend, num_requests: int) -> None:
-        self._backend = backend
-        self.num_requests = num_requests
+    def __init__(self, record: Engine) -> None:
+        self.record = record
+        self.num_requests = record.num_requests
 
     @property
     def duration(self) -> float:
-        return float(self._backend.clocks[st.F_DURATION])
+        return self.record.report.duration
 
     @property
     def system_seconds(self) -> float:
-        return float(self._backend.clocks[st.F_STEP_SYSTEM_SECONDS])
+        return self.record.report.system_seconds
 
     @property
     def completed(self) -> int:
-        return int(self._backend.scalars[st.I_COMPLETED])
+        return self.record.report.completed
 
     @property
     def completed_tokens(self) -> int:
-        return int(self._backend.scalars[st.I_COMPLETED_TOKENS])
+        return self.record.report.completed_tokens
 
     @property
     def generated_tokens(self) -> int:
-        return int(self._backend.scalars[st.I_GENERATED_TOKENS])
+        return self.record.report.generated_tokens
 
     @property
     def evictions(self) -> int:
-        return int(self._backend.scalars[st.I_STEP_EVICTED] + self._backend.scalars[st.I_STEP_PREEMPTED])
+        return self.record.report.evicted + self.record.report.preempted
 
     def finished(self) -> FinishedRequests:
-        ids = self._backend.events[2, : self.completed].copy()
-        times = self._backend.times[:, ids]
+        ids = self.record.events.finished[: self.completed].copy()
+        rows = self.record.hidden.rows[ids]
         return FinishedRequests(
             id=ids,
-            output_tokens=self._backend.requests[st.R_OUTPUT, ids],
-            ttft=times[st.T_FIRST_TOKEN] - times[st.T_ARRIVAL],
-            latency=times[st.T_COMPLETED] - times[st.T_ARRIVAL],
+            output_tokens=rows["output"],
+            ttft=rows["first_token"] - rows["arrival"],
+            latency=rows["completed"] - rows["arrival"],
         )
 
 
@@ -215,75 +175,65 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(f"render_mode: {render_mode!r}, must be None, 'rgb_array' or 'human'")
-        if trace is not None:
-            self.scenario = scenario_from_trace(trace, rate=rate)
-        else:
-            self.scenario = load_scenario(scenario) if isinstance(scenario, str) else scenario
-        self.rate = self.scenario.rate if rate is None else self._checked_rate(rate)
-        self.num_requests = self._checked_count(num_requests)
-        self.engine = engine_with(self.scenario.engine, engine)
-        self.layout = self._layout(class_by, class_edges, segment_ends, reveal_output_length)
-        self.reveal_output_length = reveal_output_length
-        self.limits = EpisodeLimits(drain=drain, horizon=horizon, max_iterations=max_iterations)
-        self.reward = make_reward(reward)
+        self.settings = EnvSpec.of(
+            scenario,
+            trace=trace,
+            rate=rate,
+            num_requests=num_requests,
+            engine=engine,
+            class_by=class_by,
+            class_edges=class_edges,
+            segment_ends=segment_ends,
+            reveal_output_length=reveal_output_length,
+            action_set=action_set,
+            max_admit=max_admit,
+            thetas=thetas,
+            backlog=backlog,
+            reward=reward,
+            horizon=horizon,
+            drain=drain,
+            max_iterations=max_iterations,
+        )
         self.backend = make_backend(backend, **(backend_config or {}))
-        self.codec = make_codec(action_set, self.layout.num_queues, max_admit, thetas)
-        self.backlog = self._checked_backlog(backlog)
-        observation = ObservationLayout.of(self.layout)
-        self.observation_space = cast("gym.Space[Observation]", observation.space())
-        self.action_space = cast("gym.Space[npt.NDArray[np.int64]]", self.codec.space())
-        self._levels, self._action_shape = self.codec.levels, (self.codec.width,)
-        self._compiled_reward = compiled_reward(self.reward)
+        self._use(self.settings)
         self.render_mode = render_mode
-        names, slices = zip(*observation.slices(), strict=True)
-        self._names, self._parts = names, operator.itemgetter(*slices)
-        self._size = observation.size
-        self._mask_size = self.codec.mask_size
-        self._decision = Decision(self.layout.num_queues)
-        self._contexts: dict[float, npt.NDArray[np.float64]] = {}
-        self.context = self._context_at(self.rate)
         self._started = False
         self._viewer: Any = None
 
-    # --- construction -----------------------------------------------------------------------------
-    def _layout(
-        self, by: ClassBy | None, edges: Sequence[int], ends: Sequence[int] | None, reveal: bool
-    ) -> QueueLayout:
-        base = self.scenario.known_layout if reveal else self.scenario.layout
-        if by is not None or edges:
-            by = by or base.by
-            num_types = self.scenario.statistics.num_types if by == "type" else 1
-            base = QueueLayout(by, tuple(int(e) for e in edges), num_types, base.segment_ends)
-        if ends is not None:
-            base = QueueLayout(base.by, base.edges, base.num_types, tuple(int(e) for e in ends))
-        if base.reveals_output_length and not reveal:
-            raise ConfigError("class_by: 'output' needs reveal_output_length=True (LLMSchedKnown-v0): it shows hidden lengths")
-        return base
+    def _use(self, settings: EnvSpec) -> None:
+        self.scenario, self.rate, self.num_requests = settings.scenario, settings.rate, settings.num_requests
+        self.engine, self.layout, self.limits = settings.engine, settings.layout, settings.limits
+        self.reveal_output_length, self.reward, self.codec = settings.reveal_output_length, settings.reward, settings.codec
+        observation = ObservationLayout.of(self.layout)
+        self.observation_space = cast("gym.Space[Observation]", observation.space())
+        self.action_space = cast("gym.Space[npt.NDArray[np.int64]]", self.codec.space())
+        self._action_shape = (self.codec.width,)
+        self._compiled_reward = compiled_reward(self.reward)
+        names, slices = zip(*observation.slices(), strict=True)
+        self._names, self._parts = names, operator.itemgetter(*slices)
+        self._size, self._mask_size = observation.size, self.codec.mask_size
+        self._decision = Decision(self.layout.num_queues)
+        self._records: OrderedDict[float, EnvRecord] = OrderedDict()
+        self._env = self._record_at(self.rate)
 
-    @staticmethod
-    def _checked_rate(rate: float) -> float:
-        if not (isinstance(rate, int | float | np.number) and math.isfinite(rate) and rate > 0):
-            raise ConfigError(f"rate: {rate!r}, must be finite and > 0 requests/s")
-        return float(rate)
+    def _record_at(self, rate: float) -> EnvRecord:
+        """What the compiled step reads at this rate."""
+        if rate not in self._records:
+            settings, reward = self.settings, self._compiled_reward
+            numbers = {"reward_numbers": reward.numbers} if reward is not None else {}
+            record = EnvRecord(codec=settings.codec_record(settings.forecast(rate)), **numbers)
+            self._records[rate] = record
+            if len(self._records) > MOST_RATES:
+                self._records.popitem(last=False)
+        self._records.move_to_end(rate)
+        record = self._records[rate]
+        record.reward = 0 if self._compiled_reward is None else self._compiled_reward.address
+        return record
 
-    def _checked_count(self, num_requests: int | None) -> int:
-        if num_requests is None:
-            return self.scenario.num_requests
-        if isinstance(num_requests, bool) or not isinstance(num_requests, int | np.integer) or num_requests < 1:
-            raise ConfigError(f"num_requests: {num_requests!r}, must be an integer >= 1")
-        return int(num_requests)
-
-    @staticmethod
-    def _checked_backlog(backlog: int | Sequence[int]) -> tuple[int, int]:
-        pair = (backlog, backlog) if isinstance(backlog, int | np.integer) else tuple(backlog)
-        if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
-            raise ConfigError(f"backlog: {backlog!r}, must be a number of requests >= 0 or (low, high) of two")
-        return int(pair[0]), int(pair[1])
-
-    def _context_at(self, rate: float) -> npt.NDArray[np.float64]:
-        if rate not in self._contexts:
-            self._contexts[rate] = static_context(self.scenario.statistics, rate, self.engine, self.layout)
-        return self._contexts[rate]
+    @property
+    def forecast(self) -> Any:
+        """What an operator knows beforehand, as the observation shows it (``llmsched_env.forecast.Forecast``)."""
+        return self._env.codec.forecast
 
     # --- Gymnasium API ----------------------------------------------------------------------------
     def reset(
@@ -291,10 +241,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
         chosen = dict(options or {})
-        rate = self._checked_rate(chosen.pop("rate", self.rate))
-        count = self._checked_count(chosen.pop("num_requests", self.num_requests))
+        rate = checked_rate(chosen.pop("rate", self.rate))
+        count = checked_count(chosen.pop("num_requests", self.num_requests))
         workload: Workload | None = chosen.pop("workload", None)
-        backlog = self._checked_backlog(chosen.pop("backlog", self.backlog))
+        backlog = checked_backlog(chosen.pop("backlog", self.settings.backlog))
         if chosen:
             raise ConfigError(f"options: {sorted(chosen)} unknown (allowed: rate, num_requests, workload, backlog)")
         # Drawn even for a given workload: the generator's state then depends on the seed alone.
@@ -302,72 +252,85 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if workload is None:
             workload = self.scenario.generate(episode_seed, rate=rate, num_requests=count)
             workload = workload.with_backlog(draw_backlog(backlog, self.np_random))
-        self.context = self._context_at(rate)
+        elif not isinstance(workload, Workload):
+            raise ConfigError(f"options.workload: {type(workload).__name__}, must be a Workload")
+        self._env = self._record_at(rate)
         self.backend.reset(
             workload, self.layout, self.engine, self.limits, reveal_output_length=self.reveal_output_length
         )
-        self._outcome = StepOutcome(self.backend, len(workload))
-        b = self.backend
-        kind, levels = self.codec.kind, self._levels
-        self._observed = (b.settings, self.context, b.queues, b.queue_f, b.scalars, b.clocks, kind, levels)
-        self._compiled_step: ArrayTable | None = None
-        if type(b) is SimBackend and self._compiled_reward is not None and not numba.config.DISABLE_JIT:  # a step in one call
-            self._compiled_step = ArrayTable((levels, self._decision.array, *b.arrays, self.context))
-            self._step_codes = (kind, *self._compiled_reward)
-        self._started = True
+        self._bind()
         observation, info = self._observe()
         if self.render_mode == "human":
             self.render()
         return observation, info
+
+    def _bind(self) -> None:
+        """Take hold of the backend's engine: its handles are read once an episode."""
+        record = self.backend.record
+        self._outcome = StepOutcome(record)
+        self._handles = (record.handle, self._env.handle, self._decision.handle)
+        self._compiled_step = type(self.backend) is SimBackend and self._compiled_reward is not None
+        self._over = record.end != RUNNING
+        self._started = True
 
     def step(
         self, action: npt.ArrayLike
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
-        values = np.ascontiguousarray(action, dtype=np.int64)
-        if values.shape != self._action_shape:
-            raise ConfigError(f"action: shape {np.shape(action)}, must be {self.action_space.shape}")
-        b = self.backend
-        if self._compiled_step is None or b.scalars.item(st.I_DONE) != st.END_NOT:
-            chosen = self._decision
-            decode(self.codec.kind, self._levels, values, b.settings, self.context, b.requests, b.slots, b.queues, b.scalars, chosen.array)
-            return self.step_decision(chosen)
+        values = self.codec.as_integers(action)
+        if not self._compiled_step or self._over:
+            if not env_decode(*self._handles, values):
+                self.codec.refuse(values)
+            return self.step_decision(self._decision)
         flat = np.empty(self._size, dtype=np.float32)
         legal = np.empty(self._mask_size, dtype=np.bool_)
-        reward, end, clock = step_from(self._compiled_step.table, values, *self._step_codes, flat, legal)
+        reward, end, clock = env_step(*self._handles, values, flat, legal)
+        if end == ILLEGAL:
+            self.codec.refuse(values)
         observation = dict(zip(self._names, self._parts(flat)))  # noqa: B905 - strict costs a tenth of the step
-        info = {"clock": clock, "action_mask": legal}
-        if end == st.END_NOT and self.render_mode is None:
+        info = {"clock": clock, "action_mask": legal, "summary": {}}
+        if end == RUNNING and self.render_mode is None:
             return observation, reward, False, False, info
-        if end == st.END_STUCK:
-            cast(SimBackend, b).check_progress()
+        if end == END_STUCK:
+            cast(SimBackend, self.backend).check_progress()
         return self._result(observation, reward, end, info)
 
     def step_decision(self, decision: Decision) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """``step`` for expert policies, whose decisions may also evict."""
+        """``step`` for expert policies, whose decisions may also evict.
+
+        Raises:
+            ConfigError: a decision for another number of queues.
+        """
+        if not self._started:
+            raise gym.error.ResetNeeded("call reset() before step_decision()")
         self.backend.advance(decision)
         reward = float(self.reward(self._outcome))
         observation, info = self._observe()
-        return self._result(observation, reward, int(self.backend.scalars[st.I_DONE]), info)
+        return self._result(observation, reward, self.backend.record.end, info)
 
     def _result(
         self, observation: Observation, reward: float, end: int, info: dict[str, Any]
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        if end != st.END_NOT:
+        if end != RUNNING:
+            self._over = True
             info["summary"] = self.summary()
         if self.render_mode == "human":
             self.render()
-        return observation, reward, end == st.END_FINISHED, end > st.END_FINISHED, info
+        return observation, reward, end == END_FINISHED, end > END_FINISHED, info
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """(2 Q + (max_admit + 1) Q,) bool, components concatenated (sb3-contrib's convention); (n,) for ``reserve``."""
-        legal = np.empty(self.codec.mask_size, dtype=np.bool_)
-        mask(self.codec.kind, self._levels, self.backend.queues, legal)
+        if not self._started:
+            raise gym.error.ResetNeeded("call reset() before action_masks()")
+        legal = np.empty(self._mask_size, dtype=np.bool_)
+        env_mask(*self._handles[:2], legal)
         return legal
 
     def view(self) -> View:
         """What expert policies decide from."""
+        if not self._started:
+            raise gym.error.ResetNeeded("call reset() before view()")
         return self.backend.snapshot()
 
     def summary(self) -> dict[str, float]:
@@ -378,9 +341,19 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     def _observe(self) -> tuple[Observation, dict[str, Any]]:
         flat = np.empty(self._size, dtype=np.float32)
         legal = np.empty(self._mask_size, dtype=np.bool_)
-        observe(*self._observed, flat, legal)
+        env_observe(*self._handles[:2], flat, legal)
         observation = dict(zip(self._names, self._parts(flat), strict=True))
-        return observation, {"clock": float(self.backend.clocks[st.F_CLOCK]), "action_mask": legal}
+        return observation, {"clock": self.backend.record.clock, "action_mask": legal, "summary": {}}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_outcome", "_handles", "_viewer")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._viewer = None
+        if self._started:  # handles are good in their own process only
+            self._env.reward = 0 if self._compiled_reward is None else self._compiled_reward.address
+            self._bind()
 
     def render(self) -> npt.NDArray[np.uint8] | None:
         if self.render_mode is None:

@@ -1,10 +1,49 @@
-"""Output tokens to expect, from the length statistics an operator knows."""
+"""What an operator knows before the first request: output tokens to expect, load and capacity."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from llmsched_env.types import FloatArray, LengthStatistics, QueueLayout
+from llmsched_env.fluid import equilibrium_of, stability_boundary
+from llmsched_env.records import Record, Vector
+from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
+
+
+class Forecast(Record):
+    """Of one workload at one rate on one engine; the shares as ``llmsched_env.observation`` shows them, each in [0, 1]."""
+
+    capacity_share: float  # log2(KV capacity in tokens) / 24
+    rho_share: float  # rho / 2
+    memory_share: float  # M* / C / 2
+    load_share: float  # rate / (2 * stability boundary)
+    boundary_rate: float  # stability boundary, requests/s
+    capacity_tokens: float  # C
+    by_class: Vector  # (J,) E[output | class]
+    remaining: Vector  # (Q,) tokens that a resident of the segment still generates
+    expected: Vector  # E[output | output > g] for g = 0, 1, ...
+
+
+def make_forecast(statistics: LengthStatistics, rate: float, engine: EngineConfig, layout: QueueLayout) -> Forecast:
+    """The forecast from length statistics, ``rate`` in requests/s and the engine."""
+    forecast = Forecast(
+        by_class=expected_output_by_class(statistics, layout),
+        remaining=np.ascontiguousarray(expected_remaining(statistics, layout).ravel()),
+        expected=expected_output(statistics),
+    )
+    boundary = stability_boundary(statistics, engine)
+    equilibrium = equilibrium_of(statistics, rate, engine)
+    shares = [
+        math.log2(engine.kv_capacity_tokens) / 24.0,
+        equilibrium.rho / 2.0,
+        equilibrium.kv_tokens / engine.kv_capacity_tokens / 2.0,
+        rate / (2.0 * boundary),
+    ]
+    clipped = np.clip(np.nan_to_num(shares, nan=1.0, posinf=1.0), 0.0, 1.0)
+    forecast.capacity_share, forecast.rho_share, forecast.memory_share, forecast.load_share = clipped
+    forecast.boundary_rate, forecast.capacity_tokens = boundary, engine.kv_capacity_tokens
+    return forecast
 
 
 def expected_output(statistics: LengthStatistics) -> FloatArray:

@@ -44,27 +44,13 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine import state as st
-from llmsched_env.fluid import equilibrium_of, stability_boundary
-from llmsched_env.forecast import expected_output, expected_output_by_class, expected_remaining
-from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
+from llmsched_env.types import QueueLayout
 
 FloatObservation = npt.NDArray[np.float32]
 
 _COUNT_SCALE = 1.0 / math.log(1.0 + 10_000.0)
 _TIME_UNIT = 0.01
 _TIME_SCALE = 1.0 / math.log(1.0 + 1e6)
-
-# rows of the static context the compiled encoder reads
-X_CAPACITY = 0
-X_RHO = 1
-X_MEMORY = 2
-X_LOAD = 3
-X_BOUNDARY_RATE = 4
-X_CAPACITY_TOKENS = 5
-X_TABLE = 6  # length of the last table
-X_ROWS = 7  # then J expected outputs of a class, Q expected remaining tokens of a segment, and E[output | output > g] for g = 0, 1, ...
-
 
 @compiled
 def _share(x):  # type: ignore[no-untyped-def]
@@ -84,80 +70,55 @@ def _time(seconds):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def encode(settings, context, queues, queue_f, scalars, clocks, out):  # type: ignore[no-untyped-def]
-    """Write the observation, flat and in table order, into ``out`` (size float32)."""
-    num_segments = settings[st.C_SEGMENTS]
-    num_queues = queues.shape[1]
-    capacity = float(settings[st.C_CAPACITY])
-    paper = settings[st.C_PRESET] == st.PRESET_PAPER
-    used = float(scalars[st.I_KV_TOKENS] if paper else scalars[st.I_KV_BLOCKS])
+def encode(engine, forecast, out):  # type: ignore[no-untyped-def]
+    """Write the observation of ``engine`` (``Engine``, ``Forecast``), flat and in table order, into ``out`` (size,) float32."""
+    queues, settings = engine.queues, engine.settings
+    num_segments, num_queues, num_classes = settings.num_segments, settings.num_queues, settings.num_classes
+    capacity = float(settings.capacity)
+    paper = settings.paper != 0
+    used = float(engine.kv_tokens if paper else engine.kv_blocks)
     held = 0.0
-    for q in range(num_queues):
-        held += queues[st.Q_BOUNDARY_KV, q]
-    out[0] = _share(used / capacity)
-    out[1] = _share(held / capacity)
-    out[2] = _share((capacity - used - float(settings[st.C_WATERMARK])) / capacity)
-    cap = float(settings[st.C_MAX_SEQS])
-    final = float(scalars[st.I_KV_TOKENS])
-    remaining = context[X_ROWS + num_queues // num_segments :]
-    for q in range(num_queues):
-        inside = queues[st.Q_RESIDENTS, q]
-        if q % num_segments != 0:
-            inside += queues[st.Q_WAITING, q]
-        final += float(inside) * remaining[q]
-    out[3] = _share(final / (2.0 * context[X_CAPACITY_TOKENS]))
-    out[4] = 1.0 if paper else _share((cap - float(scalars[st.I_RESIDENTS])) / cap)
+    final = float(engine.kv_tokens)
+    remaining = forecast.remaining
     at = 5
     for q in range(num_queues):
-        out[at + q] = _count(float(queues[st.Q_RESIDENTS, q]))
-        out[at + num_queues + q] = _share(queues[st.Q_RESIDENT_KV, q] / capacity)
-        out[at + 2 * num_queues + q] = _count(float(queues[st.Q_WAITING, q]))
+        held += queues.boundary_kv[q]
+        inside = queues.residents[q]
+        if q % num_segments != 0:
+            inside += queues.waiting[q]
+        final += float(inside) * remaining[q]
+        out[at + q] = _count(float(queues.residents[q]))
+        out[at + num_queues + q] = _share(queues.resident_kv[q] / capacity)
+        out[at + 2 * num_queues + q] = _count(float(queues.waiting[q]))
+    out[0] = _share(used / capacity)
+    out[1] = _share(held / capacity)
+    out[2] = _share((capacity - used - float(settings.watermark_blocks)) / capacity)
+    out[3] = _share(final / (2.0 * forecast.capacity_tokens))
+    cap = float(settings.max_num_seqs)
+    out[4] = 1.0 if paper else _share((cap - float(engine.num_residents)) / cap)
     at += 3 * num_queues
-    num_classes = num_queues // num_segments
-    clock = clocks[st.F_CLOCK]
-    window = clocks[st.F_RATE_SECONDS]
+    window = engine.rate_seconds
+    longest = float(settings.longest_request)
     for j in range(num_classes):
         q = j * num_segments
-        empty = queues[st.Q_HEAD, q] < 0
-        out[at + j] = 0.0 if empty else _time(clock - queue_f[st.QF_HEAD_ARRIVAL, q])
-        out[at + num_classes + j] = _share(queues[st.Q_HEAD_TOKENS, q] / float(settings[st.C_MAX_LEN]))
-        rate = queue_f[st.QF_ARRIVALS, q] / window if window > 0.0 else 0.0
-        out[at + 2 * num_classes + j] = _share(rate / (2.0 * context[X_BOUNDARY_RATE]))
+        out[at + j] = 0.0 if queues.head[q] < 0 else _time(engine.clock - queues.head_arrival[q])
+        out[at + num_classes + j] = _share(queues.head_tokens[q] / longest)
+        rate = queues.arrivals[q] / window if window > 0.0 else 0.0
+        out[at + 2 * num_classes + j] = _share(rate / (2.0 * forecast.boundary_rate))
     at += 3 * num_classes
-    out[at] = _time(clocks[st.F_LAST_ITERATION])
-    out[at + 1] = _count(float(scalars[st.I_STEP_EVICTED] + scalars[st.I_STEP_PREEMPTED]))
-    out[at + 2] = _count(float(scalars[st.I_EVICTIONS]))
+    out[at] = _time(engine.last_iteration)
+    out[at + 1] = _count(float(engine.report.evicted + engine.report.preempted))
+    out[at + 2] = _count(float(engine.evictions))
     at += 3
     for j in range(num_classes):
-        out[at + j] = _count(float(queues[st.Q_LATE, j * num_segments]))
+        out[at + j] = _count(float(queues.late[j * num_segments]))
     at += num_classes
-    for i in range(4):
-        out[at + i] = context[i]
+    out[at] = forecast.capacity_share
+    out[at + 1] = forecast.rho_share
+    out[at + 2] = forecast.memory_share
+    out[at + 3] = forecast.load_share
     for j in range(num_classes):
-        out[at + 4 + j] = _share(context[X_ROWS + j] / float(settings[st.C_MAX_LEN]))
-
-
-def static_context(
-    statistics: LengthStatistics, rate: float, engine: EngineConfig, layout: QueueLayout
-) -> npt.NDArray[np.float64]:
-    """(X_ROWS + J + Q + G,) float64: what an operator knows of load, capacity and lengths; the first four as the table scales them."""
-    boundary = stability_boundary(statistics, engine)
-    equilibrium = equilibrium_of(statistics, rate, engine)
-    lengths = (
-        expected_output_by_class(statistics, layout),
-        expected_remaining(statistics, layout).ravel(),
-        expected_output(statistics),
-    )
-    context = np.concatenate([np.empty(X_ROWS), *lengths])
-    context[X_CAPACITY] = math.log2(engine.kv_capacity_tokens) / 24.0
-    context[X_RHO] = equilibrium.rho / 2.0
-    context[X_MEMORY] = equilibrium.kv_tokens / engine.kv_capacity_tokens / 2.0
-    context[X_LOAD] = rate / (2.0 * boundary)
-    context[:4] = np.clip(np.nan_to_num(context[:4], nan=1.0, posinf=1.0), 0.0, 1.0)
-    context[X_BOUNDARY_RATE] = boundary
-    context[X_CAPACITY_TOKENS] = engine.kv_capacity_tokens
-    context[X_TABLE] = lengths[2].size
-    return context
+        out[at + 4 + j] = _share(forecast.by_class[j] / longest)
 
 
 @dataclass(frozen=True, slots=True)

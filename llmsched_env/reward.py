@@ -1,7 +1,7 @@
 """Reward objects: what a step is worth.
 
-A reward is any callable ``reward(outcome) -> float``; the built-in ones are selected by name or by a
-plain dict (``{"name": "slo_goodput", "ttft": 1.0, "tpot": 0.1}``), so that an environment
+A reward is any callable ``reward(outcome) -> float``, or a compiled function (``CompiledReward``); the built-in ones
+are selected by name or by a plain dict (``{"name": "slo_goodput", "ttft": 1.0, "tpot": 0.1}``), so that an environment
 specification stays serialisable.
 """
 
@@ -13,9 +13,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numba
 import numpy as np
+import numpy.typing as npt
 
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
+from llmsched_env.pointers import address_of, call_float
+from llmsched_env.records import Numbers, reader
 from llmsched_env.types import FloatArray, IntArray
 
 
@@ -110,19 +116,99 @@ class SloGoodputReward:
         return float(np.count_nonzero((done.ttft <= self.ttft) & (done.tpot <= self.tpot))) / outcome.num_requests
 
 
-REWARD_LATENCY = 0
-REWARD_THROUGHPUT = 1
-REWARD_SLO_GOODPUT = 2
+# --- compiled rewards --------------------------------------------------------------------------------
+@compiled
+def latency_reward(engine: Engine, own: Numbers) -> float:
+    """``LatencyReward`` in compiled code."""
+    return -engine.report.system_seconds / engine.num_requests
 
 
-def compiled_reward(reward: Reward) -> tuple[int, float, float] | None:
-    """(kind, TTFT limit, TPOT limit) of a built-in reward for the compiled step; None for a user's own."""
+@compiled
+def throughput_reward(engine: Engine, own: Numbers) -> float:
+    """``ThroughputReward`` in compiled code."""
+    return float(engine.report.completed_tokens)
+
+
+@compiled
+def slo_goodput_reward(engine: Engine, own: Numbers) -> float:
+    """``SloGoodputReward`` in compiled code; ``own.parameters``: TTFT and TPOT limits in seconds."""
+    hidden = engine.hidden
+    met = 0
+    for i in range(engine.report.completed):
+        r = engine.events.finished[i]
+        first = hidden.first_token[r] - hidden.arrival[r]
+        rest = hidden.output[r] - 1
+        each = (hidden.completed[r] - hidden.arrival[r] - first) / rest if rest > 0 else 0.0
+        if first <= own.parameters[0] and each <= own.parameters[1]:
+            met += 1
+    return met / engine.num_requests
+
+
+_engine_at, _numbers_at = reader(Engine), reader(Numbers)
+
+
+@compiled
+def _reward_at(address: int, engine: Any, own: Any) -> float:
+    return call_float(address, _engine_at(engine), _numbers_at(own))
+
+
+class CompiledReward:
+    """A reward as a compiled function ``(engine, own) -> float``: as fast as the built-in ones in every environment.
+
+    ``engine`` is the whole record of ``llmsched_env.engine.state``, ``engine.report`` what the last step did::
+
+        @compiled
+        def tokens(engine, own):
+            return own.parameters[0] * engine.report.generated_tokens
+
+        gym.make("LLMSched-v0", reward=CompiledReward(tokens, [0.001]))
+
+    Args:
+        function: decorated with ``llmsched_env.compiled.compiled``.
+        parameters: (P,) numbers for ``own.parameters``.
+        memory: length of ``own.memory``; it is not cleared between episodes.
+
+    Raises:
+        ConfigError: the function cannot be compiled.
+    """
+
+    def __init__(self, function: Callable[..., Any], parameters: npt.ArrayLike = (), memory: int = 0) -> None:
+        self.function = function
+        self.numbers = Numbers.of(parameters, memory)
+        self._address: int | None = None
+        _ = self.address
+
+    @property
+    def address(self) -> int:
+        """Where the step calls it."""
+        if self._address is None:
+            try:
+                self._address = address_of(self.function, (Engine, Numbers), float)
+            except (TypeError, AttributeError, numba.core.errors.NumbaError) as error:
+                name = getattr(self.function, "__name__", repr(self.function))
+                raise ConfigError(f"reward: {name!r} cannot be compiled as (engine, own) -> float: {error}") from error
+        return self._address
+
+    def __call__(self, outcome: Outcome) -> float:
+        record = getattr(outcome, "record", None)
+        if not isinstance(record, Engine):
+            raise ConfigError("reward: a CompiledReward reads an engine's record, which this outcome does not have")
+        return float(_reward_at(self.address, record.handle, self.numbers.handle))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_address": None}  # good in its own process only
+
+
+def compiled_reward(reward: Reward) -> CompiledReward | None:
+    """A built-in or compiled reward for the compiled step; None for an ordinary callable."""
+    if isinstance(reward, CompiledReward):
+        return reward
     if type(reward) is LatencyReward:
-        return REWARD_LATENCY, 0.0, 0.0
+        return CompiledReward(latency_reward)
     if type(reward) is ThroughputReward:
-        return REWARD_THROUGHPUT, 0.0, 0.0
+        return CompiledReward(throughput_reward)
     if type(reward) is SloGoodputReward:
-        return REWARD_SLO_GOODPUT, reward.ttft, reward.tpot
+        return CompiledReward(slo_goodput_reward, [reward.ttft, reward.tpot])
     return None
 
 
@@ -139,6 +225,8 @@ def make_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     Raises:
         ConfigError: unknown name (the nearest one is given) or argument.
     """
+    if hasattr(spec, "py_func"):  # a compiled function
+        return CompiledReward(spec)  # type: ignore[arg-type]
     if callable(spec):
         return spec
     arguments: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llmsched_env.backend import Backend, Counters, View, make_backend
-from llmsched_env.engine.backend import SimBackend
-from llmsched_env.engine.fleet import Rule
+from llmsched_env.engine.rules import Rule
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, RequestLog, Workload
 

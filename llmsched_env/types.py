@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel, LinearTime, load_calibration
+from llmsched_env.records import Ints, Rows
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
@@ -35,13 +36,16 @@ BoolArray = npt.NDArray[np.bool_]
 ADMIT_ALL = int(np.iinfo(np.int32).max)
 """Count in ``Decision.admit`` that stands for "as many as fit"."""
 
+MAX_BLOCK_SIZE = 65_536
+"""Tokens; vLLM's own block sizes end far below."""
+
 Preset = Literal["paper", "vllm"]
 AdmissionOrder = Literal["arrival", "class"]
 ClassBy = Literal["single", "type", "prompt", "output"]
 
 
-class Decision:
-    """What a policy asks of the engine for one iteration (design: the meaning of a decision).
+class Decision(Rows):
+    """What a policy asks of the engine for one iteration (``docs/engine-rules.md``, rules 2 and 3).
 
     Attributes:
         run: (Q,) int32, 1 where the residents already in the segment advance, 0 where they are
@@ -52,42 +56,29 @@ class Decision:
             of the queue give up their KV and go back outside before anything else happens.
     """
 
-    __slots__ = ("array",)
+    run: Ints
+    admit: Ints
+    evict: Ints
 
     def __init__(self, num_queues: int) -> None:
-        self.array: IntArray = np.zeros((3, num_queues), dtype=np.int32)
-
-    @property
-    def run(self) -> IntArray:
-        row: IntArray = self.array[0]
-        return row
-
-    @property
-    def admit(self) -> IntArray:
-        row: IntArray = self.array[1]
-        return row
-
-    @property
-    def evict(self) -> IntArray:
-        row: IntArray = self.array[2]
-        return row
+        super().__init__(np.zeros(num_queues, dtype=self.DTYPE))
 
     @classmethod
     def of(cls, run: npt.ArrayLike, admit: npt.ArrayLike, evict: npt.ArrayLike = 0) -> Decision:
         """Build a decision from three array-likes; ``run`` fixes the number of queues."""
         rows = np.atleast_1d(np.asarray(run))
         decision = cls(rows.shape[0])
-        decision.array[0] = rows
-        decision.array[1] = np.minimum(np.asarray(admit), ADMIT_ALL)
-        decision.array[2] = evict
+        decision.run[:] = rows
+        decision.admit[:] = np.minimum(np.asarray(admit), ADMIT_ALL)
+        decision.evict[:] = evict
         return decision
 
     @classmethod
     def greedy(cls, num_queues: int) -> Decision:
         """run = 1 and admit = all everywhere: the work-conserving decision."""
         decision = cls(num_queues)
-        decision.array[0] = 1
-        decision.array[1] = ADMIT_ALL
+        decision.run[:] = 1
+        decision.admit[:] = ADMIT_ALL
         return decision
 
     def __repr__(self) -> str:
@@ -312,6 +303,8 @@ class EngineConfig:
         decode_needs_free_block: Vidur's accounting: every decode needs one free block.
         eviction: what a preempted request keeps in the ``vllm`` preset: its generated tokens, whose KV is
             rebuilt (``recompute``, vLLM), or nothing (``lose_progress``, as always in the ``paper`` preset).
+        enable_prefix_caching: freed blocks keep their contents until they are taken again, and whoever enters takes
+            over those that hold the head of its tokens (vLLM's default; off here as in the paper's model).
         oversize: requests above ``max_model_len`` (``paper``: above ``capacity_tokens``) are an
             ``error`` before the episode or are ``reject``-ed on arrival, as a server answers 400.
     """
@@ -334,6 +327,7 @@ class EngineConfig:
     padded_prefill: bool = False
     decode_needs_free_block: bool = False
     eviction: Literal["recompute", "lose_progress"] = "recompute"
+    enable_prefix_caching: bool = False
     oversize: Literal["error", "reject"] = "error"
 
     @classmethod
@@ -369,13 +363,19 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= 2**30:
                 raise ConfigError(f"engine.{name}: {value!r}, must be an integer from 1 to 2**30")
+        if self.block_size > MAX_BLOCK_SIZE:
+            raise ConfigError(f"engine.block_size: {self.block_size}, must be from 1 to {MAX_BLOCK_SIZE} tokens")
         if not 0.0 <= self.watermark < 1.0:
             raise ConfigError(f"engine.watermark: {self.watermark}, must be in [0, 1)")
         if self.preset == "paper":
-            for name in ("padded_prefill", "decode_needs_free_block"):
+            for name in ("padded_prefill", "decode_needs_free_block", "enable_prefix_caching"):
                 if getattr(self, name):
                     raise ConfigError(f"engine.{name}: True, but it is an option of the vllm preset")
             return
+        if self.enable_prefix_caching:
+            for name in ("padded_prefill", "decode_needs_free_block"):
+                if getattr(self, name):
+                    raise ConfigError(f"engine.{name}: True, must be False with prefix caching (not a rule of vLLM)")
         if self.boundary_slot:
             raise ConfigError("engine.boundary_slot: True, but it is an option of the paper preset")
         if self.max_num_batched_tokens < self.max_num_seqs:

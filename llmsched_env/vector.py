@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,16 +14,16 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from llmsched_env.engine import state as st
-from llmsched_env.engine.arrays import check_served, engine_settings
-from llmsched_env.engine.batch import reset_one, step_all
-from llmsched_env.env import LLMSchedEnv, draw_backlog
+from llmsched_env.engine.fleet import Fleet
+from llmsched_env.engine.state import END_FINISHED, END_STUCK
+from llmsched_env.env import StepOutcome
+from llmsched_env.env_step import EnvRecord, env_reset, first_illegal, step_range
 from llmsched_env.errors import ConfigError
 from llmsched_env.observation import ObservationLayout
-from llmsched_env.perf.batch import BATCH_FIELDS
-from llmsched_env.reward import Reward, compiled_reward, make_reward
-
-_CHOSEN = threading.local()  # as numba keeps it: one setting for each Python thread
+from llmsched_env.reward import Reward, compiled_reward
+from llmsched_env.spec import EnvSpec
+from llmsched_env.threads import Workers
+from llmsched_env.types import Decision
 
 Observations = dict[str, npt.NDArray[np.float32]]
 
@@ -40,10 +39,13 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         scenario, rate, engine: as for ``LLMSchedEnv``, or a sequence of them, environment i taking entry
             i modulo its length (domain randomisation across environments). All must have the same
             number of classes and segments.
-        threads: threads of the compiled loop; None leaves numba's setting.
+        threads: threads of the compiled loop; None for as many processors as the process may use (``OMP_NUM_THREADS``
+            counts), each with at least 64 environments.
         autoreset_mode: ``SAME_STEP`` (the observation after an end is the next episode's, the last one is
             in ``infos["final_obs"]``) or ``NEXT_STEP``.
-        kwargs: the other arguments of ``LLMSchedEnv``; ``reward`` must be a built-in one, ``backend`` ``sim``.
+        kwargs: the other arguments of ``LLMSchedEnv``; ``backend`` must be ``sim`` or ``sim-prefix-cache``. A reward that is
+            an ordinary Python callable is called once for each environment and step; a compiled one
+            (``llmsched_env.reward.CompiledReward``) costs nothing beside.
 
     Raises:
         ConfigError: an argument refused, or environments of different shape.
@@ -69,107 +71,97 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             raise ConfigError(f"num_envs: {num_envs!r}, must be an integer >= 1")
         if render_mode is not None:
             raise ConfigError(f"render_mode: {render_mode!r}, must be None in a vector environment")
-        if kwargs.get("backend", "sim") != "sim":
-            raise ConfigError(f"backend: {kwargs['backend']!r}, must be 'sim' in a vector environment")
-        if threads is not None and not 1 <= threads <= numba.config.NUMBA_NUM_THREADS:
-            raise ConfigError(f"threads: {threads}, must be from 1 to {numba.config.NUMBA_NUM_THREADS}")
+        backend = kwargs.pop("backend", "sim")
+        if backend not in ("sim", "sim-prefix-cache"):
+            raise ConfigError(f"backend: {backend!r}, must be 'sim' or 'sim-prefix-cache' in a vector environment")
+        if kwargs.pop("backend_config", None):
+            raise ConfigError("backend_config: takes nothing in a vector environment, must be empty")
         mode = AutoresetMode(autoreset_mode)
         if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
             raise ConfigError(f"autoreset_mode: {mode}, must be SAME_STEP or NEXT_STEP")
         self.metadata = {**self.metadata, "autoreset_mode": mode}
+        self.autoreset_mode = mode
         self._same_step = mode == AutoresetMode.SAME_STEP
-        self._threads = threads or 0
         self.num_envs = int(num_envs)
-        code = compiled_reward(make_reward(reward))
-        if code is None:
-            raise ConfigError(f"reward: {reward!r}, must be a built-in one in a vector environment (latency, throughput, slo_goodput)")
-        self._reward_code = code
+        self._workers = Workers(self.num_envs, threads)
         if max_episode_steps is not None:
             kwargs["max_iterations"] = min(max_episode_steps, kwargs.get("max_iterations", max_episode_steps))
-        self._templates = self._make_templates(scenario, rate, engine, reward, kwargs)
-        first = self._templates[0]
-        self.single_observation_space = first.observation_space
-        self.single_action_space = first.action_space
-        self.observation_space = batch_space(first.observation_space, self.num_envs)
-        self.action_space = batch_space(first.action_space, self.num_envs)
-        self._allocate(first)
+        self._specs = self._make_specs(scenario, rate, engine, {**kwargs, "reward": reward}, backend == "sim-prefix-cache")
+        first = self._specs[0]
+        self.codec = first.codec
+        observation = ObservationLayout.of(first.layout)
+        self._where, self._observation_size = observation.slices(), observation.size
+        self.single_observation_space = observation.space()
+        self.single_action_space = self.codec.space()
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.fleet = Fleet(self.num_envs, self._specs)
+        self._make_records()
+        self._new_outputs()
+        self._ended = np.zeros(self.num_envs, dtype=np.bool_)
+        self._any_ended = False
         self._generators: list[np.random.Generator] = []
 
-    def _make_templates(self, scenario: Any, rate: Any, engine: Any, reward: Any, kwargs: dict[str, Any]) -> list[LLMSchedEnv]:
-        """One scalar environment for each different setting; environment i uses number i modulo their count."""
+    def _make_specs(self, scenario: Any, rate: Any, engine: Any, kwargs: dict[str, Any], caching: bool) -> list[EnvSpec]:
+        """Each different setting once; environment i has number i modulo their count."""
         scenarios, rates, engines = (_listed(x) for x in (scenario, rate, engine))
         count = min(math.lcm(len(scenarios), len(rates), len(engines)), self.num_envs)
         made = [
-            LLMSchedEnv(
-                scenarios[i % len(scenarios)], rate=rates[i % len(rates)], engine=engines[i % len(engines)], reward=reward, **kwargs
-            )
+            EnvSpec.of(scenarios[i % len(scenarios)], rate=rates[i % len(rates)], engine=engines[i % len(engines)], **kwargs)
             for i in range(count)
         ]
+        if caching:
+            made = [spec.replace(engine=spec.engine.replace(enable_prefix_caching=True)) for spec in made]
         for name, shape in (
-            ("layout", lambda e: (e.layout.num_classes, e.layout.num_segments)),
-            ("num_requests", lambda e: e.num_requests),
+            ("layout", lambda spec: (spec.layout.num_classes, spec.layout.num_segments)),
+            ("num_requests", lambda spec: spec.num_requests),
         ):
-            shapes = {shape(e) for e in made}
+            shapes = {shape(spec) for spec in made}
             if len(shapes) > 1:
                 raise ConfigError(f"{name}: {sorted(shapes)} among the environments, must be the same in all")
         return made
 
-    def template(self, i: int) -> LLMSchedEnv:
-        """The scalar environment with the settings of environment i (scenario, rate, engine, layout, codec); never stepped."""
-        return self._templates[i % len(self._templates)]
+    def spec_of(self, i: int) -> EnvSpec:
+        """The settings of environment i."""
+        return self._specs[i % len(self._specs)]
 
-    def _allocate(self, first: LLMSchedEnv) -> None:
-        e, n, q = self.num_envs, first.num_requests, first.layout.num_queues
-        engines = [t.engine for t in self._templates]
-        slots = max(n if g.preset == "paper" else min(n, g.max_num_seqs) for g in engines)
-        packed = [g.time_model.pack() for g in engines]
-        width = max(p.size for p in packed)
-        self._models = np.zeros((e, width))
-        self._settings = np.zeros((e, st.C_ROWS + first.layout.num_classes), dtype=np.int64)
-        self._ends = np.full((e, max(first.layout.num_segments - 1, 1)), st.NO_END, dtype=np.int32)
-        self._contexts = np.zeros((e, max(t.context.size for t in self._templates)))
-        for i in range(e):
-            t = self.template(i)
-            p = packed[i % len(packed)]
-            self._models[i, : p.size] = p
-            self._settings[i] = engine_settings(t.engine, t.layout, t.limits, False)
-            if t.layout.segment_ends:
-                self._ends[i] = t.layout.segment_ends
-            self._contexts[i, : t.context.size] = t.context
-        self._decisions = np.zeros((e, 3, q), dtype=np.int32)
-        self._requests = np.zeros((e, st.R_ROWS, n), dtype=np.int32)
-        self._times = np.zeros((e, st.T_ROWS, n))
-        self._slots = np.zeros((e, st.S_ROWS, slots), dtype=np.int32)
-        self._queues = np.zeros((e, st.Q_ROWS, q), dtype=np.int32)
-        self._queue_f = np.zeros((e, st.QF_ROWS, q))
-        self._scalars = np.zeros((e, st.I_ROWS), dtype=np.int64)
-        self._clocks = np.zeros((e, st.F_ROWS))
-        self._batches = np.zeros((e, BATCH_FIELDS))
-        self._events = np.zeros((e, 3, slots), dtype=np.int32)
-        self._trace = np.zeros((e, 2, 1), dtype=np.int32)
-        layout = ObservationLayout.of(first.layout)
-        self._where = layout.slices()
-        self._codec, self._levels = first.codec, first.codec.levels
-        self._observation_size = layout.size
-        self._new_outputs()
-        self._ended = np.zeros(e, dtype=np.bool_)
-        self._any_ended = False
-        self._returns = np.zeros(e)
-        self._lengths = np.zeros(e, dtype=np.int64)
+    def _make_records(self) -> None:
+        """What every environment keeps beside its engine."""
+        forecasts = [spec.forecast() for spec in self._specs]
+        self._compiled_reward = compiled_reward(self._specs[0].reward)
+        numbers = {} if self._compiled_reward is None else {"reward_numbers": self._compiled_reward.numbers}
+        self._envs = [
+            EnvRecord(codec=self.spec_of(i).codec_record(forecasts[i % len(forecasts)]), **numbers) for i in range(self.num_envs)
+        ]
+        self._decisions = [Decision(self.spec_of(i).layout.num_queues) for i in range(self.num_envs)]
+        self._bind()
+
+    def _bind(self) -> None:
+        """(num_envs, 3) handles of engine, environment and decision; good in this process only."""
+        self._handles = np.empty((self.num_envs, 3), dtype=object if numba.config.DISABLE_JIT else np.int64)
+        for i, (engine, env, decision) in enumerate(zip(self.fleet.records, self._envs, self._decisions, strict=True)):
+            env.reward = 0 if self._compiled_reward is None else self._compiled_reward.address
+            self._handles[i] = engine.handle, env.handle, decision.handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_handles"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._bind()
 
     def _new_outputs(self) -> None:
         """Arrays that one call returns: fresh ones, written by the compiled loop, so that nothing need be copied."""
         e = self.num_envs
         self._observations = np.empty((e, self._observation_size), dtype=np.float32)
-        self._masks = np.empty((e, self._codec.mask_size), dtype=np.bool_)
+        self._masks = np.empty((e, self.codec.mask_size), dtype=np.bool_)
         self._rewards = np.empty(e)
-        self._terminated = np.empty(e, dtype=np.bool_)
-        self._truncated = np.empty(e, dtype=np.bool_)
+        self._ends = np.empty(e, dtype=np.int64)
 
     @property
     def nbytes(self) -> int:
-        """Memory of all engines' arrays."""
-        return sum(a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray))
+        """Memory of all engines."""
+        return self.fleet.nbytes + sum(a.nbytes for a in vars(self).values() if isinstance(a, np.ndarray))
 
     # --- Gymnasium API ----------------------------------------------------------------------------
     def reset(
@@ -192,114 +184,76 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         return self._observed(), self._infos()
 
     def _start(self, i: int) -> None:
-        """The next episode of environment i: its requests into the arrays, and the first observation."""
-        t = self.template(i)
-        seed = int(self._generators[i].integers(2**63))
-        workload = t.scenario.generate(seed, rate=t.rate, num_requests=t.num_requests)
-        workload = workload.with_backlog(draw_backlog(t.backlog, self._generators[i]))
-        check_served(workload, t.engine)
-        requests, times = self._requests[i], self._times[i]
-        requests[:] = 0
-        requests[st.R_PROMPT], requests[st.R_OUTPUT] = workload.prompt_tokens, workload.output_tokens
-        requests[st.R_CLASS] = t.layout.classify(workload.prompt_tokens, workload.output_tokens, workload.type_id)
-        times[:] = np.nan
-        times[st.T_ARRIVAL] = workload.arrival
-        self._clocks[i, st.F_HORIZON] = t.limits.horizon
-        self._clocks[i, st.F_LATE_AFTER] = t.engine.late_after
-        self._returns[i] = 0.0
-        self._lengths[i] = 0
-        reset_one(
-            self._codec.kind,
-            self._levels,
-            self._settings[i],
-            requests,
-            times,
-            self._queues[i],
-            self._queue_f[i],
-            self._scalars[i],
-            self._clocks[i],
-            self._contexts[i],
-            self._observations[i],
-            self._masks[i],
-        )
+        """The next episode of environment i: its requests into its engine, and the first observation."""
+        self.fleet.load(i, self.spec_of(i).workload(self._generators[i]))
+        env_reset(self._handles[i, 0], self._handles[i, 1], self._observations[i], self._masks[i])
 
     def step(
         self, actions: npt.ArrayLike
     ) -> tuple[Observations, npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.bool_], dict[str, Any]]:
         if not self._generators:
             raise gym.error.ResetNeeded("call reset() before step()")
-        chosen = np.ascontiguousarray(actions, dtype=np.int64)
-        if chosen.shape != self.action_space.shape:
-            raise ConfigError(f"actions: shape {chosen.shape}, must be {self.action_space.shape}")
+        chosen = self.codec.as_integers_of(actions, self.num_envs)
+        wrong = first_illegal(self._handles[0, 1], self.spec_of(0).layout.num_queues, chosen)
+        if wrong >= 0:
+            self.codec.refuse(chosen[wrong], f"environment {wrong}, ")
         self._new_outputs()
-        if self._threads:
-            _use_threads(self._threads)
-        ends = step_all(
-            chosen.reshape(self.num_envs, self._codec.width),
-            self._codec.kind,
-            self._levels,
-            *self._reward_code,
-            self._decisions,
-            self._models,
-            self._settings,
-            self._ends,
-            self._requests,
-            self._times,
-            self._slots,
-            self._queues,
-            self._queue_f,
-            self._scalars,
-            self._clocks,
-            self._batches,
-            self._events,
-            self._trace,
-            self._contexts,
-            self._observations,
-            self._masks,
-            self._rewards,
-            self._terminated,
-            self._truncated,
-            self._returns,
-            self._lengths,
-        )
+        outputs = (self._observations, self._masks, self._rewards, self._ends)
+        count = sum(self._workers.run(step_range, self._handles, chosen, *outputs))
+        if self._compiled_reward is None:
+            self._call_reward()
+        terminated, truncated = self._ends == END_FINISHED, self._ends > END_FINISHED
+        if count and (self._ends == END_STUCK).any():
+            i = int(np.flatnonzero(self._ends == END_STUCK)[0])
+            raise RuntimeError(f"environment {i}: the engine can schedule nothing at {self.fleet.records[i].clock:.6f} s")
         infos: dict[str, Any] = {}
         if not self._same_step and self._any_ended:
             for i in np.flatnonzero(self._ended):  # NEXT_STEP: this step was the reset, its action was ignored
                 self._start(int(i))
                 self._ended[i] = False
-        self._any_ended = ends > 0
-        for i in np.flatnonzero(self._terminated | self._truncated) if ends else ():
-            infos = self._add_info(infos, {"episode": {"r": self._returns[i], "l": int(self._lengths[i])}}, int(i))
+        self._any_ended = count > 0
+        for i in np.flatnonzero(self._ends) if count else ():
             if self._same_step:
                 last = {name: self._observations[i, where].copy() for name, where in self._where}
-                final = {"clock": float(self._clocks[i, st.F_CLOCK]), "action_mask": self._masks[i].copy()}
-                infos = self._add_info(infos, {"final_obs": last, "final_info": final}, int(i))
+                infos = self._add_info(infos, {"final_obs": last, "final_info": self._final_info(int(i))}, int(i))
                 self._start(int(i))
             else:
                 self._ended[i] = True
         infos.update(self._infos())
-        return self._observed(), self._rewards, self._terminated, self._truncated, infos
+        return self._observed(), self._rewards, terminated, truncated, infos
+
+    def _final_info(self, i: int) -> dict[str, Any]:
+        """Of the last step of environment i: ``episode_return`` and ``episode_length`` (decisions) of its episode besides."""
+        env = self._envs[i]
+        return {
+            "clock": self.fleet.records[i].clock,
+            "action_mask": self._masks[i].copy(),
+            "episode_return": env.episode_return,
+            "episode_length": env.episode_length,
+        }
+
+    def _call_reward(self) -> None:
+        """An ordinary callable, environment by environment."""
+        for i in range(self.num_envs):
+            if not self._ended[i]:
+                value = float(self.spec_of(i).reward(StepOutcome(self.fleet.records[i])))
+                self._rewards[i] = value
+                self._envs[i].episode_return += value
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """(num_envs, size of the mask of ``llmsched_env.action``) bool."""
+        if not self._generators:
+            raise gym.error.ResetNeeded("call reset() before action_masks()")
         return self._masks.copy()
 
     def _observed(self) -> Observations:
         return {name: self._observations[:, where] for name, where in self._where}
 
     def _infos(self) -> dict[str, Any]:
-        return {"clock": self._clocks[:, st.F_CLOCK].copy(), "action_mask": self._masks}
+        return {"clock": self.fleet.clocks.copy(), "action_mask": self._masks}
 
     def close_extras(self, **kwargs: Any) -> None:
-        for template in self._templates:
-            template.close()
-
-
-def _use_threads(count: int) -> None:
-    """numba's thread count, set only where it changes: asking numba takes as long as ten engines' steps."""
-    if getattr(_CHOSEN, "threads", None) != count:
-        numba.set_num_threads(count)
-        _CHOSEN.threads = count
+        self._workers.close()
 
 
 def _listed(value: Any) -> list[Any]:

@@ -32,7 +32,7 @@ from agents.statistics import relative_difference
 from baselines import Setting
 from llmsched_env import __version__
 from llmsched_env.compiled import CACHE_FOLDER
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError, MissingExtraError, require
 from llmsched_env.metrics import summarize
 from llmsched_env.perf.base import CalibrationRangeWarning

@@ -34,7 +34,7 @@ from baselines import Setting, make_policy
 from llmsched_env import EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.compiled import parallel
 from llmsched_env.engine import state as st
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.constant import run_constant
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode

@@ -19,9 +19,8 @@ from baselines import Setting, make_policy
 from llmsched_env import __version__
 from llmsched_env.backend import make_backend
 from llmsched_env.batch_runner import Run, run_batch
-from llmsched_env.engine.backend import SimBackend
-from llmsched_env.engine.state import F_CLOCK, F_START, I_IDLE, I_KV_RESERVED, I_STEP_EVICTED, I_STEP_PREEMPTED, I_WAITING
-from llmsched_env.env import engine_with
+from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.spec import engine_with
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import ttft
@@ -263,15 +262,15 @@ def record(comparison: Comparison, task: Task) -> Recording:
     policy.reset()
     workload = comparison.workload(task.rate, task.seed)
     view = backend.reset(workload, policy.layout, policy.engine, EpisodeLimits(), reveal_output_length=policy.known_lengths)
-    scalars, clocks = backend.scalars, backend.clocks
+    now, last = backend.record, backend.record.report
     steps: list[tuple[float, int, int, int]] = []  # (end, KV, waiting, evictions)
     starts: list[float] = []
     with extrapolation_reported():
         while not backend.done:
             backend.advance(policy.decide(view))
-            kv = view.kv_used if scalars[I_IDLE] else scalars[I_KV_RESERVED]
-            steps.append((clocks[F_CLOCK], kv, scalars[I_WAITING], scalars[I_STEP_EVICTED] + scalars[I_STEP_PREEMPTED]))
-            starts.append(clocks[F_START])
+            kv = view.kv_used if last.idle else last.kv_reserved
+            steps.append((now.clock, kv, now.num_waiting, last.evicted + last.preempted))
+            starts.append(last.start)
         first = ttft(backend.log())
     course = np.array(steps, dtype=np.float64)
     return Recording(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.perf import FormulaTime, IterationTimeModel, LinearTime, TableTime, iteration_time
+from llmsched_env.perf import FormulaTime, IterationTimeModel, LinearTime, TableTime
 from llmsched_env.perf.base import FloatArray
 from llmsched_env.perf.batch import DECODE_KV, DECODES, LOAD, PREFILL_SQUARES, PREFILL_TOKENS, PREFILL_WORK
 from llmsched_env.perf.tables import H_CONSTANT, H_DECODE, H_LINEAR, H_PER_REQUEST, H_PREFILL
@@ -60,8 +60,7 @@ class FitError:
 
 def modelled(model: IterationTimeModel, batches: FloatArray) -> FloatArray:
     """(n,) seconds of (n, BATCH_FIELDS) batches."""
-    packed = model.pack()
-    return np.array([iteration_time(packed, batch) for batch in batches], dtype=np.float64)
+    return model.seconds_of(batches)
 
 
 def fit_error(model: IterationTimeModel, batches: FloatArray, seconds: FloatArray) -> FitError:
@@ -274,7 +273,7 @@ def _weights(packed: FloatArray, where: FloatArray, batches: FloatArray) -> Floa
     rows = np.empty((batches.shape[0], where.size))
     for column, cell in enumerate(where):
         unit[cell] = 1.0
-        rows[:, column] = [iteration_time(unit, batch) for batch in batches]
+        rows[:, column] = TableTime.evaluate(unit, batches)[0]
         unit[cell] = 0.0
     return rows
 

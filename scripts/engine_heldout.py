@@ -13,7 +13,7 @@ import numpy as np
 from baselines import Setting, make_policy
 from hardware.real_engine import EngineOptions
 from llmsched_env.backend import View, make_backend
-from llmsched_env.engine.arrays import ArrayBackend
+from llmsched_env.engine.record_backend import RecordBackend
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import Summary
 from llmsched_env.perf import IterationTimeModel
@@ -155,13 +155,13 @@ def _poisson(lengths: Lognormal, rate: float, size: int) -> Workload:
 
 
 def _observed(policy: Policy, workload: Workload, backend: Any) -> _Pass:
-    assert isinstance(backend, ArrayBackend)
+    assert isinstance(backend, RecordBackend)
     batches: list[FloatArray] = []
     seconds: list[float] = []
 
     def on_step(report: IterationReport, view: View) -> None:
         if not report.idle:
-            batches.append(backend.batch.copy())
+            batches.append(backend.record.batch.array())
             seconds.append(report.duration)
 
     begin = time.monotonic()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmsched_env.compiled import CACHE_FOLDER
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.perf.base import CalibrationRangeWarning

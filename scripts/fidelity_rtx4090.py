@@ -28,7 +28,8 @@ if not __package__:  # run as a program: imports go from the project's root, not
 from baselines import make_policy
 from baselines.policy import Setting
 from llmsched_env.backend import Backend, View, make_backend
-from llmsched_env.engine.prefix_backend import PrefixCachingBackend, SharedPrompts
+from llmsched_env.engine.prefix_cache import SharedPrompts
+from llmsched_env.engine.simulator import PrefixCachingBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import latency, tpot, ttft
 from llmsched_env.perf import Batch, IterationTimeModel, load_calibration

@@ -18,7 +18,7 @@ import numpy as np
 
 from baselines import Policy, Setting, make_policy
 from llmsched_env.backend import View
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.constant import run_constant
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import latency, ttft

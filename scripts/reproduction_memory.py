@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.engine.backend import SimBackend
-from llmsched_env.engine.state import F_CLOCK, I_COMPLETED, I_KV_RESERVED, I_STEP_EVICTED, I_STEP_PREEMPTED
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import require
 from llmsched_env.fluid import continuation, equal_width_ends, nested_memory, required_memory
 from llmsched_env.fluid.nested import design_memory
@@ -52,10 +51,10 @@ def course(policy: Policy, workload: Workload, horizon: float) -> Course:
     limits = EpisodeLimits(drain=False, horizon=horizon)
     view = backend.reset(workload, policy.layout, policy.engine, limits, reveal_output_length=policy.known_lengths)
     steps = []
-    s = backend.scalars
+    now, last = backend.record, backend.record.report
     while not backend.done:
         backend.advance(policy.decide(view))
-        steps.append((backend.clocks[F_CLOCK], s[I_KV_RESERVED], s[I_STEP_EVICTED] + s[I_STEP_PREEMPTED], s[I_COMPLETED]))
+        steps.append((now.clock, last.kv_reserved, last.evicted + last.preempted, last.completed))
     columns = np.array(steps, dtype=np.float64).T
     return Course(*columns)
 

@@ -29,7 +29,7 @@ from gymnasium.wrappers import FlattenObservation
 from baselines import Policy, Setting, make_policy
 from llmsched_env import LLMSchedEnv
 from llmsched_env.backend import Backend, View, make_backend
-from llmsched_env.env import engine_with
+from llmsched_env.spec import engine_with
 from llmsched_env.errors import ConfigError, MissingExtraError, require
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.runner import run_episode

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from baselines import Setting, policy_options
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.perf.base import CalibrationRangeWarning

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from llmsched_env.backend import View, make_backend
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, Workload
 
 

@@ -16,8 +16,7 @@ from llmsched_env import ConfigError, EngineConfig, EpisodeLimits, QueueLayout, 
 from llmsched_env.action import decode_reserve
 from llmsched_env.backend import make_backend
 from llmsched_env.engine import state as st
-from llmsched_env.forecast import expected_output, expected_output_by_class, expected_remaining
-from llmsched_env.observation import static_context
+from llmsched_env.forecast import expected_output, expected_output_by_class, expected_remaining, make_forecast
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Decision, LengthStatistics
 from llmsched_env.workload import load_scenario
@@ -32,15 +31,15 @@ def draw_workload(seed: int, n: int) -> Workload:
 
 def global_order(backend, engine: EngineConfig, clock: float) -> list[int]:
     """Waiting requests in the order of admission, sorted from scratch: late last, then class rank, then queue key."""
-    waiting = np.flatnonzero(backend.requests[st.R_STATUS] == st.STATUS_WAITING)
+    requests, hidden = backend.record.requests, backend.record.hidden
+    waiting = np.flatnonzero(requests.status == st.WAITING)
     ranks = engine.class_rank or tuple(range(backend.layout.num_classes))
 
     def place(r: int) -> tuple[bool, int, int]:
-        new = math.isnan(backend.times[st.T_ADMITTED, r])
-        late = engine.late_after > 0 and new and clock - backend.times[st.T_ARRIVAL, r] > engine.late_after
-        key = int(backend.requests[st.R_KEY, r])
-        rank = ranks[backend.requests[st.R_CLASS, r]] if engine.admission_order == "class" else 0
-        return bool(late), rank, key
+        new = math.isnan(hidden.admitted[r])
+        late = engine.late_after > 0 and new and clock - hidden.arrival[r] > engine.late_after
+        rank = ranks[requests.outside[r]] if engine.admission_order == "class" else 0
+        return bool(late), rank, int(requests.key[r])
 
     return sorted(waiting.tolist(), key=place)
 
@@ -69,23 +68,23 @@ def test_admissions_follow_the_stated_order(seed: int, preset: str, by_class: bo
     while not backend.done:
         decision.run[:] = 1
         decision.admit[:] = rng.integers(0, 4, layout.num_queues)
-        before = global_order(backend, engine, float(backend.clocks[st.F_CLOCK]))
+        before = global_order(backend, engine, backend.record.clock)
         counts = decision.admit.copy()
         allowed = []  # the order, restricted to what the decision admits of each class
         for r in before:
-            j = backend.requests[st.R_CLASS, r]
+            j = backend.record.requests.outside[r]
             if counts[j] > 0:
                 counts[j] -= 1
                 allowed.append(r)
         view = backend.snapshot()
-        assert view.late.sum() == sum(backend.requests[st.R_KEY, r] >= st.LATE_KEY // 2 for r in before)
+        assert view.late.sum() == sum(backend.record.requests.key[r] >= st.LATE_KEY // 2 for r in before)
         listed = [view.waiting_requests(j, 10**6).id.tolist() for j in range(4)]
         assert sorted(r for queue in listed for r in queue) == sorted(before)
-        late = {r for r in before if backend.requests[st.R_KEY, r] >= st.LATE_KEY // 2}
+        late = {r for r in before if backend.record.requests.key[r] >= st.LATE_KEY // 2}
         step = backend.step(decision)
         if step.forced_drain:
             continue
-        resident = set(backend.slots[st.S_ID, : backend.scalars[st.I_RESIDENTS]].tolist()) | set(step.finished)
+        resident = set(view.resident_requests().id.tolist()) | set(step.finished)
         admitted = [r for r in before if r in resident]
         assert admitted == [r for r in allowed if r in resident]
         assert admitted == allowed[: len(admitted)]
@@ -135,7 +134,7 @@ def test_backlog_waits_at_time_zero() -> None:
     assert env.unwrapped.view().num_waiting == 50
     plain = gym.make("LLMSched-v0", num_requests=200)
     plain.reset(seed=1)
-    a, b = env.unwrapped.backend.times[st.T_ARRIVAL], plain.unwrapped.backend.times[st.T_ARRIVAL]
+    a, b = (e.unwrapped.backend.record.hidden.arrival for e in (env, plain))
     np.testing.assert_array_equal(a[:50], 0.0)
     np.testing.assert_allclose(np.diff(a[49:]), np.diff(b[49:]), atol=1e-9)
     env.reset(seed=1, options={"backlog": 0})
@@ -198,13 +197,13 @@ def test_reserve_reads_no_output_length() -> None:
     base = scenario.generate(1, rate=5.0, num_requests=100).with_backlog(100)
     layout = QueueLayout(by="prompt", edges=(500, 1000))
     engine = scenario.engine.replace(num_blocks=1000)
-    context = static_context(scenario.statistics, 5.0, engine, layout)
+    forecast = make_forecast(scenario.statistics, 5.0, engine, layout)
     found = []
     for outputs in (base.output_tokens, np.full(100, 7, np.int32)):
         backend = make_backend("sim")
         backend.reset(Workload.of(base.arrival, base.prompt_tokens, outputs), layout, engine, EpisodeLimits())
         decision = Decision(3)
-        decode_reserve(1.0, backend.settings, context, backend.requests, backend.slots, backend.queues, backend.scalars, decision.array)
+        decode_reserve(backend.record, 1.0, forecast, decision)
         found.append(decision.admit.tolist())
     assert found[0] == found[1]
     assert sum(found[0]) > 1

@@ -17,7 +17,7 @@ from hypothesis import strategies as hs
 from local_policies import GreedyFCFS, PrefixNested, ThresholdWait, play
 
 from llmsched_env.backend import View, make_backend
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime, load_calibration
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, RequestLog, Workload

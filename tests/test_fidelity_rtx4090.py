@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmsched_env.engine.prefix_backend import PrefixCachingBackend
+from llmsched_env.engine.simulator import PrefixCachingBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import MixedAttentionTime, load_calibration
 from llmsched_env.types import RequestLog

@@ -13,7 +13,7 @@ import pytest
 
 from baselines import Setting, make_policy
 from llmsched_env import EngineConfig, EpisodeLimits
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.constant import run_constant
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import load_calibration

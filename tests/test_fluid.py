@@ -30,7 +30,7 @@ from llmsched_env.fluid import (
     window_rates,
 )
 from llmsched_env.fluid.equilibrium import charge_sum
-from llmsched_env.perf import LinearTime, iteration_time
+from llmsched_env.perf import LinearTime
 from llmsched_env.perf.batch import BATCH_FIELDS
 from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
 
@@ -386,8 +386,7 @@ def verify_wait(found: WaitThresholds, prompt, output, rate, ids, engine: Engine
         unit = 1 if engine.preset == "paper" else 16
         stages = max(len(held) for _, held in lives)
         worst += found.thresholds[j] * sum(max(-(-h[s] // unit) * unit for _, h in lives if len(h) > s) for s in range(stages))
-    model = engine.time_model.pack()
-    seconds = float(iteration_time(model, sums))
+    seconds = float(engine.time_model.seconds_of(sums[np.newaxis])[0])
     assert found.iteration_seconds == pytest.approx(seconds)
     assert found.kv_tokens == pytest.approx(memory)
     assert memory <= engine.kv_capacity_tokens * (1 + 1e-8)

@@ -11,6 +11,7 @@ from hypothesis import strategies as hst
 from baselines import Setting, make_policy
 from llmsched_env import Decision, EngineConfig, EpisodeLimits, LLMSchedEnv, Workload
 from llmsched_env.backend import make_backend
+from tests.engine_walk import differing, shown
 
 
 def visible(env: LLMSchedEnv) -> list[bytes]:
@@ -31,8 +32,15 @@ def visible(env: LLMSchedEnv) -> list[bytes]:
     return [np.asarray(p).tobytes() for p in parts]
 
 
+def generated_of(env: LLMSchedEnv, i: int) -> int:
+    """Output tokens that request i has."""
+    record = env.backend.record
+    return int(record.requests.base_generated[i] + record.queues.steps[record.requests.group[i]])
+
+
 ENGINES = [
     EngineConfig.vllm(num_blocks=40, block_size=4, max_num_batched_tokens=48, max_num_seqs=8, max_model_len=100),
+    EngineConfig.vllm(num_blocks=40, block_size=4, max_num_batched_tokens=48, max_num_seqs=8, max_model_len=100, enable_prefix_caching=True),
     EngineConfig.paper(160, 0.05, 1e-3),
 ]
 
@@ -63,6 +71,7 @@ def test_hidden_lengths_change_nothing_before_completion(
         envs.append(env)
     while not (envs[0].backend.done or envs[1].backend.done):
         assert visible(envs[0]) == visible(envs[1])
+        assert not differing(*(shown(env.backend.record) for env in envs))  # what compiled rules read
         q = envs[0].layout.num_queues
         decision = Decision.of(rng.integers(0, 2, q), rng.integers(0, 3, q), rng.integers(0, 2, q) * (rng.random() < 0.1))
         for env in envs:
@@ -70,8 +79,8 @@ def test_hidden_lengths_change_nothing_before_completion(
         # From the step that yields the last token of the shorter one on, the two may differ.
         done = [int(env.backend.log().completed[i] == env.backend.log().completed[i]) for env in envs]
         if any(done):
-            generated = [env.backend.requests[4, i] for env in envs]
-            assert shortest in (int(generated[0]), int(generated[1]))
+            generated = [generated_of(env, i) for env in envs]
+            assert shortest in generated
             break
 
 
@@ -93,7 +102,7 @@ def test_policies_without_known_lengths_decide_the_same_when_lengths_change() ->
             taken: list[bytes] = []
             while not backend.done and not np.isfinite(backend.log().completed).any():
                 decision = policy.decide(view)
-                taken.append(decision.array.tobytes())
+                taken.append(decision.rows.tobytes())
                 backend.step(decision)
             decisions.append(taken)
         shorter = len(decisions[0])

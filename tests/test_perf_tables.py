@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llmsched_env import EngineConfig, EpisodeLimits
 from llmsched_env.backend import View
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.perf import (
@@ -268,6 +268,11 @@ def test_compiled_and_plain_python_agree_on_every_shipped_calibration() -> None:
 # --- counting in an episode -------------------------------------------------------------------------
 
 
+def batch_of(backend: SimBackend) -> Batch:
+    """The batch of the last iteration."""
+    return Batch(**{field.name: getattr(backend.record.batch, field.name) for field in dataclasses.fields(Batch)})
+
+
 def episode(model: Any, limits: EpisodeLimits | None = None) -> tuple[SimBackend, list[IterationReport], int]:
     """Thirty requests at once; the backend, its iterations, and how many were outside by ``in_range``."""
     backend = SimBackend()
@@ -278,7 +283,7 @@ def episode(model: Any, limits: EpisodeLimits | None = None) -> tuple[SimBackend
     while not backend.done:
         reports.append(backend.step(decision))
         if not reports[-1].idle:
-            outside += not model.in_range(Batch(*backend.batch))
+            outside += not model.in_range(batch_of(backend))
     return backend, reports, outside
 
 

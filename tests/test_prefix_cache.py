@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as hs
 
 from llmsched_env.backend import Backend, make_backend
-from llmsched_env.engine import prefix_cache as pc
-from llmsched_env.engine.prefix_backend import PrefixCachingBackend, SharedPrompts
+from llmsched_env.engine.prefix_cache import SharedPrompts
+from llmsched_env.engine.simulator import PrefixCachingBackend, SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from tests.engine_walk import check_engine
 
 TIME = LinearTime(0.01, 1e-6)
 
@@ -36,33 +37,34 @@ def greedy(backend: Backend, workload: Workload, config: EngineConfig) -> list[A
 
 def check_pool(backend: PrefixCachingBackend) -> None:
     """Every block is in the free queue once, or used as often as residents hold it; contents and holders agree."""
-    pool, blocks = backend.pool, backend.pool.blocks
-    sentinel = blocks.shape[1] - 1
-    free, block = [], int(blocks[pc.B_NEXT, sentinel])
+    pool, blocks = backend.record.pool, backend.record.pool.blocks
+    sentinel = len(blocks) - 1
+    assert sentinel == pool.num_blocks == backend.engine.num_blocks
+    free, block = [], int(blocks.next[sentinel])
     while block != sentinel:
         free.append(block)
-        assert blocks[pc.B_PREVIOUS, blocks[pc.B_NEXT, block]] == block
-        block = int(blocks[pc.B_NEXT, block])
-    assert len(set(free)) == len(free) == pool.counts[pc.N_FREE]
+        assert blocks.previous[blocks.next[block]] == block
+        block = int(blocks.next[block])
+    assert len(set(free)) == len(free) == pool.free
     residents = backend.snapshot().resident_requests()
     users: Counter[int] = Counter()
     for r, computed in zip(residents.id.tolist(), residents.computed.tolist(), strict=True):
-        seat = int(pool.files[pc.F_SEAT, r])
-        held = int(pool.seats[pc.T_HELD, seat])
+        seat = int(pool.files.seat[r])
+        held = int(pool.seats.held[seat])
         assert computed <= held * backend.engine.block_size
-        table = pool.table[seat, :held].tolist()
-        assert len(set(table)) == held
+        table = pool.table.block[seat * pool.blocks_per_seat :][:held].tolist()
+        assert len(set(table)) == held <= pool.blocks_per_seat
         users.update(table)
-    assert (pool.files[pc.F_SEAT] >= 0).sum() == residents.id.size
-    assert users == {b: int(blocks[pc.B_USERS, b]) for b in range(sentinel) if blocks[pc.B_USERS, b] > 0}
-    assert set(free) == {b for b in range(sentinel) if blocks[pc.B_USERS, b] == 0}
+    assert (pool.files.seat >= 0).sum() == residents.id.size
+    assert users == {b: int(blocks.users[b]) for b in range(sentinel) if blocks.users[b] > 0}
+    assert set(free) == {b for b in range(sentinel) if blocks.users[b] == 0}
     known: list[int] = []
-    for contents, block in enumerate(pool.holder.tolist()):
+    for contents, block in enumerate(pool.holder.block.tolist()):
         while block >= 0:
-            assert blocks[pc.B_CONTENTS, block] == contents
+            assert blocks.contents[block] == contents
             known.append(block)
-            block = int(blocks[pc.B_TWIN, block])
-    assert sorted(known) == np.flatnonzero(blocks[pc.B_CONTENTS, :sentinel] >= 0).tolist()
+            block = int(blocks.twin[block])
+    assert sorted(known) == np.flatnonzero(blocks.contents[:sentinel] >= 0).tolist()
     assert backend.snapshot().kv_used == len(users)
 
 
@@ -96,10 +98,11 @@ def test_the_pool_stays_sound_under_any_decision(seed: int, uncached_first: bool
         report = backend.step(decision)
         assert report.kv_used <= config.num_blocks and view.kv_free >= 0
         check_pool(backend)
+        check_engine(backend)
     assert backend.end == "finished"
     log = backend.log()
     assert np.all(log.completed > log.arrival) and np.all(log.first_token <= log.completed)
-    assert backend.pool.counts[pc.N_FREE] == config.num_blocks
+    assert backend.record.pool.free == config.num_blocks
     assert 0 <= backend.hit_tokens < backend.asked_tokens
 
 
@@ -112,6 +115,16 @@ def test_without_preemptions_and_common_heads_it_is_the_plain_simulator(seed: in
     for name in ("admitted", "first_token", "completed"):
         np.testing.assert_array_equal(getattr(plain.log(), name), getattr(cached.log(), name))
     assert plain.counters() == cached.counters()
+
+
+@given(seed=hs.integers(0, 2**32 - 1))
+def test_the_engine_option_is_the_backend_of_that_name(seed: int) -> None:
+    workload, shared = random_workload(np.random.default_rng(seed))
+    config = engine(num_blocks=30)
+    named, option = PrefixCachingBackend(shared), SimBackend(shared=shared)
+    assert greedy(named, workload, config) == greedy(option, workload, config.replace(enable_prefix_caching=True))
+    assert named.counters() == option.counters()
+    assert (named.hit_tokens, named.asked_tokens) == (option.hit_tokens, option.asked_tokens)
 
 
 def test_a_preempted_request_finds_its_blocks_again_and_finishes_sooner() -> None:
@@ -182,7 +195,7 @@ def test_refuses_what_does_not_fit_the_workload_or_the_engine() -> None:
         PrefixCachingBackend(SharedPrompts.none(1)).reset(workload, layout, engine(), limits)
     with pytest.raises(ConfigError, match="row 1 shares 9 tokens, more than one of the two prompts has"):
         PrefixCachingBackend(SharedPrompts.of([-1, 0], [0, 9])).reset(workload, layout, engine(), limits)
-    with pytest.raises(ConfigError, match=r"engine\.preset: 'paper', must be 'vllm'"):
+    with pytest.raises(ConfigError, match=r"engine\.enable_prefix_caching: True, but it is an option of the vllm preset"):
         PrefixCachingBackend().reset(workload, layout, EngineConfig.paper(1000, 0.01, 1e-6), limits)
     with pytest.raises(ConfigError, match=r"engine\.decode_needs_free_block: True"):
         PrefixCachingBackend().reset(workload, layout, engine(decode_needs_free_block=True), limits)

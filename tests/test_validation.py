@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llmsched_env.backend import make_backend
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, LinearTime, Provenance, save_calibration
 from llmsched_env.types import Decision, EngineConfig

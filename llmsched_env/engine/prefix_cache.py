@@ -12,214 +12,232 @@ computes the rest. Rules of vLLM's ``v1/core/block_pool.py`` and ``v1/core/kv_ca
 * a hit covers whole blocks and at most all tokens but one.
 * a hit on a free block takes it off the free queue, so it counts as taken in the memory tests.
 
-What a block holds is a number: blocks of request r are numbered from ``F_BASE`` on, those of a shared
-head carry the numbers of the request they are shared with (``F_DONOR``, ``F_SHARED``).
+What a block holds is a number: blocks of request r are numbered from ``files.base[r]`` on, those of a shared
+head carry the numbers of the request they are shared with (``files.donor``, ``files.shared``).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from llmsched_env.compiled import compiled
-from llmsched_env.types import IntArray
-
-# --- blocks (B_ROWS, num_blocks + 1); the last column is the free queue's sentinel ---------------
-B_NEXT = 0
-B_PREVIOUS = 1
-B_USERS = 2
-B_CONTENTS = 3  # -1: none
-B_TWIN = 4  # next younger block with the same contents, -1
-B_ROWS = 5
-
-# --- files: one column a request ------------------------------------------------------------------
-F_BASE = 0
-F_DONOR = 1
-F_SHARED = 2  # blocks
-F_SEAT = 3  # row of ``table`` while resident, -1
-F_ROWS = 4
-
-# --- seats: one column a resident -----------------------------------------------------------------
-T_HELD = 0  # blocks of the request
-T_CACHED = 1  # of these, how many have contents
-T_SPARE = 2  # stack of seats not in use
-T_ROWS = 3
-
-# --- counts -----------------------------------------------------------------------------------------
-N_FREE = 0
-N_SPARE = 1
-N_UNCACHED_FIRST = 2
-N_ASKED = 3  # tokens of all admissions
-N_HIT = 4  # of these, found in the cache
-N_ROWS = 5
+from llmsched_env.engine.state import Blocks, Files, Holder, Pool, Seats, Table
+from llmsched_env.errors import ConfigError
+from llmsched_env.types import IntArray, Workload
 
 
-class Pool(NamedTuple):
-    """Arrays of one block pool (int32; ``counts`` int64)."""
+@dataclass(frozen=True, slots=True)
+class SharedPrompts:
+    """Which head of its prompt each request shares with an earlier one.
 
-    blocks: IntArray
-    files: IntArray
-    seats: IntArray
-    table: IntArray
-    holder: IntArray
-    counts: np.ndarray
+    Attributes:
+        donor: (N,) int32, the earlier request with the longest common head (the first such), -1 for none.
+        tokens: (N,) int32, length of that head; 0 for none.
+    """
 
+    donor: IntArray
+    tokens: IntArray
 
-def new_pool(
-    num_blocks: int,
-    seats: int,
-    blocks_per_seat: int,
-    base: IntArray,
-    donor: IntArray,
-    shared: IntArray,
-    contents: int,
-    uncached_first: bool,
-) -> Pool:
-    """An empty pool; ``base``, ``donor``, ``shared``: (N,), rows of ``files``; ``contents``: how many numbers there are."""
-    n = base.shape[0]
-    pool = Pool(
-        blocks=np.zeros((B_ROWS, num_blocks + 1), dtype=np.int32),
-        files=np.stack([base, donor, shared, np.full(n, -1)]).astype(np.int32),
-        seats=np.zeros((T_ROWS, seats), dtype=np.int32),
-        table=np.zeros((seats, blocks_per_seat), dtype=np.int32),
-        holder=np.full(contents, -1, dtype=np.int32),
-        counts=np.zeros(N_ROWS, dtype=np.int64),
-    )
-    order = np.arange(num_blocks + 1)
-    pool.blocks[B_NEXT] = np.roll(order, -1)
-    pool.blocks[B_PREVIOUS] = np.roll(order, 1)
-    pool.blocks[B_CONTENTS] = -1
-    pool.blocks[B_TWIN] = -1
-    pool.seats[T_SPARE] = np.arange(seats)
-    pool.counts[N_FREE] = num_blocks
-    pool.counts[N_SPARE] = seats
-    pool.counts[N_UNCACHED_FIRST] = uncached_first
-    return pool
+    @classmethod
+    def of(cls, donor: npt.ArrayLike, tokens: npt.ArrayLike) -> SharedPrompts:
+        """Check and convert; raises ``ConfigError`` naming the first offending row."""
+        d, t = (np.ascontiguousarray(a, dtype=np.int32) for a in (donor, tokens))
+        if d.ndim != 1 or d.shape != t.shape:
+            raise ConfigError(f"shared_prompts: shapes {d.shape} and {t.shape}, must be equal and (N,)")
+        bad = np.flatnonzero((d >= np.arange(d.size)) | (d < -1) | (t < 0) | ((d < 0) != (t == 0)))
+        if bad.size:
+            i = int(bad[0])
+            raise ConfigError(f"shared_prompts: row {i} shares {t[i]} tokens with {d[i]}, must be >= 1 with an earlier one, or 0 with -1")
+        return cls(d, t)
 
+    @classmethod
+    def none(cls, n: int) -> SharedPrompts:
+        """All prompts differ from their first token on."""
+        return cls(np.full(n, -1, dtype=np.int32), np.zeros(n, dtype=np.int32))
 
-@compiled
-def _unlink(block, blocks):  # type: ignore[no-untyped-def]
-    before = blocks[B_PREVIOUS, block]
-    after = blocks[B_NEXT, block]
-    blocks[B_NEXT, before] = after
-    blocks[B_PREVIOUS, after] = before
+    def check(self, workload: Workload) -> None:
+        """Refuse heads that these requests cannot share.
+
+        Raises:
+            ConfigError: another number of requests, or a head longer than one of the two prompts.
+        """
+        n = len(workload)
+        if self.donor.size != n:
+            raise ConfigError(f"shared_prompts: {self.donor.size} rows, must be {n} as the workload has requests")
+        has = np.flatnonzero(self.donor >= 0)
+        heads = np.minimum(workload.prompt_tokens[has], workload.prompt_tokens[self.donor[has]])
+        bad = has[self.tokens[has] > heads]
+        if bad.size:
+            i = int(bad[0])
+            raise ConfigError(f"shared_prompts: row {i} shares {self.tokens[i]} tokens, more than one of the two prompts has")
 
 
-@compiled
-def _link_before(block, place, blocks):  # type: ignore[no-untyped-def]
-    before = blocks[B_PREVIOUS, place]
-    blocks[B_NEXT, before] = block
-    blocks[B_PREVIOUS, block] = before
-    blocks[B_NEXT, block] = place
-    blocks[B_PREVIOUS, place] = block
+def pool_tables(
+    workload: Workload, num_blocks: int, block_size: int, seats: int, shared: SharedPrompts | None = None
+) -> dict[str, npt.NDArray[np.void]]:
+    """Tables of an empty pool by field of ``Pool``."""
+    n = len(workload)
+    shared = SharedPrompts.none(n) if shared is None else shared
+    shared.check(workload)
+    lengths = -(-(workload.prompt_tokens.astype(np.int64) + workload.output_tokens) // block_size)
+    ends = np.cumsum(lengths)
+    tables = {
+        "blocks": np.zeros(num_blocks + 1, Blocks.DTYPE),
+        "files": np.zeros(n, Files.DTYPE),
+        "seats": np.zeros(seats, Seats.DTYPE),
+        "table": np.zeros(seats * int(lengths.max(initial=1)), Table.DTYPE),
+        "holder": np.zeros(int(ends[-1]) if n else 0, Holder.DTYPE),
+    }
+    files = tables["files"]
+    files["base"], files["donor"], files["shared"], files["seat"] = ends - lengths, shared.donor, shared.tokens // block_size, -1
+    return tables
+
+
+def reset_pool(pool: Pool, num_blocks: int, uncached_first: bool) -> None:
+    """All blocks are free and without contents."""
+    blocks, order = pool.blocks, np.arange(num_blocks + 1)
+    blocks.next[:], blocks.previous[:] = np.roll(order, -1), np.roll(order, 1)
+    blocks.users[:] = 0
+    blocks.contents[:] = blocks.twin[:] = -1
+    pool.files.seat[:] = -1
+    pool.holder.block[:] = -1
+    pool.seats.spare[:] = np.arange(len(pool.seats))
+    pool.num_blocks, pool.free, pool.spare = num_blocks, num_blocks, len(pool.seats)
+    pool.blocks_per_seat = len(pool.table) // max(len(pool.seats), 1)
+    pool.uncached_first = uncached_first
+    pool.asked_tokens = pool.hit_tokens = 0
 
 
 @compiled
-def _contents(r, b, files):  # type: ignore[no-untyped-def]
-    """What block b of request r holds when it is full."""
-    while b < files[F_SHARED, r]:
-        r = files[F_DONOR, r]
-    return files[F_BASE, r] + b
-
-
-@compiled
-def _forget(block, pool):  # type: ignore[no-untyped-def]
-    """The block loses its contents."""
+def unlink_block(pool: Pool, block: int) -> None:
     blocks = pool.blocks
-    contents = blocks[B_CONTENTS, block]
+    before, after = blocks.previous[block], blocks.next[block]
+    blocks.next[before] = after
+    blocks.previous[after] = before
+
+
+@compiled
+def link_before(pool: Pool, block: int, place: int) -> None:
+    blocks = pool.blocks
+    before = blocks.previous[place]
+    blocks.next[before] = block
+    blocks.previous[block] = before
+    blocks.next[block] = place
+    blocks.previous[place] = block
+
+
+@compiled
+def contents_of(pool: Pool, r: int, b: int) -> int:
+    """What block b of request r holds when it is full."""
+    files = pool.files
+    while b < files.shared[r]:
+        r = files.donor[r]
+    return files.base[r] + b
+
+
+@compiled
+def forget(pool: Pool, block: int) -> None:
+    """The block loses its contents."""
+    blocks, holder = pool.blocks, pool.holder
+    contents = blocks.contents[block]
     if contents < 0:
         return
-    if pool.holder[contents] == block:
-        pool.holder[contents] = blocks[B_TWIN, block]
+    if holder.block[contents] == block:
+        holder.block[contents] = blocks.twin[block]
     else:
-        older = pool.holder[contents]
-        while blocks[B_TWIN, older] != block:
-            older = blocks[B_TWIN, older]
-        blocks[B_TWIN, older] = blocks[B_TWIN, block]
-    blocks[B_CONTENTS, block] = -1
-    blocks[B_TWIN, block] = -1
+        older = holder.block[contents]
+        while blocks.twin[older] != block:
+            older = blocks.twin[older]
+        blocks.twin[older] = blocks.twin[block]
+    blocks.contents[block] = -1
+    blocks.twin[block] = -1
 
 
 @compiled
-def find(r, tokens, block_size, pool):  # type: ignore[no-untyped-def]
-    """(cached blocks at the head of the request's ``tokens`` tokens, how many of them are free)."""
-    most = (tokens - 1) // block_size
-    free = 0
+def cached_blocks(pool: Pool, r: int, most: int) -> int:
+    """Blocks at the head of request r that the cache holds, at most ``most``."""
     b = 0
-    while b < most:
-        block = pool.holder[_contents(r, b, pool.files)]
-        if block < 0:
-            break
-        if pool.blocks[B_USERS, block] == 0:
-            free += 1
+    while b < most and pool.holder.block[contents_of(pool, r, b)] >= 0:
         b += 1
-    return b, free
+    return b
 
 
 @compiled
-def open_seat(r, hits, pool):  # type: ignore[no-untyped-def]
-    """Request r becomes resident and takes over ``hits`` cached blocks."""
-    pool.counts[N_SPARE] -= 1
-    seat = pool.seats[T_SPARE, pool.counts[N_SPARE]]
-    pool.files[F_SEAT, r] = seat
+def free_among(pool: Pool, r: int, hits: int) -> int:
+    """How many of the first ``hits`` cached blocks of request r nobody uses."""
+    free = 0
     for b in range(hits):
-        block = pool.holder[_contents(r, b, pool.files)]
-        if pool.blocks[B_USERS, block] == 0:
-            _unlink(block, pool.blocks)
-            pool.counts[N_FREE] -= 1
-        pool.blocks[B_USERS, block] += 1
-        pool.table[seat, b] = block
-    pool.seats[T_HELD, seat] = hits
-    pool.seats[T_CACHED, seat] = hits
+        if pool.blocks.users[pool.holder.block[contents_of(pool, r, b)]] == 0:
+            free += 1
+    return free
 
 
 @compiled
-def grow(r, count, full, pool):  # type: ignore[no-untyped-def]
+def open_seat(pool: Pool, r: int, hits: int) -> None:
+    """Request r becomes resident and takes over ``hits`` cached blocks."""
+    pool.spare -= 1
+    seat = pool.seats.spare[pool.spare]
+    pool.files.seat[r] = seat
+    for b in range(hits):
+        block = pool.holder.block[contents_of(pool, r, b)]
+        if pool.blocks.users[block] == 0:
+            unlink_block(pool, block)
+            pool.free -= 1
+        pool.blocks.users[block] += 1
+        pool.table.block[seat * pool.blocks_per_seat + b] = block
+    pool.seats.held[seat] = hits
+    pool.seats.cached[seat] = hits
+
+
+@compiled
+def grow(pool: Pool, r: int, count: int, full: int) -> None:
     """Request r takes ``count`` blocks from the free queue; its first ``full`` blocks then have contents."""
-    seat = pool.files[F_SEAT, r]
-    blocks = pool.blocks
-    held = pool.seats[T_HELD, seat]
-    sentinel = blocks.shape[1] - 1
+    seat = pool.files.seat[r]
+    blocks, seats, holder = pool.blocks, pool.seats, pool.holder
+    first = seat * pool.blocks_per_seat
+    held = seats.held[seat]
     for b in range(held, held + count):
-        block = blocks[B_NEXT, sentinel]
-        _unlink(block, blocks)
-        _forget(block, pool)
-        blocks[B_USERS, block] = 1
-        pool.table[seat, b] = block
-    pool.counts[N_FREE] -= count
-    pool.seats[T_HELD, seat] = held + count
-    for b in range(pool.seats[T_CACHED, seat], full):
-        block = pool.table[seat, b]
-        contents = _contents(r, b, pool.files)
-        blocks[B_CONTENTS, block] = contents
-        if pool.holder[contents] < 0:
-            pool.holder[contents] = block
+        block = blocks.next[pool.num_blocks]
+        unlink_block(pool, block)
+        forget(pool, block)
+        blocks.users[block] = 1
+        pool.table.block[first + b] = block
+    pool.free -= count
+    seats.held[seat] = held + count
+    for b in range(seats.cached[seat], full):
+        block = pool.table.block[first + b]
+        contents = contents_of(pool, r, b)
+        blocks.contents[block] = contents
+        older = holder.block[contents]
+        if older < 0:
+            holder.block[contents] = block
         else:
-            older = pool.holder[contents]
-            while blocks[B_TWIN, older] >= 0:
-                older = blocks[B_TWIN, older]
-            blocks[B_TWIN, older] = block
-    pool.seats[T_CACHED, seat] = max(pool.seats[T_CACHED, seat], full)
+            while blocks.twin[older] >= 0:
+                older = blocks.twin[older]
+            blocks.twin[older] = block
+    seats.cached[seat] = max(seats.cached[seat], full)
 
 
 @compiled
-def close_seat(r, pool):  # type: ignore[no-untyped-def]
+def close_seat(pool: Pool, r: int) -> None:
     """Request r is no longer resident; blocks without another user become free and keep their contents."""
-    seat = pool.files[F_SEAT, r]
+    seat = pool.files.seat[r]
     blocks = pool.blocks
-    sentinel = blocks.shape[1] - 1
-    front = blocks[B_NEXT, sentinel]
-    for b in range(pool.seats[T_HELD, seat] - 1, -1, -1):
-        block = pool.table[seat, b]
-        blocks[B_USERS, block] -= 1
-        if blocks[B_USERS, block] > 0:
+    sentinel = pool.num_blocks
+    front = blocks.next[sentinel]
+    for b in range(pool.seats.held[seat] - 1, -1, -1):
+        block = pool.table.block[seat * pool.blocks_per_seat + b]
+        blocks.users[block] -= 1
+        if blocks.users[block] > 0:
             continue
-        pool.counts[N_FREE] += 1
-        if pool.counts[N_UNCACHED_FIRST] != 0 and blocks[B_CONTENTS, block] < 0:
-            _link_before(block, front, blocks)  # a request's blocks without contents keep their order
+        pool.free += 1
+        if pool.uncached_first != 0 and blocks.contents[block] < 0:
+            link_before(pool, block, front)  # a request's blocks without contents keep their order
         else:
-            _link_before(block, sentinel, blocks)
-    pool.files[F_SEAT, r] = -1
-    pool.seats[T_SPARE, pool.counts[N_SPARE]] = seat
-    pool.counts[N_SPARE] += 1
+            link_before(pool, block, sentinel)
+    pool.files.seat[r] = -1
+    pool.seats.spare[pool.spare] = seat
+    pool.spare += 1

@@ -1,175 +1,322 @@
-"""Arrays of one engine: what each row holds.
+"""One engine as a named record, with what each field holds.
 
-The kernel is plain loops over these arrays; a row index is a constant here and nowhere else. All
-arrays of one engine are allocated once per workload size and reused by ``reset``.
+``engine.clock``, ``engine.requests.prompt[r]``, ``engine.queues.waiting[q]``: the same names in compiled code and in
+Python (``llmsched_env.records``). J classes, K segments of decode length, Q = J K queues, queue q = j K + k. Requests are
+numbered 0 .. N-1 in the order of arrival.
 
-=========  =========  ===========  =====================================================
-name       dtype      shape        holds
-=========  =========  ===========  =====================================================
-requests   int32      (R_ROWS, N)  every request of the episode
-times      float64    (T_ROWS, N)  its timestamps (seconds; NaN = not yet)
-slots      int32      (S_ROWS, S)  residents, dense, in admission order
-queues     int32      (Q_ROWS, Q)  one column a queue / segment
-queue_f    float64    (QF_ROWS, Q) the same, float
-scalars    int64      (I_ROWS,)    counters, and the report of the last step
-clocks     float64    (F_ROWS,)    clock, integrals, and the report of the last step
-batch      float64    (B_FIELDS,)  sums of the last batch (``llmsched_env.perf.batch``)
-events     int32      (3, S)       ids: evicted by decision, preempted, finished in the step
-trace      int32      (2, S)       (id, tokens) scheduled in the step
-=========  =========  ===========  =====================================================
+**Those who advance together.** The residents of a segment that decode are *members* of its group. In an iteration in
+which the segment runs each of them gets one token, so all that changes is one counter, ``queues.steps[q]``. A member's
+own numbers are kept as differences to it: ``requests.base_generated[r] + queues.steps[requests.group[r]]`` (use
+``llmsched_env.engine.residents.generated`` and ``computed``). Whoever advances by itself, a prefill or a request at a
+boundary, belongs to group Q, whose counter stays 0, so that the same sum is right for everybody.
+
+**What happens next** is known without a search: ``wheel`` holds the members of group q whose next event (completion or
+segment end) is due at step d in the list of place ``d mod wheel_size`` of the group, and ``phases`` counts them by the
+position of their last token within a block, so that the blocks an iteration needs are one number a group.
 """
 
 from __future__ import annotations
 
-# --- requests (int32) -------------------------------------------------------------------------
-R_PROMPT = 0
-R_OUTPUT = 1
-R_CLASS = 2
-R_STATUS = 3
-R_GENERATED = 4  # tokens kept by a waiting request (recompute preemption keeps them)
-R_NEXT = 5  # next request of the class queue, -1 at the tail
-R_KEY = 6  # queue key: arrivals 0, 1, 2, ...; each eviction the next number below all given
-R_EVICTIONS = 7
-R_FORCED = 8
-R_ROWS = 9
+from typing import Annotated
 
-STATUS_FUTURE = 0
-STATUS_WAITING = 1
-STATUS_RESIDENT = 2
-STATUS_FINISHED = 3
-STATUS_REJECTED = 4
+from llmsched_env.perf.batch import BatchSums
+from llmsched_env.records import Floats, Ints, Level, Record, Rows, Scratch
 
-# --- times (float64 seconds) --------------------------------------------------------------------
-T_ARRIVAL = 0
-T_ADMITTED = 1  # first admission
-T_FIRST_TOKEN = 2
-T_COMPLETED = 3
-T_ROWS = 4
+# --- status of a request ------------------------------------------------------------------------------
+FUTURE = 0
+WAITING = 1  # outside, no KV
+PREFILL = 2  # resident, prompt (and kept tokens) not computed yet
+DECODE = 3
+BOUNDARY = 4  # at the end of a segment, KV kept
+ENTERING = 5  # left the boundary queue of a segment that is held
+PREFILLED = 6  # within an iteration: the last chunk has just been computed
+FINISHED = 7
+REJECTED = 8
 
-# --- slots (int32) ------------------------------------------------------------------------------
-S_ID = 0
-S_QUEUE = 1  # queue / segment index q = j * K + k
-S_STATE = 2
-S_COMPUTED = 3  # tokens whose KV is on the GPU
-S_GENERATED = 4
-S_TARGET = 5  # prefill target: prompt + tokens generated at admission
-S_OUTPUT = 6  # hidden from policies unless revealed
-S_SEGMENT_END = 7  # r_k of the current segment; OUTPUT_END in the last
-S_BLOCKS = 8
-S_TOKENS = 9  # scheduled in this iteration
-S_PROMPT = 10
-S_STOP = 11  # min(output, segment end): the token count at which something happens
-S_ROWS = 12
-
-SLOT_INTERIOR = 0
-SLOT_BOUNDARY = 1
-SLOT_ENTERING = 2  # left the boundary queue in this iteration
-SLOT_GONE = 3  # evicted or completed, compacted at the end of the step
-
-NO_END = 2**31 - 1
-LATE_KEY = 2**30  # added to the queue key of a late request: after every timely one
-
-# --- queues (int32) -----------------------------------------------------------------------------
-Q_WAITING = 0  # requests in queue q: outside (k = 0) or at the boundary (k >= 1)
-Q_RESIDENTS = 1  # residents inside segment q
-Q_RESIDENT_KV = 2  # their KV, in KV units (tokens or blocks)
-Q_BOUNDARY_KV = 3  # KV of boundary queue q, in KV units (0 for k = 0)
-Q_HEAD_TOKENS = 4  # k = 0: tokens to prefill of the head (prompt + kept); 0 if empty
-Q_HEAD_KEY = 5  # k = 0: queue key of the head
-Q_HEAD = 6  # k = 0: request at the head, -1 if empty
-Q_TAIL = 7
-Q_LEFT = 8  # scratch: admissions or evictions left to grant
-Q_TIMELY = 9  # k = 0: last request that is not late, -1 if none; late ones stand after it
-Q_LATE = 10  # k = 0: late requests
-Q_ROWS = 11
-
-# --- queue_f (float64) --------------------------------------------------------------------------
-QF_HEAD_ARRIVAL = 0  # k = 0: arrival time of the head, NaN if empty
-QF_ARRIVALS = 1  # k = 0: arrivals of the class, each decayed by exp(-age / RATE_WINDOW_SECONDS)
-QF_ROWS = 2
-
-# --- scalars (int64) ----------------------------------------------------------------------------
-I_RESIDENTS = 0
-I_WAITING = 1  # outside, all classes
-I_BOUNDARY = 2
-I_NEXT_ARRIVAL = 3
-I_LOW_KEY = 4
-I_KV_TOKENS = 5  # tokens computed, all residents
-I_KV_BLOCKS = 6
-I_FINISHED = 7
-I_REJECTED = 8
-I_ITERATIONS = 9
-I_IDLE_STEPS = 10
-I_DRAIN_ITERATIONS = 11
-I_EVICTIONS = 12
-I_FORCED_EVICTIONS = 13
-I_DONE = 14  # END_* below
-I_KV_PEAK = 15  # highest KV seen after admissions, KV units
-I_TOTAL_TOKENS = 16  # output tokens of completed requests, whole episode
-# report of the last step
-I_IDLE = 17
-I_FORCED_DRAIN = 18
-I_ADMITTED = 19
-I_COMPLETED = 20
-I_ARRIVED = 21
-I_STEP_REJECTED = 22
-I_STEP_EVICTED = 23
-I_STEP_PREEMPTED = 24
-I_KV_RESERVED = 25
-I_COMPLETED_TOKENS = 26
-I_GENERATED_TOKENS = 27
-I_TRACED = 28
-I_UNIFORM = 29  # scratch: leading slots that all decode one token in this iteration
-I_STEP_OUT_OF_RANGE = 30  # 1 if the batch lies outside the range of the time model's data
-# totals again
-I_OUT_OF_RANGE = 31  # iterations whose batch does
-I_PREFILLING = 32  # residents whose prefill is unfinished
-I_ROWS = 33
-
-END_NOT = 0
+# --- how an episode ends ------------------------------------------------------------------------------
+RUNNING = 0
 END_FINISHED = 1  # every request completed (or was rejected)
 END_STRANDED = 2  # no arrival left, nothing scheduled, drain off
 END_HORIZON = 3
 END_ITERATIONS = 4  # safety net
 END_STUCK = 5  # a forced drain iteration scheduled nothing: a defect, raised as an error
+END_NAMES = ("running", "finished", "stranded", "horizon", "max_iterations", "stuck")
 
-# --- clocks (float64) ---------------------------------------------------------------------------
-F_CLOCK = 0
-F_KV_SECONDS = 1  # integral of KV used (KV units x seconds)
-F_SYSTEM_SECONDS = 2  # integral of the number in system
-F_RATE_SECONDS = 3  # length of that window so far: W (1 - exp(-clock / W)); rate = arrivals / this
-# report of the last step
-F_START = 4
-F_DURATION = 5
-F_STEP_SYSTEM_SECONDS = 6
-F_LAST_ITERATION = 7  # seconds of the latest real iteration
-F_BUSY_SECONDS = 8
-F_HORIZON = 9  # setting, kept by reset
-F_LATE_AFTER = 10  # setting, kept by reset: seconds after which a request never admitted is late; 0 never
-F_ROWS = 11
-
+NO_END = 2**31 - 1
+LATE_KEY = 2**30  # added to the queue key of a late request: after every timely one
 RATE_WINDOW_SECONDS = 30.0
 
-# --- engine settings (int64 / float64 vectors the kernel reads) -----------------------------------
-C_PRESET = 0
-C_CAPACITY = 1
-C_BLOCK_SIZE = 2
-C_BUDGET = 3
-C_MAX_SEQS = 4
-C_MAX_LEN = 5
-C_CHUNKED = 6
-C_RESERVE_FULL = 7
-C_WATERMARK = 8
-C_PADDED = 9
-C_FREE_BLOCK = 10
-C_BY_CLASS = 11
-C_BOUNDARY_SLOT = 12
-C_DRAIN = 13
-C_MAX_ITERATIONS = 14
-C_SEGMENTS = 15
-C_TRACE = 16
-C_LOSE_PROGRESS = 17  # an evicted request starts over with nothing generated
-C_ROWS = 18  # then one entry a class: its rank in the admission order by class
 
-PRESET_PAPER = 0
-PRESET_VLLM = 1
+class Settings(Record):
+    """``EngineConfig``, ``QueueLayout`` and ``EpisodeLimits`` as the kernel reads them."""
+
+    paper: bool  # preset
+    capacity: int  # KV units: tokens in the paper preset, blocks in vllm
+    block_size: int
+    block_shift: int  # log2(block_size) where that is whole, else -1
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    longest_request: int  # tokens
+    chunked_prefill: bool
+    reserve_full: bool  # blocks of the whole request must be free to admit it
+    watermark_blocks: int
+    padded_prefill: bool  # Vidur's accounting of a prefill batch
+    decode_needs_free_block: bool  # Vidur's
+    by_class: bool  # admission order
+    boundary_slot: bool  # variant A of Nested WAIT
+    drain: bool
+    max_iterations: int
+    num_classes: int
+    num_segments: int
+    num_queues: int
+    wheel_size: int  # a power of two
+    trace: bool
+    lose_progress: bool  # an evicted request starts over with nothing generated
+    prefix_caching: bool
+    external: bool  # another engine schedules: nobody is a member of a group
+    reveal: bool  # policies are told output lengths
+    horizon: float  # seconds
+    late_after: float  # seconds after which a request never admitted is late; 0 never
+
+
+class Requests(Rows):
+    """What a server knows of the requests that have arrived; zeros for those to come."""
+
+    prompt: Ints
+    status: Ints
+    queue: Ints  # waiting: outside queue of its class; resident: its segment
+    base_generated: Ints  # tokens generated; relative to the steps of ``group``
+    base_computed: Ints  # tokens whose KV is on the GPU; the same
+    group: Ints
+    target: Ints  # prefill target: prompt + tokens generated at admission
+    tokens: Ints  # scheduled in this iteration, for those who advance by themselves
+    key: Ints  # queue key: arrivals 0, 1, 2, ...; each eviction the next number below all given
+    next: Ints  # waiting: next of its queue; resident: next by admission; -1
+    previous: Ints  # resident: previous by admission; -1
+    sequence: Ints  # number of its latest admission
+    next_peer: Ints  # at a boundary, or advancing by itself: next of that list by admission; -1
+    previous_peer: Ints
+    outside: Ints  # outside queue of its class
+    output: Annotated[Ints, Level.KNOWN]  # output length, where the scenario reveals it; 0 otherwise
+
+
+class Hidden(Rows):
+    """What no policy may know: the requests to come, lengths, the events that follow from them, timestamps."""
+
+    arrival: Floats  # seconds; NaN in the other three: not yet
+    admitted: Floats  # first admission
+    first_token: Floats
+    completed: Floats
+    prompt: Ints
+    output: Ints
+    outside: Ints  # outside queue of its class
+    due: Ints  # step of its group at which something happens
+    next_due: Ints  # same place of the wheel; -1
+    previous_due: Ints
+    evictions: Ints
+    forced: Ints  # of these, by the engine
+
+
+class Queues(Rows):
+    """One row a queue and segment; one more, Q, for those who advance by themselves."""
+
+    head_arrival: Floats  # k = 0: arrival time of the head, NaN if empty
+    arrivals: Floats  # k = 0: arrivals of the class, each decayed by exp(-age / RATE_WINDOW_SECONDS)
+    waiting: Ints  # requests in the queue: outside (k = 0) or at the boundary (k >= 1)
+    residents: Ints  # residents inside the segment
+    resident_kv: Ints  # their KV, in KV units
+    boundary_kv: Ints  # KV of the boundary queue, in KV units (0 for k = 0)
+    head_tokens: Ints  # k = 0: tokens to prefill of the head (prompt + kept); 0 if empty
+    head_key: Ints  # k = 0: its queue key
+    head: Ints  # k = 0: first request outside, -1 if empty
+    tail: Ints
+    timely: Ints  # k = 0: last request that is not late, -1 if none; late ones stand after it
+    late: Ints  # k = 0: late requests
+    left: Annotated[Ints, Scratch]  # admissions left to grant, or the next request of a walk; free between two steps
+    rank: Ints  # k = 0: place of the class in the admission order by class
+    segment_end: Ints  # r_k; NO_END in the last segment
+    runs: Ints  # in this iteration
+    steps: Ints  # tokens given to each member so far
+    members: Ints
+    member_kv: Ints  # tokens computed of all members
+    phase: Ints  # -steps mod block_size
+    first_peer: Ints  # first at the boundary by admission; in row Q first of those who advance by themselves; -1
+    last_peer: Ints
+
+
+class Phases(Rows):
+    """Row q * block_size + p: members of group q with (computed - steps) mod block_size = p."""
+
+    count: Ints
+
+
+class Wheel(Rows):
+    """Row q * wheel_size + p: first member of group q that is due at a step = p modulo wheel_size; -1."""
+
+    first: Ints
+
+
+class Events(Rows):
+    """Requests by what happened to them in the last step; as many rows as there can be residents."""
+
+    evicted: Ints  # by the decision, newest first
+    preempted: Ints  # by the engine, in order
+    finished: Ints
+    due: Annotated[Ints, Level.HIDDEN]  # scratch
+    traced: Ints  # scheduled, in order of admission; with ``settings.trace``
+    traced_tokens: Ints
+
+
+class Report(Record):
+    """What the last step did."""
+
+    start: float  # seconds
+    duration: float
+    system_seconds: float  # number in system integrated over the step
+    idle: int
+    forced_drain: int
+    admitted: int
+    entered: int  # from boundary queues, in the last pass
+    completed: int
+    arrived: int
+    rejected: int
+    evicted: int
+    preempted: int
+    kv_reserved: int  # KV units after admissions
+    completed_tokens: int
+    generated_tokens: int
+    traced: int
+    out_of_range: int  # 1 if the batch lies outside the range of the time model's data
+
+
+class Blocks(Rows):
+    """KV blocks whose contents are kept (prefix caching); the last row is the free queue's sentinel."""
+
+    next: Ints
+    previous: Ints
+    users: Ints
+    contents: Ints  # -1: none
+    twin: Ints  # next younger block with the same contents, -1
+
+
+class Files(Rows):
+    """Where the contents of a request's blocks are written down, one row a request."""
+
+    base: Ints  # number of its first block's contents
+    donor: Ints  # request it shares the head of its prompt with
+    shared: Ints  # blocks of that head
+    seat: Ints  # row of ``Seats`` while resident, -1
+
+
+class Seats(Rows):
+    """One row a resident: its blocks lie in ``pool.table`` from seat * blocks_per_seat on."""
+
+    held: Ints  # blocks of the request
+    cached: Ints  # of these, how many have contents
+    spare: Ints  # stack of seats not in use
+
+
+class Table(Rows):
+    block: Ints
+
+
+class Holder(Rows):
+    """By contents: the oldest block that has them, -1."""
+
+    block: Ints
+
+
+class Pool(Record):
+    """Blocks with contents (``llmsched_env.engine.prefix_cache``)."""
+
+    blocks: Blocks
+    files: Files
+    seats: Seats
+    table: Table
+    holder: Holder
+    num_blocks: int
+    blocks_per_seat: int
+    free: int
+    spare: int
+    uncached_first: bool
+    asked_tokens: int  # tokens of all admissions
+    hit_tokens: int  # of these, found in the cache
+
+
+class Code(Record):
+    """Addresses of the functions that this engine calls (``llmsched_env.pointers``): its preset's, its options', its time model's.
+
+    ``llmsched_env.engine.link`` fills them in. What an engine does not use stays 0 and is not compiled.
+    """
+
+    step: int  # (engine, decision)
+    schedule: int  # (engine)
+    seconds: int  # (batch) -> float
+    valid: int  # (batch) -> int
+    enter_boundaries: int  # (engine, decision)
+    evict_boundaries: int  # (engine, decision)
+    place: int  # (engine, r, tokens)
+    cached_blocks: int  # (pool, r, most) -> int
+    free_among: int  # (pool, r, hits) -> int
+    open_seat: int  # (pool, r, hits)
+    grow: int  # (pool, r, count, full)
+    close_seat: int  # (pool, r)
+
+
+class Engine(Record):
+    """One engine and the requests of its episode."""
+
+    code: Code
+    settings: Settings
+    requests: Requests
+    queues: Queues
+    events: Events
+    report: Report
+    batch: BatchSums
+    # time, seconds
+    clock: float
+    last_iteration: float  # length of the latest iteration
+    busy_seconds: float
+    rate_seconds: float  # length of the window of ``queues.arrivals``: W (1 - exp(-clock / W)); rate = arrivals / this
+    kv_seconds: float  # integral of KV reserved (KV units x seconds)
+    system_seconds: float  # integral of the number in system
+    # now
+    num_residents: int
+    num_waiting: int  # outside, all classes
+    num_boundary: int
+    num_prefilling: int
+    kv_tokens: int  # tokens computed, all residents
+    kv_blocks: int
+    oldest: int  # resident admitted first, -1; the others follow by ``requests.next``
+    newest: int
+    next_sequence: int
+    lowest_key: int
+    end: int
+    measured_seconds: float  # of this iteration, where another engine has measured it; below 0: the time model says
+    run_all: bool  # the iteration is a greedy one that replaces the decision
+    # totals of the episode
+    finished: int
+    rejected: int
+    iterations: int
+    idle_steps: int
+    drain_iterations: int
+    evictions: int
+    forced_evictions: int
+    kv_peak: int  # highest KV reserved, KV units
+    total_tokens: int  # output tokens of completed requests
+    out_of_range: int
+    # what policies do not see
+    num_requests: Annotated[int, Level.HIDDEN]
+    next_arrival: Annotated[int, Level.HIDDEN]
+    hidden: Annotated[Hidden, Level.HIDDEN]
+    phases: Annotated[Phases, Level.HIDDEN]
+    wheel: Annotated[Wheel, Level.HIDDEN]
+    pool: Annotated[Pool, Level.HIDDEN]
+
+
+def wheel_size(num_queues: int) -> int:
+    """Places of a group's wheel: a lap is longer than most outputs where groups are few, and memory stays small where they are many."""
+    size = 1024
+    while size > 32 and size * num_queues > 4096:
+        size //= 2
+    return size

@@ -6,21 +6,18 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.batch import Batch
+from llmsched_env.perf.batch import Batch, BatchSums
+from llmsched_env.pointers import address_of, call_float, call_int
+from llmsched_env.records import reader
 
 FloatArray = npt.NDArray[np.float64]
-
-# Element 0 of every packed model. ``llmsched_env.perf.models.iteration_time`` dispatches on it.
-KIND_LINEAR = 0
-KIND_FORMULA = 1
-KIND_TABLE = 2
-KIND_MIXED_ATTENTION = 3
-
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
@@ -58,6 +55,35 @@ class CalibrationRangeWarning(RuntimeWarning):
     """Some iterations of an episode lie outside the data behind its iteration-time model."""
 
 
+_batch_at = reader(BatchSums)
+
+
+@compiled
+def always_valid(batch: BatchSums) -> int:
+    """Of a model without limits."""
+    return 1
+
+
+@compiled
+def _evaluate(seconds_address, valid_address, handle, rows, seconds, valid):  # type: ignore[no-untyped-def]
+    """Seconds and validity of each row of (n, BATCH_FIELDS)."""
+    batch = _batch_at(handle)
+    for i in range(rows.shape[0]):
+        batch.decodes = rows[i, 0]
+        batch.decode_kv = rows[i, 1]
+        batch.prefills = rows[i, 2]
+        batch.prefill_tokens = rows[i, 3]
+        batch.prefill_squares = rows[i, 4]
+        batch.prefill_context = rows[i, 5]
+        batch.prefill_context64 = rows[i, 6]
+        batch.prefill_work = rows[i, 7]
+        batch.sampled = rows[i, 8]
+        batch.load = rows[i, 9]
+        batch.batch_size = rows[i, 10]
+        seconds[i] = call_float(seconds_address, batch)
+        valid[i] = call_int(valid_address, batch)
+
+
 _warned: set[str] = set()
 
 
@@ -76,27 +102,53 @@ def warn_out_of_range(model: IterationTimeModel, out_of_range: int, iterations: 
 
 
 class IterationTimeModel(ABC):
-    """Seconds of one iteration as a function of its batch."""
+    """Seconds of one iteration as a function of its batch.
+
+    A model of one's own is a subclass with a compiled function of the batch and the numbers it reads::
+
+        @compiled
+        def seconds(batch: BatchSums) -> float:
+            return batch.model[0] + batch.model[1] * batch.decode_kv
+
+    Attributes:
+        compiled_seconds: compiled function ``(batch) -> float``, seconds > 0; ``batch.model`` is what ``pack`` returned.
+        compiled_valid: compiled function ``(batch) -> int``, 1 where the batch lies inside the data behind the model.
+    """
 
     __slots__ = ()
 
+    compiled_seconds: ClassVar[Any]
+    compiled_valid: ClassVar[Any] = always_valid
     provenance: Provenance
 
     @abstractmethod
     def pack(self) -> FloatArray:
-        """The model as the one float64 array that ``iteration_time`` reads. Not to be written to."""
+        """(n,) float64, the numbers of the model. Not to be written to."""
+
+    @classmethod
+    def addresses(cls) -> tuple[int, int]:
+        """Where the engine calls ``compiled_seconds`` and ``compiled_valid``."""
+        return address_of(cls.compiled_seconds, (BatchSums,), float), address_of(cls.compiled_valid, (BatchSums,), int)
 
     def seconds(self, batch: Batch) -> float:
         """Seconds of one iteration."""
-        from llmsched_env.perf.models import iteration_time  # it knows every model, so it cannot be imported above
+        return float(self.seconds_of(batch.array()[np.newaxis])[0])
 
-        return float(iteration_time(self.pack(), batch.array()))
+    def seconds_of(self, batches: FloatArray) -> FloatArray:
+        """(n,) seconds of (n, BATCH_FIELDS) batches."""
+        return self.evaluate(self.pack(), batches)[0]
 
     def in_range(self, batch: Batch) -> bool:
         """Whether the batch lies inside the data behind the model, so that nothing is extrapolated."""
-        from llmsched_env.perf.models import valid
+        return bool(self.evaluate(self.pack(), batch.array()[np.newaxis])[1][0])
 
-        return bool(valid(self.pack(), batch.array()))
+    @classmethod
+    def evaluate(cls, numbers: FloatArray, batches: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(n,) seconds of (n, BATCH_FIELDS) batches by a model of this kind with these numbers, and (n,) 1.0 where it is valid."""
+        record = BatchSums(model=numbers)
+        seconds, valid = np.empty(len(batches)), np.empty(len(batches))
+        _evaluate(*cls.addresses(), record.handle, np.ascontiguousarray(batches, dtype=np.float64), seconds, valid)
+        return seconds, valid
 
 
 def check_coefficients(owner: str, values: dict[str, float]) -> None:

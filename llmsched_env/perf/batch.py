@@ -3,29 +3,39 @@
 A request in the batch is a *decode* when it computes the one token it sampled last, else a
 *prefill* chunk. ``context`` is the number of tokens computed before this iteration.
 
-The engine keeps the sums in a float64 array indexed by the constants below, ``Batch`` is the same
-record by name.
+An engine keeps the sums in a record that compiled time models read, ``Batch`` is the same by value. Arrays of
+batches, (n, BATCH_FIELDS) float64, have the columns numbered below.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
-DECODES = 0
-DECODE_KV = 1
-PREFILLS = 2
-PREFILL_TOKENS = 3
-PREFILL_SQUARES = 4
-PREFILL_CONTEXT = 5
-PREFILL_CONTEXT64 = 6
-PREFILL_WORK = 7
-SAMPLED = 8
-LOAD = 9
-BATCH_SIZE = 10
-BATCH_FIELDS = 11
+from llmsched_env.records import Record, Vector
+
+
+class BatchSums(Record):
+    """The fields of ``Batch`` in an engine, and the numbers of the time model that reads them."""
+
+    model: Vector
+    decodes: float
+    decode_kv: float
+    prefills: float
+    prefill_tokens: float
+    prefill_squares: float
+    prefill_context: float
+    prefill_context64: float
+    prefill_work: float
+    sampled: float
+    load: float
+    batch_size: float
+
+    def array(self) -> npt.NDArray[np.float64]:
+        """(BATCH_FIELDS,) float64 without the model's numbers."""
+        return np.array([self._memory[field.name] for field in fields(Batch)], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +71,19 @@ class Batch:
     def array(self) -> npt.NDArray[np.float64]:
         """(BATCH_FIELDS,) float64."""
         return np.array(astuple(self), dtype=np.float64)
+
+
+BATCH_FIELDS = len(fields(Batch))
+(
+    DECODES,
+    DECODE_KV,
+    PREFILLS,
+    PREFILL_TOKENS,
+    PREFILL_SQUARES,
+    PREFILL_CONTEXT,
+    PREFILL_CONTEXT64,
+    PREFILL_WORK,
+    SAMPLED,
+    LOAD,
+    BATCH_SIZE,
+) = range(BATCH_FIELDS)

@@ -7,13 +7,14 @@ call. This model reads one table of measured mixed batches instead.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.base import KIND_MIXED_ATTENTION, FloatArray, IterationTimeModel, Provenance, check_axis, check_values
-from llmsched_env.perf.batch import DECODE_KV, DECODES, PREFILL_TOKENS, PREFILL_WORK, PREFILLS
+from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance, check_axis, check_values
+from llmsched_env.perf.batch import BatchSums
 from llmsched_env.perf.interpolation import inside, last_at_or_below, locate, value_1d
 
 # Header of the packed array: (start, size) of every axis, the start of every table, the measured reach of mixed batches.
@@ -31,12 +32,12 @@ H_FIELDS = 17
 
 
 @compiled
-def coordinates(batch):  # type: ignore[no-untyped-def]
+def coordinates(batch: BatchSums) -> tuple[float, float, float, float]:
     """(prefill tokens, context of the prefill, decodes, mean context of a decode) at which attention is read."""
-    chunk = batch[PREFILL_TOKENS]
-    context = batch[PREFILL_WORK] / chunk - 0.5 * chunk if chunk > 0.0 else 0.0
-    n = batch[DECODES]
-    kv = batch[DECODE_KV] / n - 1.0 if n > 0.0 else 0.0
+    chunk = batch.prefill_tokens
+    context = batch.prefill_work / chunk - 0.5 * chunk if chunk > 0.0 else 0.0
+    n = batch.decodes
+    kv = batch.decode_kv / n - 1.0 if n > 0.0 else 0.0
     return chunk, context, n, kv
 
 
@@ -87,21 +88,23 @@ def _attention(model, chunk, context, n, kv):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def mixed_attention_time(model, batch):  # type: ignore[no-untyped-def]
-    """Seconds of one iteration of a packed ``MixedAttentionTime``."""
+def mixed_attention_seconds(batch: BatchSums) -> float:
+    """Seconds of one iteration by ``MixedAttentionTime``."""
+    model = batch.model
     chunk, context, n, kv = coordinates(batch)
     seconds = value_1d(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), int(model[H_LINEAR]), n + chunk, False)
-    requests = n + batch[PREFILLS]
+    requests = n + batch.prefills
     seconds += value_1d(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), int(model[H_PER_SEQUENCE]), requests, False)
     return seconds + _attention(model, chunk, context, n, kv)
 
 
 @compiled
-def mixed_attention_valid(model, batch):  # type: ignore[no-untyped-def]
-    """Whether every table of a packed ``MixedAttentionTime`` is read inside what was measured."""
+def mixed_attention_valid(batch: BatchSums) -> int:
+    """1 where every table of a ``MixedAttentionTime`` is read inside what was measured."""
+    model = batch.model
     chunk, context, n, kv = coordinates(batch)
     good = inside(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), n + chunk)
-    good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), n + batch[PREFILLS])
+    good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), n + batch.prefills)
     if n > 0.0:
         good = good and n <= model[int(model[H_DECODES]) + int(model[H_DECODES + 1]) - 1]
         good = good and inside(model, int(model[H_DECODE_KV]), int(model[H_DECODE_KV + 1]), kv)
@@ -109,7 +112,7 @@ def mixed_attention_valid(model, batch):  # type: ignore[no-untyped-def]
         good = good and chunk <= model[int(model[H_CHUNK]) + int(model[H_CHUNK + 1]) - 1]
         good = good and context <= model[int(model[H_CONTEXT]) + int(model[H_CONTEXT + 1]) - 1]
         good = good and n <= model[H_MIXED_DECODES]
-    return good
+    return 1 if good else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -148,6 +151,9 @@ class MixedAttentionTime(IterationTimeModel):
     Raises:
         ConfigError: axes that do not increase, shapes that do not fit, negative or non-finite seconds.
     """
+
+    compiled_seconds: ClassVar[Any] = mixed_attention_seconds
+    compiled_valid: ClassVar[Any] = mixed_attention_valid
 
     tokens: FloatArray
     linear: FloatArray
@@ -207,7 +213,6 @@ class MixedAttentionTime(IterationTimeModel):
 
     def _pack(self) -> FloatArray:
         header = np.zeros(H_FIELDS, dtype=np.float64)
-        header[0] = KIND_MIXED_ATTENTION
         header[H_MIXED_DECODES] = self.decode_batch[self.mixed.shape[2] - 1]
         parts: list[FloatArray] = [header]
         end = H_FIELDS
@@ -242,4 +247,4 @@ class MixedAttentionTime(IterationTimeModel):
         return f"MixedAttentionTime({self.provenance.name!r})"
 
 
-__all__ = ["MixedAttentionTime", "mixed_attention_time", "mixed_attention_valid"]
+__all__ = ["MixedAttentionTime"]

@@ -1,73 +1,53 @@
-"""The compact iteration-time models, and the compiled functions that evaluate every model."""
+"""The compact iteration-time models."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import numpy as np
 
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.base import (
-    KIND_FORMULA,
-    KIND_LINEAR,
-    KIND_MIXED_ATTENTION,
-    KIND_TABLE,
-    FloatArray,
-    IterationTimeModel,
-    Provenance,
-    check_coefficients,
-)
-from llmsched_env.perf.batch import DECODE_KV, DECODES, LOAD, PREFILL_TOKENS, PREFILL_WORK
-from llmsched_env.perf.mixed_attention import mixed_attention_time, mixed_attention_valid
-from llmsched_env.perf.tables import table_time, table_valid
+from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance, check_coefficients
+from llmsched_env.perf.batch import BatchSums
 
 
 @compiled
-def iteration_time(model, batch):  # type: ignore[no-untyped-def]
-    """Seconds of one iteration.
+def linear_seconds(batch: BatchSums) -> float:
+    """Seconds of one iteration by ``LinearTime``."""
+    return batch.model[0] + batch.model[1] * batch.load
 
-    Args:
-        model: float64 array, ``IterationTimeModel.pack()``; element 0 is the kind.
-        batch: (BATCH_FIELDS,) float64, see ``llmsched_env.perf.batch``.
-    """
-    kind = model[0]
-    if kind == KIND_LINEAR:
-        return model[1] + model[2] * batch[LOAD]
-    if kind == KIND_MIXED_ATTENTION:
-        return mixed_attention_time(model, batch)
-    if kind == KIND_TABLE:
-        return table_time(model, batch)
-    n = batch[DECODES]
-    kv = batch[DECODE_KV]
-    tokens = n + batch[PREFILL_TOKENS]
-    seconds = model[2] + model[3] * tokens if tokens <= model[1] else model[4] + model[5] * tokens
-    seconds += model[6] * kv + model[8] * batch[PREFILL_WORK] + model[9] * n
+
+@compiled
+def formula_seconds(batch: BatchSums) -> float:
+    """Seconds of one iteration by ``FormulaTime``."""
+    model = batch.model
+    n = batch.decodes
+    kv = batch.decode_kv
+    tokens = n + batch.prefill_tokens
+    seconds = model[1] + model[2] * tokens if tokens <= model[0] else model[3] + model[4] * tokens
+    seconds += model[5] * kv + model[7] * batch.prefill_work + model[8] * n
     if n > 0.0:
-        seconds += model[7] * kv / math.sqrt(n)
+        seconds += model[6] * kv / math.sqrt(n)
     return seconds
 
 
 @compiled
-def valid(model, batch):  # type: ignore[no-untyped-def]
-    """Whether the batch lies inside the range of the data behind the model; arguments as ``iteration_time``."""
-    kind = model[0]
-    if kind == KIND_LINEAR:
-        return True
-    if kind == KIND_MIXED_ATTENTION:
-        return mixed_attention_valid(model, batch)
-    if kind == KIND_TABLE:
-        return table_valid(model, batch)
-    n = batch[DECODES]
-    if n + batch[PREFILL_TOKENS] > model[10] or n > model[11]:
-        return False
-    return n == 0.0 or batch[DECODE_KV] <= model[12] * n
+def formula_valid(batch: BatchSums) -> int:
+    """1 where the batch lies inside the range of the data that a ``FormulaTime`` was fitted to."""
+    model, n = batch.model, batch.decodes
+    if n + batch.prefill_tokens > model[9] or n > model[10]:
+        return 0
+    return 1 if n == 0.0 or batch.decode_kv <= model[11] * n else 0
 
 
 @dataclass(frozen=True, slots=True)
 class LinearTime(IterationTimeModel):
     """tau = d0 + d1 * load (arXiv 2504.11320, model section): d0 seconds, d1 seconds per KV token of the batch."""
+
+    compiled_seconds: ClassVar[Any] = linear_seconds
 
     d0: float
     d1: float
@@ -79,7 +59,7 @@ class LinearTime(IterationTimeModel):
             raise ConfigError("time_model: d0 and d1 are both 0, an iteration must take time")
 
     def pack(self) -> FloatArray:
-        return np.array([KIND_LINEAR, self.d0, self.d1], dtype=np.float64)
+        return np.array([self.d0, self.d1], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +74,9 @@ class FormulaTime(IterationTimeModel):
     range of the data it was fitted to: at most ``max_tokens`` a batch, ``max_decodes`` decodes of at
     most ``max_context`` tokens on average. The formula goes on as it is beyond it.
     """
+
+    compiled_seconds: ClassVar[Any] = formula_seconds
+    compiled_valid: ClassVar[Any] = formula_valid
 
     a: float
     b: float
@@ -121,7 +104,7 @@ class FormulaTime(IterationTimeModel):
     def pack(self) -> FloatArray:
         coefficients = (self.knee, self.a, self.b, self.s, self.c, self.d1, self.d2, self.d3, self.d4)
         limits = (self.max_tokens, self.max_decodes, self.max_context)
-        return np.array([KIND_FORMULA, *coefficients, *limits], dtype=np.float64)
+        return np.array([*coefficients, *limits], dtype=np.float64)
 
 
-__all__ = ["FormulaTime", "IterationTimeModel", "LinearTime", "Provenance", "iteration_time", "valid"]
+__all__ = ["FormulaTime", "IterationTimeModel", "LinearTime", "Provenance"]

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import (
-    KIND_TABLE,
     FloatArray,
     IterationTimeModel,
     Provenance,
@@ -20,16 +19,7 @@ from llmsched_env.perf.base import (
     check_coefficients,
     check_values,
 )
-from llmsched_env.perf.batch import (
-    BATCH_SIZE,
-    DECODE_KV,
-    DECODES,
-    PREFILL_CONTEXT64,
-    PREFILL_SQUARES,
-    PREFILL_TOKENS,
-    PREFILL_WORK,
-    SAMPLED,
-)
+from llmsched_env.perf.batch import BatchSums
 from llmsched_env.perf.interpolation import inside, value_1d, value_2d
 
 Lookup = Literal["linear", "vidur"]
@@ -59,17 +49,17 @@ def _up_to(x, step):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def coordinates(model, batch):  # type: ignore[no-untyped-def]
+def coordinates(batch: BatchSums) -> tuple[float, float, float, float]:
     """(tokens, mean decode kv, prefill context, prefill chunk) at which the tables are read."""
-    n = batch[DECODES]
-    tokens = n + batch[PREFILL_TOKENS]
-    kv = batch[DECODE_KV] / n if n > 0.0 else 0.0
-    squares = batch[PREFILL_SQUARES]
+    model, n = batch.model, batch.decodes
+    tokens = n + batch.prefill_tokens
+    kv = batch.decode_kv / n if n > 0.0 else 0.0
+    squares = batch.prefill_squares
     chunk = math.sqrt(squares)
     if model[H_VIDUR] != 0.0:
-        return _up_to(tokens, 8.0), _up_to(math.floor(kv), 64.0), batch[PREFILL_CONTEXT64], math.floor(chunk + 0.5)
+        return _up_to(tokens, 8.0), _up_to(math.floor(kv), 64.0), batch.prefill_context64, math.floor(chunk + 0.5)
     # The context that gives one chunk the attention work of all: chunk * context = sum of chunk_i * context_i.
-    context = (batch[PREFILL_WORK] - 0.5 * squares) / chunk if chunk > 0.0 else 0.0
+    context = (batch.prefill_work - 0.5 * squares) / chunk if chunk > 0.0 else 0.0
     return tokens, kv, max(context, 0.0), chunk
 
 
@@ -87,14 +77,15 @@ def _decode_attention(model, n, kv, clip):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def table_time(model, batch):  # type: ignore[no-untyped-def]
-    """Seconds of one iteration of a packed ``TableTime``."""
+def table_seconds(batch: BatchSums) -> float:
+    """Seconds of one iteration by ``TableTime``."""
+    model = batch.model
     clip = model[H_CLIP] != 0.0
-    tokens, kv, context, chunk = coordinates(model, batch)
-    seconds = model[H_CONSTANT] + model[H_PER_REQUEST] * batch[BATCH_SIZE]
+    tokens, kv, context, chunk = coordinates(batch)
+    seconds = model[H_CONSTANT] + model[H_PER_REQUEST] * batch.batch_size
     seconds += value_1d(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), int(model[H_LINEAR]), tokens, clip)
-    if batch[DECODES] > 0.0:
-        seconds += _decode_attention(model, batch[DECODES], kv, clip)
+    if batch.decodes > 0.0:
+        seconds += _decode_attention(model, batch.decodes, kv, clip)
     if chunk > 0.0:
         seconds += value_2d(
             model,
@@ -107,27 +98,28 @@ def table_time(model, batch):  # type: ignore[no-untyped-def]
             chunk,
             clip,
         )
-    if model[H_SEQUENCES + 1] > 0.0 and batch[SAMPLED] > 0.0:
+    if model[H_SEQUENCES + 1] > 0.0 and batch.sampled > 0.0:
         seconds += value_1d(
-            model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), int(model[H_PER_SEQUENCE]), batch[SAMPLED], clip
+            model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), int(model[H_PER_SEQUENCE]), batch.sampled, clip
         )
     return seconds
 
 
 @compiled
-def table_valid(model, batch):  # type: ignore[no-untyped-def]
-    """Whether every table of a packed ``TableTime`` is read inside its axes."""
-    tokens, kv, context, chunk = coordinates(model, batch)
+def table_valid(batch: BatchSums) -> int:
+    """1 where every table of a ``TableTime`` is read inside its axes."""
+    model = batch.model
+    tokens, kv, context, chunk = coordinates(batch)
     good = inside(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), tokens)
-    if batch[DECODES] > 0.0:
-        good = good and inside(model, int(model[H_DECODES]), int(model[H_DECODES + 1]), batch[DECODES])
+    if batch.decodes > 0.0:
+        good = good and inside(model, int(model[H_DECODES]), int(model[H_DECODES + 1]), batch.decodes)
         good = good and inside(model, int(model[H_DECODE_KV]), int(model[H_DECODE_KV + 1]), kv)
     if chunk > 0.0:
         good = good and inside(model, int(model[H_CONTEXT]), int(model[H_CONTEXT + 1]), context)
         good = good and inside(model, int(model[H_CHUNK]), int(model[H_CHUNK + 1]), chunk)
-    if model[H_SEQUENCES + 1] > 0.0 and batch[SAMPLED] > 0.0:
-        good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), batch[SAMPLED])
-    return good
+    if model[H_SEQUENCES + 1] > 0.0 and batch.sampled > 0.0:
+        good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), batch.sampled)
+    return 1 if good else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -165,6 +157,9 @@ class TableTime(IterationTimeModel):
     Raises:
         ConfigError: axes that do not increase, shapes that do not fit, negative or non-finite seconds.
     """
+
+    compiled_seconds: ClassVar[Any] = table_seconds
+    compiled_valid: ClassVar[Any] = table_valid
 
     tokens: FloatArray
     linear: FloatArray
@@ -214,7 +209,6 @@ class TableTime(IterationTimeModel):
 
     def _pack(self) -> FloatArray:
         header = np.zeros(H_FIELDS, dtype=np.float64)
-        header[0] = KIND_TABLE
         header[H_VIDUR] = self.lookup == "vidur"
         header[H_CLIP] = self.beyond == "clip"
         header[H_CONSTANT] = self.constant

@@ -1,0 +1,232 @@
+"""Outside queues: requests without KV (compiled).
+
+Lists through ``requests.next``: arrivals join behind the timely requests, evicted ones at the head, so each list is sorted
+by queue key (rule 7). Where late requests are served last, a list is its timely requests up to
+``queues.timely``, then its late ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.state import LATE_KEY, RATE_WINDOW_SECONDS, REJECTED, WAITING, Engine
+
+
+@compiled
+def push_back(engine: Engine, r: int, q: int) -> None:
+    """Request r joins outside queue q after its last timely request."""
+    requests, queues = engine.requests, engine.queues
+    before = queues.timely[q]
+    if before < 0:
+        requests.next[r] = queues.head[q]
+        queues.head[q] = r
+    else:
+        requests.next[r] = requests.next[before]
+        requests.next[before] = r
+    queues.timely[q] = r
+    if requests.next[r] < 0:
+        queues.tail[q] = r
+    queues.waiting[q] += 1
+    engine.num_waiting += 1
+
+
+@compiled
+def push_front(engine: Engine, r: int) -> None:
+    """An evicted request becomes the head of its outside queue."""
+    requests, queues = engine.requests, engine.queues
+    q = requests.queue[r]
+    requests.next[r] = queues.head[q]
+    queues.head[q] = r
+    if queues.timely[q] < 0:
+        queues.timely[q] = r
+    if queues.tail[q] < 0:
+        queues.tail[q] = r
+    queues.waiting[q] += 1
+    engine.num_waiting += 1
+
+
+@compiled
+def pop_front(engine: Engine, q: int) -> int:
+    """Take the head of outside queue q."""
+    queues = engine.queues
+    r = queues.head[q]
+    following = engine.requests.next[r]
+    queues.head[q] = following
+    if following < 0:
+        queues.tail[q] = -1
+    if queues.timely[q] == r:
+        queues.timely[q] = -1
+    elif queues.timely[q] < 0:
+        queues.late[q] -= 1
+    queues.waiting[q] -= 1
+    engine.num_waiting -= 1
+    return r
+
+
+@compiled
+def remove(engine: Engine, r: int) -> None:
+    """Take request r, wherever it stands, out of its outside queue."""
+    requests, queues = engine.requests, engine.queues
+    q = requests.queue[r]
+    previous = -1
+    x = queues.head[q]
+    late = queues.timely[q] < 0
+    while x != r:
+        late = late or x == queues.timely[q]
+        previous = x
+        x = requests.next[x]
+    following = requests.next[r]
+    if previous < 0:
+        queues.head[q] = following
+    else:
+        requests.next[previous] = following
+    if following < 0:
+        queues.tail[q] = previous
+    if queues.timely[q] == r:
+        queues.timely[q] = previous
+    elif late:
+        queues.late[q] -= 1
+    queues.waiting[q] -= 1
+    engine.num_waiting -= 1
+
+
+@compiled
+def next_outside(engine: Engine) -> int:
+    """Outside queue whose head is next in the global admission order among those with ``left`` above 0; -1 if none.
+
+    Timely requests before late ones; then, in the order by class, the rank of the class; then the queue key.
+    """
+    requests, queues, settings = engine.requests, engine.queues, engine.settings
+    best = -1
+    best_rank = 0
+    best_key = 0
+    for q in range(0, settings.num_queues, settings.num_segments):
+        head = queues.head[q]
+        if head < 0 or queues.left[q] <= 0:
+            continue
+        key = requests.key[head]
+        rank = queues.rank[q] if settings.by_class != 0 else 0
+        if queues.timely[q] < 0:
+            rank += LATE_KEY
+        if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
+            best = q
+            best_rank = rank
+            best_key = key
+    return best
+
+
+@compiled
+def start_of_queues(engine: Engine) -> None:
+    """Begin a walk over the outside requests: ``queues.left`` holds the next one of each queue, -1 at its end."""
+    queues, settings = engine.queues, engine.settings
+    for q in range(0, settings.num_queues, settings.num_segments):
+        queues.left[q] = queues.head[q]
+
+
+@compiled
+def next_in_order(engine: Engine) -> int:
+    """The outside queue whose next request of the walk is admitted before all others; -1 if none is left.
+
+    The order is that of ``next_outside``, which looks at heads alone.
+    """
+    requests, queues, settings = engine.requests, engine.queues, engine.settings
+    best = -1
+    best_rank = 0
+    best_key = 0
+    for q in range(0, settings.num_queues, settings.num_segments):
+        r = queues.left[q]
+        if r < 0:
+            continue
+        key = requests.key[r]
+        rank = queues.rank[q] if settings.by_class != 0 else 0
+        if key >= LATE_KEY // 2:
+            rank += LATE_KEY
+        if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
+            best = q
+            best_rank = rank
+            best_key = key
+    return best
+
+
+@compiled
+def mark_late(engine: Engine) -> None:
+    """Requests that have waited too long for their first admission move behind the timely ones of their queue.
+
+    Those evicted since (key below 0) are not late. The others stand in arrival order, so the search ends
+    at the first that is in time.
+    """
+    requests, queues, settings = engine.requests, engine.queues, engine.settings
+    for q in range(0, settings.num_queues, settings.num_segments):
+        last = queues.timely[q]
+        previous = -1
+        r = queues.head[q] if last >= 0 else -1
+        while r >= 0:
+            following = requests.next[r]
+            if requests.key[r] < 0:
+                previous = r
+            elif engine.clock - engine.hidden.arrival[r] > settings.late_after:
+                requests.key[r] += LATE_KEY
+                queues.late[q] += 1
+                if following >= 0:
+                    if previous < 0:
+                        queues.head[q] = following
+                    else:
+                        requests.next[previous] = following
+                    requests.next[queues.tail[q]] = r
+                    requests.next[r] = -1
+                    queues.tail[q] = r
+                if r == last:
+                    queues.timely[q] = previous
+            else:
+                break
+            if r == last:
+                break
+            r = following
+
+
+@compiled
+def refresh_heads(engine: Engine) -> None:
+    """What a policy sees of each outside queue's head."""
+    requests, queues, settings = engine.requests, engine.queues, engine.settings
+    for q in range(0, settings.num_queues, settings.num_segments):
+        head = queues.head[q]
+        if head < 0:
+            queues.head_tokens[q] = 0
+            queues.head_key[q] = 0
+            queues.head_arrival[q] = math.nan
+        else:
+            queues.head_tokens[q] = requests.prompt[head] + requests.base_generated[head]
+            queues.head_key[q] = requests.key[head]
+            queues.head_arrival[q] = engine.hidden.arrival[head]
+
+
+@compiled
+def receive_arrivals(engine: Engine, start: float) -> float:
+    """Queue every request with arrival <= clock, or reject it; returns their request-seconds since ``start``."""
+    requests, queues, hidden, settings = engine.requests, engine.queues, engine.hidden, engine.settings
+    clock = engine.clock
+    r = engine.next_arrival
+    seconds = 0.0
+    while r < engine.num_requests and hidden.arrival[r] <= clock:
+        engine.report.arrived += 1
+        requests.prompt[r] = hidden.prompt[r]
+        if settings.reveal != 0:
+            requests.output[r] = hidden.output[r]
+        q = hidden.outside[r]
+        requests.queue[r] = q
+        requests.outside[r] = q
+        if hidden.prompt[r] + hidden.output[r] > settings.longest_request:
+            requests.status[r] = REJECTED
+            engine.rejected += 1
+            engine.report.rejected += 1
+        else:
+            requests.status[r] = WAITING
+            requests.key[r] = r
+            requests.group[r] = settings.num_queues
+            push_back(engine, r, q)
+            queues.arrivals[q] += math.exp((hidden.arrival[r] - clock) / RATE_WINDOW_SECONDS)
+            seconds += clock - max(start, hidden.arrival[r])
+        r += 1
+    engine.next_arrival = r
+    return seconds

@@ -1,0 +1,123 @@
+"""Functions that compiled code calls by their address.
+
+Where the engine calls what it is given, a policy's rule, a time model, a reward, another engine's scheduler, the caller
+would have to be compiled again for each of them if the function were known to it. A call by address is compiled once,
+whatever stands behind it; code that a run does not use is never compiled, and no module is optimised twice.
+
+The functions take records (``llmsched_env.records``) and integers and return nothing, an ``int`` or a ``float``. Under
+``NUMBA_DISABLE_JIT=1`` an address is a place in a list of functions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.experimental.function_type import _get_wrapper_address
+from numba.extending import intrinsic
+
+from llmsched_env.records import Level, Record, RecordType, Rows
+
+_KEPT: dict[int, Any] = {}  # an address is good as long as its function lives
+_ADDRESSES: dict[tuple[Any, Any], int] = {}
+
+Argument = type[Record] | type[Rows] | tuple[type[Record] | type[Rows], Level] | type[int]
+
+
+def _numba_type(argument: Argument) -> Any:
+    if argument is int:
+        return types.int64
+    return RecordType(*argument) if isinstance(argument, tuple) else RecordType(argument)  # type: ignore[arg-type]
+
+
+def address_of(function: Callable[..., Any], arguments: tuple[Argument, ...], result: type | None = None) -> int:
+    """The address of a function decorated with ``llmsched_env.compiled.compiled``, compiled for these arguments.
+
+    Args:
+        arguments: for each argument ``int``, a record class, or (class, level): what the function is shown of it.
+        result: None, int or float.
+
+    Raises:
+        TypeError: not a compiled function.
+        numba.core.errors.NumbaError: the function cannot be compiled, for example because it reads what is hidden from it.
+    """
+    key = (function, arguments)
+    if key in _ADDRESSES:
+        return _ADDRESSES[key]
+    if numba.config.DISABLE_JIT:
+        shown = tuple(a[1] if isinstance(a, tuple) else None for a in arguments)
+        _ADDRESSES[key] = len(_KEPT) + 1
+        _KEPT[_ADDRESSES[key]] = (function, shown)
+        return _ADDRESSES[key]
+    dispatcher: Any = function
+    if not hasattr(dispatcher, "get_compile_result"):
+        raise TypeError(f"{function!r}: must be a function decorated with llmsched_env.compiled.compiled")
+    returned = {None: types.none, int: types.int64, float: types.float64}[result]
+    signature = returned(*map(_numba_type, arguments))
+    dispatcher.compile(signature)
+    address = int(_get_wrapper_address(function, signature))
+    _KEPT[address] = function
+    _ADDRESSES[key] = address
+    return address
+
+
+class Callback:
+    """A Python function without arguments that compiled code can call; what it raises is kept for ``check``.
+
+    Attributes:
+        address: good as long as this object lives.
+    """
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._error: BaseException | None = None
+        if numba.config.DISABLE_JIT:
+            self.address = id(self)
+            _KEPT[self.address] = (lambda *_: self._run(), ())
+        else:
+            self._entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._run)
+            self.address = int(ctypes.cast(self._entry, ctypes.c_void_p).value or 0)
+
+    def _run(self, *_: Any) -> None:
+        try:
+            self._function()
+        except BaseException as error:  # nothing can be raised through machine code
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what the function raised in the last call, if it did."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def _call(returned: Any, word: Any) -> Any:
+    def typed(typingctx: Any, address: Any, *arguments: Any) -> Any:
+        def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            passed = cgutils.unpack_tuple(builder, args[1])
+            function = ir.FunctionType(word, [value.type for value in passed])
+            called = builder.call(builder.inttoptr(args[0], function.as_pointer()), passed)
+            return context.get_dummy_value() if returned is types.none else called
+
+        wide = [types.int64 if isinstance(a, types.Integer | types.Boolean) else a for a in arguments]
+        return returned(types.int64, types.BaseTuple.from_types(wide)), build
+
+    return typed
+
+
+def _python_call(address: int, *arguments: Any) -> Any:
+    function, shown = _KEPT[address]
+    levels = shown or (None,) * len(arguments)
+    return function(*(a if level is None else a.at_level(level) for a, level in zip(arguments, levels, strict=True)))
+
+
+if numba.config.DISABLE_JIT:
+    call = call_int = call_float = _python_call
+else:
+    call = intrinsic(_call(types.none, ir.VoidType()))
+    call_int = intrinsic(_call(types.int64, ir.IntType(64)))
+    call_float = intrinsic(_call(types.float64, ir.DoubleType()))
