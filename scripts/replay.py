@@ -159,7 +159,7 @@ def build_policy(options: argparse.Namespace, scenario: Scenario, workload: Work
     changes = dict(overrides.engine)
     lengths = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
     longest = int(lengths.max())
-    note = ""
+    note = limited_by = ""
     if options.engine == "vllm" and "max_model_len" not in changes:
         limit, limited_by = serving_limit(base, changes)
         changes["max_model_len"] = min(max(base.max_model_len, longest), limit)
@@ -175,7 +175,7 @@ def build_policy(options: argparse.Namespace, scenario: Scenario, workload: Work
         overrides=changes,
     )
     policy = make_policy(options.policy, setting, overload=True, **overrides.options(options.policy))
-    check_lengths(options.trace, workload, policy.engine)
+    check_lengths(options.trace, workload, policy.engine, limited_by)
     if note:
         print(note, file=sys.stderr)
     return policy
@@ -190,13 +190,15 @@ def serving_limit(base: EngineConfig, changes: Mapping[str, Any]) -> tuple[int, 
     limit = (value("num_blocks") - int(value("decode_needs_free_block"))) * value("block_size")
     limited_by = "the KV capacity (engine.num_blocks x engine.block_size)"
     whole_prompts = value("padded_prefill") or not value("enable_chunked_prefill")
-    if whole_prompts and value("oversize") == "reject" and value("max_num_batched_tokens") < limit:
+    if whole_prompts and value("max_num_batched_tokens") < limit:
         limit, limited_by = value("max_num_batched_tokens"), "engine.max_num_batched_tokens, as prompts are not split"
     return limit, limited_by
 
 
-def check_lengths(trace: Path, workload: Workload, engine: EngineConfig) -> None:
+def check_lengths(trace: Path, workload: Workload, engine: EngineConfig, limited_by: str) -> None:
     """Refuse, by the engine's own rule but in the words of the command line, what ``engine`` could never serve.
+
+    ``limited_by`` says what its longest request comes from, empty if the user set it.
 
     Raises:
         ConfigError: a request longer than ``engine.longest_request`` with ``oversize="error"``.
@@ -206,16 +208,11 @@ def check_lengths(trace: Path, workload: Workload, engine: EngineConfig) -> None
     if engine.oversize == "reject" or not too_long.size:
         return
     i = int(too_long[0])
-    if engine.preset == "paper":
-        limit = f"engine.capacity_tokens = {engine.capacity_tokens}"
-    elif lengths[i] > engine.kv_capacity_tokens:
-        limit = f"the KV capacity of {engine.kv_capacity_tokens} tokens (engine.num_blocks x engine.block_size)"
-    else:
-        limit = f"engine.max_model_len = {engine.max_model_len}"
+    limit = limited_by or ("engine.capacity_tokens" if engine.preset == "paper" else "engine.max_model_len")
     name = f" ({workload.request_id[i]})" if workload.request_id else ""
     raise ConfigError(
         f"{trace}: request {i}{name} needs {workload.prompt_tokens[i]} prompt + {workload.output_tokens[i]} output tokens, "
-        f"more than {limit} ({too_long.size} such requests); raise it, or serve the others and reject these on arrival: "
+        f"more than the {engine.longest_request} of {limit} ({too_long.size} such requests); raise it, or serve the others and reject these on arrival: "
         "--set engine.oversize=reject"
     )
 
