@@ -212,8 +212,8 @@ def check_lengths(trace: Path, workload: Workload, engine: EngineConfig, limited
     name = f" ({workload.request_id[i]})" if workload.request_id else ""
     raise ConfigError(
         f"{trace}: request {i}{name} needs {workload.prompt_tokens[i]} prompt + {workload.output_tokens[i]} output tokens, "
-        f"more than the {engine.longest_request} of {limit} ({too_long.size} such requests); raise it, or serve the others and reject these on arrival: "
-        "--set engine.oversize=reject"
+        f"more than the {engine.longest_request} of {limit} ({too_long.size} such requests); raise it, "
+        "or serve the others and reject these on arrival: --set engine.oversize=reject"
     )
 
 
