@@ -221,22 +221,9 @@ def _collect(
             if isinstance(cells, BadRow):
                 raise ValueError(cells.reason)
             time: float | int = 0
-            late = False
             if i_arrival >= 0:
                 column = i_arrival
                 time = read_time(cells[column])
-                if first is None:
-                    first = latest = time
-                elif time < latest:
-                    late = True
-                    if latest - time > slack:
-                        raise _ClockError(
-                            f"is earlier than the row before, by {(latest - time) / per_second:.6g} s, times must not decrease: rows up to "
-                            f"{reorder_seconds:g} s late are put in order, reorder_seconds (--reorder-seconds) sets how late"
-                        )
-                elif time - first > longest:
-                    raise _ClockError(f"is {(time - first) / per_second:.3g} s after the first row, must be at most 10 years")
-                latest = max(latest, time)
             column = i_prompt
             prompt = trace_values.tokens(cells[column])
             if prompt < 1 and not layout.drops_zero:
@@ -245,6 +232,21 @@ def _collect(
             output = trace_values.tokens(cells[column])
             if output < 1 and not layout.drops_zero:
                 raise ValueError("must be a number of tokens >= 1")
+            late = False
+            if i_arrival >= 0:
+                # Last, so that a row that is left out for its lengths sets no clock for the others.
+                column = i_arrival
+                if first is None:
+                    first = latest = time
+                late = time < latest
+                if latest - time > slack:
+                    raise _ClockError(
+                        f"is earlier than the row before, by {(latest - time) / per_second:.6g} s, times must not decrease: rows up to "
+                        f"{reorder_seconds:g} s late are put in order, reorder_seconds (--reorder-seconds) sets how late"
+                    )
+                if abs(time - first) > longest:
+                    raise _ClockError(f"is {(time - first) / per_second:.3g} s after the first row, must be within 10 years of it")
+                latest = max(latest, time)
             if prompt < 1 or output < 1:
                 columns.failed += 1
                 continue

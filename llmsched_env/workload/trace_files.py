@@ -80,7 +80,8 @@ def read_text(where: str) -> str:
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: is not a text file in UTF-8 (byte {error.start}: {error.reason})") from error
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{where}:{line}: is not a text file in UTF-8 (byte {error.start}: {error.reason})") from error
     if "\0" in text:
         raise ConfigError(f"{where}: is not a text file in UTF-8 (it holds NUL bytes)")
     return text
@@ -120,7 +121,7 @@ def _delimiter(text: str, known: frozenset[str]) -> str:
 
 
 def _filled(cells: list[str]) -> bool:
-    return len(cells) > 1 or (len(cells) == 1 and bool(cells[0].strip()))
+    return any(cell.strip() for cell in cells)
 
 
 def _csv_rows(where: str, text: str, known: frozenset[str]) -> tuple[list[str], Iterator[Row]]:
