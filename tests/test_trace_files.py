@@ -164,7 +164,8 @@ def test_names_can_be_written_to_a_file_again(tmp_path: Path, name: str) -> None
     [
         (b"PK\x03\x04" + b"\0" * 30, "a zip archive"), (b"\x28\xb5\x2f\xfd" + b"\0" * 9, "zstd data"), (b"\xfd7zXZ\0\0", "xz data"),
         (b"BZh91AY&SY", "bzip2 data"), (b"PAR1\0\0", "a Parquet file"), (HEADER.encode("utf-16"), "UTF-16 text"),
-        (HEADER.encode("utf-16-le"), "it holds NUL bytes"), (HEADER.encode() + b"\n0,4,\xe9\n", ":2: is not a text file in UTF-8 (byte 52: invalid continuation byte"),
+        (HEADER.encode("utf-16-le"), "it holds NUL bytes"),
+        (HEADER.encode() + b"\n0,4,\xe9\n", ":2: is not a text file in UTF-8 (byte 52: invalid continuation byte"),
         (gzip.compress(gzip.compress(HEADER.encode())), "is not a text file"),
     ],
 )  # fmt: skip
