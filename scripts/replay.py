@@ -121,6 +121,8 @@ def prepare(options: argparse.Namespace) -> Prepared:
         if path is None:
             continue
         check_file(option, path)
+        if path.suffix == ".gz":
+            raise ConfigError(f"{option}: {path} would hold plain CSV, must not be named .gz")
         if path.resolve() == options.trace.resolve():
             raise ConfigError(f"{option}: {path} is the trace itself")
     if options.iterations is not None and options.iterations.resolve() == options.out.resolve():
@@ -174,11 +176,13 @@ def build_policy(options: argparse.Namespace, scenario: Scenario, workload: Work
         horizon_seconds=max(float(workload.arrival[-1]), 1.0),
         overrides=changes,
     )
-    policy = make_policy(options.policy, setting, overload=True, **overrides.options(options.policy))
-    check_lengths(options.trace, workload, policy.engine, limited_by)
+    if changes.get("oversize", base.oversize) == "error":
+        # Before the policy: its tables are as long as the longest output.
+        name = "capacity_tokens" if options.engine == "paper" else "max_model_len"
+        check_lengths(options.trace, workload, changes.get(name, getattr(base, name)), limited_by or f"engine.{name}")
     if note:
         print(note, file=sys.stderr)
-    return policy
+    return make_policy(options.policy, setting, overload=True, **overrides.options(options.policy))
 
 
 def serving_limit(base: EngineConfig, changes: Mapping[str, Any]) -> tuple[int, str]:
@@ -195,24 +199,21 @@ def serving_limit(base: EngineConfig, changes: Mapping[str, Any]) -> tuple[int, 
     return limit, limited_by
 
 
-def check_lengths(trace: Path, workload: Workload, engine: EngineConfig, limited_by: str) -> None:
-    """Refuse, by the engine's own rule but in the words of the command line, what ``engine`` could never serve.
-
-    ``limited_by`` says what its longest request comes from, empty if the user set it.
+def check_lengths(trace: Path, workload: Workload, limit: int, limited_by: str) -> None:
+    """Refuse, by the engine's own rule but in the words of the command line, what could never be served.
 
     Raises:
-        ConfigError: a request longer than ``engine.longest_request`` with ``oversize="error"``.
+        ConfigError: a request of more than ``limit`` tokens, which come from ``limited_by``.
     """
     lengths = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
-    too_long = np.flatnonzero(lengths > engine.longest_request)
-    if engine.oversize == "reject" or not too_long.size:
+    too_long = np.flatnonzero(lengths > limit)
+    if not too_long.size:
         return
     i = int(too_long[0])
-    limit = limited_by or ("engine.capacity_tokens" if engine.preset == "paper" else "engine.max_model_len")
     name = f" ({workload.request_id[i]})" if workload.request_id else ""
     raise ConfigError(
         f"{trace}: request {i}{name} needs {workload.prompt_tokens[i]} prompt + {workload.output_tokens[i]} output tokens, "
-        f"more than the {engine.longest_request} of {limit} ({too_long.size} such requests); raise it, "
+        f"more than the {limit} of {limited_by} ({too_long.size} such requests); raise it, "
         "or serve the others and reject these on arrival: --set engine.oversize=reject"
     )
 

@@ -199,3 +199,14 @@ def test_a_replay_of_the_output_gives_the_same_times(tmp_path: Path, run: Replay
         assert table[3]["request_id"] == "id, 3" and [r["type"] for r in table[:2]] == ["long", "chat"]
     else:
         assert "type" not in table[0] and table[3]["request_id"] == "3"
+
+
+@pytest.mark.parametrize("option", ["--out", "--iterations"])
+def test_plain_text_is_not_named_gz(tmp_path: Path, run: Replay, option: str) -> None:
+    code, _, err = run(write(tmp_path / "t.csv", [(0, 4, 5)]), "vllm", tmp_path / "out.csv", option, tmp_path / "x.csv.gz")
+    assert code == 2 and err.startswith(f"error: {option}: ") and "must not be named .gz" in err
+
+
+def test_a_request_too_long_is_refused_before_tables_of_its_length_are_made(tmp_path: Path, run: Replay) -> None:
+    code, _, err = run(write(tmp_path / "t.csv", [(0, 1, 2**30)]), "reserve", tmp_path / "out.csv")
+    assert code == 2 and "request 0 needs 1 prompt + 1073741824 output tokens, more than the 118784 of the KV capacity" in err

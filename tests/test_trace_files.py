@@ -193,3 +193,9 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="cannot be read") as caught:
             read_trace(path)
         assert shown in str(caught.value)
+
+
+def test_an_open_quote_names_the_row_it_is_in(tmp_path: Path) -> None:
+    text = f'{HEADER},prompt\n0,4,5,"two\nlines"\n1,6,7,"open\n2,8,9,x\n3,8,9,x\n'
+    assert refusal(tmp_path, text).startswith(":4: is not CSV, in the row that begins here (unexpected end of data)")
+    assert refusal(tmp_path, text.replace("1,6,7,", "1,-6,7,").replace('"open', "open")).startswith(":4: column 'num_prefill_tokens'")

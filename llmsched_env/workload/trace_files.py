@@ -53,7 +53,7 @@ class BadRow:
 
 
 Row = tuple[int, list[Any] | BadRow]
-"""Line number in the file (of the row's last line) and its cells, one for each column of the header."""
+"""Line number in the file (of the row's first line) and its cells, one for each column of the header."""
 
 
 def read_text(where: str) -> str:
@@ -121,7 +121,7 @@ def _delimiter(text: str, known: frozenset[str]) -> str:
 
 
 def _filled(cells: list[str]) -> bool:
-    return any(cell.strip() for cell in cells)
+    return bool(cells) and (bool(cells[0].strip()) or any(cell.strip() for cell in cells))
 
 
 def _csv_rows(where: str, text: str, known: frozenset[str]) -> tuple[list[str], Iterator[Row]]:
@@ -131,12 +131,14 @@ def _csv_rows(where: str, text: str, known: frozenset[str]) -> tuple[list[str], 
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, known), strict=True)
 
     def lines() -> Iterator[tuple[int, list[str]]]:
+        begin = 1  # of the row: a quoted cell may hold line ends
         try:
             for cells in reader:
                 if _filled(cells):
-                    yield reader.line_num, cells
+                    yield begin, cells
+                begin = reader.line_num + 1
         except csv.Error as error:
-            raise ConfigError(f"{where}:{reader.line_num}: is not CSV ({error})") from error
+            raise ConfigError(f"{where}:{begin}: is not CSV, in the row that begins here ({error})") from error
 
     rows = lines()
     first = next(rows, None)

@@ -22,16 +22,18 @@ def shown(cell: Any) -> str:
 
 
 def number(cell: Any) -> float | int:
-    """A finite number of at most 20 digits before the point; text such as ``"5"`` and ``"5.0"`` counts."""
+    """A finite number of at most 1e19 in size; text such as ``"5"`` and ``"5.0"`` counts."""
     value: float | int
     if isinstance(cell, str):
         text = cell.strip()
+        if text.isdigit() and text.isascii() and len(text) < 20:
+            return int(text)
         if not text:
             raise ValueError("is empty, must be a number")
         try:
             if "_" in text or not text.isascii():
                 raise ValueError
-            value = int(text) if text.isdigit() and len(text) <= 20 else float(text)
+            value = float(text)
         except ValueError:
             hint = " (a decimal comma, or commas between thousands? write 1234.5)" if "," in text else ""
             raise ValueError(f"is not a number{hint}") from None
