@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmsched_env.errors import ConfigError
 from llmsched_env.workload import Trace, read_trace, scenario_from_trace
@@ -191,6 +193,22 @@ def test_a_step_back_beyond_the_tolerance_names_the_row(tmp_path: Path, name: st
 def test_many_small_steps_do_not_add_up_to_a_large_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r":4: .* by 0.4 s"):
         read_trace(trace_file(tmp_path, "vidur", [10.0, 9.8, 9.6]))
+
+
+@given(st.lists(st.integers(0, 4000), min_size=1, max_size=12), st.sampled_from([0.0, 0.25, 1.0, math.inf]), st.sampled_from([0, 10**9]))
+@settings(max_examples=150, deadline=None)
+def test_order_and_origin_by_definition(tmp_path_factory: pytest.TempPathFactory, times: list[int], tolerance: float, origin: int) -> None:
+    file = trace_file(tmp_path_factory.getbasetemp(), "mooncake", [origin + t for t in times])
+    latest = np.maximum.accumulate(times)
+    if np.max(latest - times) > 1000 * tolerance:
+        with pytest.raises(ConfigError, match="earlier than the row before"):
+            read_trace(file, time_unit="ms", reorder_seconds=tolerance)
+        return
+    trace = read_trace(file, time_unit="ms", reorder_seconds=tolerance)
+    order = sorted(range(len(times)), key=lambda i: times[i])
+    assert arrivals(trace) == [(times[i] - min(times)) / 1000 for i in order]
+    assert trace.prompt_tokens.tolist() == [10 + i for i in order]
+    assert trace.reordered == int(np.count_nonzero(times < latest)) and trace.origin == (origin + min(times)) / 1000
 
 
 def test_no_tolerance_refuses_every_step_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from collections.abc import Callable
@@ -183,6 +184,24 @@ def check_trace(trace: Trace) -> None:
         trace.workload()
 
 
+def check_read_back(trace: Trace, file: Path) -> None:
+    """The columns of a replay's output that are its input hold the same trace."""
+    if trace.arrival is None:
+        return
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(("request_id", "arrived_at", "prompt_tokens", "output_tokens", "type"))
+        ids = trace.request_id or range(len(trace))
+        types = [trace.type_names[t] for t in trace.type_id.tolist()] if trace.type_names else ["0"] * len(trace)
+        writer.writerows(zip(ids, trace.arrival.tolist(), trace.prompt_tokens.tolist(), trace.output_tokens.tolist(), types, strict=True))
+    again = read_trace(file)
+    assert again.arrival is not None and again.arrival.tobytes() == trace.arrival.tobytes()
+    assert (again.format, again.origin, again.dropped, again.reordered) == ("replay", 0.0, 0, 0)
+    assert again.request_id == tuple(map(str, ids)) and again.type_names == (trace.type_names or ("0",))
+    for name in ("prompt_tokens", "output_tokens", "type_id"):
+        assert getattr(again, name).tobytes() == getattr(trace, name).tobytes()
+
+
 def check_file(file: Path, data: bytes, options: dict[str, Any]) -> bool:
     """Whether the file is a trace. Raises unless it is one or is refused in words that name it."""
     file.write_bytes(data)
@@ -194,6 +213,7 @@ def check_file(file: Path, data: bytes, options: dict[str, Any]) -> bool:
         assert len(text) < 3000, len(text)
         return False
     check_trace(trace)
+    check_read_back(trace, file.with_name("back.csv"))
     scenario = scenario_from_trace(file, rate=None if trace.arrival is not None else 2.0, **options)
     assert len(scenario.generate(0)) == len(trace) and scenario.dropped == trace.dropped
     return True
