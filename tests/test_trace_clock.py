@@ -186,8 +186,9 @@ def test_a_step_back_beyond_the_tolerance_names_the_row(tmp_path: Path, name: st
         read_trace(file, invalid_rows="drop")
     for allowed in (back, math.inf):
         assert read_trace(file, reorder_seconds=allowed, time_unit="ms" if scale > 1 else "s").reordered == 1
-    with pytest.raises(ConfigError, match="reorder_seconds: -1"):
-        read_trace(file, reorder_seconds=-1)
+    for bad in (-1, math.nan, "1", None, True):
+        with pytest.raises(ConfigError, match=r"reorder_seconds: .*, must be >= 0 seconds"):
+            read_trace(file, reorder_seconds=bad)  # type: ignore[arg-type]
 
 
 def test_many_small_steps_do_not_add_up_to_a_large_one(tmp_path: Path) -> None:

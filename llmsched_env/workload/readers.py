@@ -136,14 +136,14 @@ def read_trace(
         ConfigError: an option out of range, unreadable or damaged file, unknown columns, a bad value or
             times that run back (``FILE:LINE: column 'X': value 'Y' ...``).
     """
-    if not (math.isfinite(jitter_seconds) and jitter_seconds >= 0):
-        raise ConfigError(f"jitter_seconds: {jitter_seconds}, must be finite and >= 0 seconds")
+    for name, value, most in (("jitter_seconds", jitter_seconds, "finite and "), ("reorder_seconds", reorder_seconds, "")):
+        real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if not (real and value >= 0 and (math.isfinite(value) or not most)):
+            raise ConfigError(f"{name}: {value!r}, must be {most}>= 0 seconds")
     if isinstance(jitter_seed, bool) or not isinstance(jitter_seed, int | np.integer) or jitter_seed < 0:
         raise ConfigError(f"jitter_seed: {jitter_seed!r}, must be an integer >= 0")
     if invalid_rows not in ("error", "drop"):
         raise ConfigError(f"invalid_rows: {invalid_rows!r}, must be 'error' or 'drop'")
-    if not reorder_seconds >= 0:
-        raise ConfigError(f"reorder_seconds: {reorder_seconds}, must be >= 0 seconds")
     where = str(path)
     header, rows = read_rows(where, read_text(where), KNOWN_COLUMNS)
     layout = find_format(where, header)

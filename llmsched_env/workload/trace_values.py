@@ -8,8 +8,6 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Any
 
-from llmsched_env.workload.trace_files import MISSING, REPEATED
-
 MAX_TOKENS = 2**30
 
 
@@ -100,7 +98,7 @@ def datetime_nanoseconds(cell: Any) -> int:
 
 def label(cell: Any) -> str:
     """A name or a whole number, as text."""
-    if cell is MISSING or cell is REPEATED or isinstance(cell, bool) or not isinstance(cell, str | int):
+    if isinstance(cell, bool) or not isinstance(cell, str | int):
         raise ValueError("is not a name or number")
     text = str(cell).strip()
     if not text:
