@@ -105,6 +105,20 @@ def test_what_is_no_number_of_tokens(tmp_path: Path, cell: str, message: str) ->
     assert text.startswith(f":3: column 'num_decode_tokens': value '{cell[:60]}' {message}")
 
 
+@pytest.mark.parametrize(
+    ("header", "hint"),
+    [
+        ("Arrived_At,Num_Prefill_Tokens,Num_Decode_Tokens", "num_prefill_tokens, num_decode_tokens (is it 'Arrived_At'?)."),
+        ("timestamp,Request tokens,Response tokens", "For burstgpt, missing: Timestamp (is it 'timestamp'?)."),
+        ("queued_ts,input_toks", "For vllm, missing: output_toks."),
+        ("sep=;", "Known formats: vidur"),
+    ],
+)  # fmt: skip
+def test_a_header_that_is_nearly_right_gets_a_hint(tmp_path: Path, header: str, hint: str) -> None:
+    text = refusal(tmp_path, f"{header}\n0,4,5\n")
+    assert hint in text and "bailian (timestamp, input_length, output_length, and one of chat_id, parent_chat_id, turn)" in text
+
+
 def test_numbers_in_other_spellings(tmp_path: Path) -> None:
     assert lengths(tmp_path, HEADER + '\n-0.0, 5.0 ,"+6"\n1e0,1e3,1073741824\n') == [(5, 6), (1000, 2**30)]
 

@@ -78,15 +78,21 @@ def find_format(where: str, header: list[str]) -> Format:
             if twice:
                 raise ConfigError(f"{where}:1: column {twice[0]!r} occurs {header.count(twice[0])} times, must occur once")
             return candidate
-    known = "; ".join(f"{f.name} ({', '.join(f.columns)})" for f in FORMATS)
+    known = "; ".join(f"{f.name} ({', '.join(f.columns)}{', and one of ' + ', '.join(f.marks) if f.marks else ''})" for f in FORMATS)
     names = ", ".join(name if len(name) <= 40 else name[:40] + "..." for name in header[:20])
-    nearest = max(FORMATS, key=lambda f: len(set(f.columns) & set(header)))
-    hint = ""
-    if set(nearest.columns) & set(header):
-        missing = [name for name in nearest.columns if name not in header]
-        near = difflib.get_close_matches(missing[0], [h for h in header if h not in nearest.columns], n=1)
-        hint = f" For {nearest.name}, missing: {', '.join(missing)}" + (f" (is it {near[0]!r}?)" if near else "") + "."
-    raise ConfigError(f"{where}: unknown columns: {names}.{hint} Known formats: {known}")
+    raise ConfigError(f"{where}: unknown columns: {names}.{_nearest(header)} Known formats: {known}")
+
+
+def _nearest(header: list[str]) -> str:
+    """What the format that shares most columns with ``header``, upper and lower case aside, lacks in it."""
+    given = {name.casefold(): name for name in header}
+    nearest = max(FORMATS, key=lambda f: sum((name in header) + (name.casefold() in given) for name in f.columns))
+    if given.keys().isdisjoint(name.casefold() for name in nearest.columns):
+        return ""
+    missing = [name for name in nearest.columns if name not in header]
+    others = {folded: name for folded, name in given.items() if name not in nearest.columns}
+    near = difflib.get_close_matches(missing[0].casefold(), others, n=1)
+    return f" For {nearest.name}, missing: {', '.join(missing)}" + (f" (is it {others[near[0]]!r}?)" if near else "") + "."
 
 
 def check_time_unit(where: str, layout: Format, unit: str | None) -> None:
