@@ -179,7 +179,9 @@ def build_policy(options: argparse.Namespace, scenario: Scenario, workload: Work
     if changes.get("oversize", base.oversize) == "error":
         # Before the policy: its tables are as long as the longest output.
         name = "capacity_tokens" if options.engine == "paper" else "max_model_len"
-        check_lengths(options.trace, workload, changes.get(name, getattr(base, name)), limited_by or f"engine.{name}")
+        limit = changes.get(name, getattr(base, name))
+        if limit >= 1:  # else the engine names the field that is out of range
+            check_lengths(options.trace, workload, limit, limited_by or f"engine.{name}")
     if note:
         print(note, file=sys.stderr)
     return make_policy(options.policy, setting, overload=True, **overrides.options(options.policy))

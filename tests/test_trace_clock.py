@@ -141,11 +141,12 @@ def test_nanoseconds_since_1970_are_exact(tmp_path: Path) -> None:
 
 
 def test_a_unit_needs_a_clock_that_has_one(tmp_path: Path) -> None:
-    cases = {AZURE + "2023-11-16 18:17:03,4,5\n": "has dates and times", "question_length,answer_length\n4,5\n": "has no arrival times"}
-    for text, message in cases.items():
-        (tmp_path / "t.csv").write_text(text)
-        with pytest.raises(ConfigError, match=f"time_unit: 'ms', but .*{message}"):
-            read_trace(tmp_path / "t.csv", time_unit="ms")
+    (tmp_path / "t.csv").write_text("question_length,answer_length\n4,5\n")
+    with pytest.raises(ConfigError, match=r"time_unit: 'ms', but .* has no arrival times"):
+        read_trace(tmp_path / "t.csv", time_unit="ms")
+    (tmp_path / "t.csv").write_text(AZURE + "2023-11-16 18:17:03,4,5\n")
+    with pytest.raises(ConfigError, match=r":2: column 'TIMESTAMP': value '2023-11-16 18:17:03' is not a number"):
+        read_trace(tmp_path / "t.csv", time_unit="ms")
     with pytest.raises(ConfigError, match="time_unit: 'h', must be one of 's', 'ms', 'us', 'ns'"):
         read_trace(trace_file(tmp_path, "vidur", [0]), time_unit="h")  # type: ignore[arg-type]
 
@@ -250,6 +251,37 @@ def test_offsets_are_taken_off(tmp_path: Path, second: str) -> None:
     file.write_text(AZURE + f"2024-05-10 00:00:00+00:00,4,5\n{second},4,5\n2024-05-10 01:00:02+01:00,4,5\n")
     trace = read_trace(file)
     assert arrivals(trace) == [0.0, 1.5, 2.0] and trace.origin == 1_715_299_200
+
+
+def test_dates_before_1970(tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv"
+    file.write_text(AZURE + "1969-12-31 23:59:58,4,5\n1969-12-31 23:59:59.9,6,5\n1969-12-31 23:59:59.8,8,5\n1970-01-01 00:00:01,4,5\n")
+    trace = read_trace(file)
+    assert arrivals(trace) == [0.0, 1.8, 1.9, 3.0] and trace.origin == -2 and trace.reordered == 1
+
+
+def test_numbers_in_a_format_of_dates_need_a_unit(tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv"
+    file.write_text(AZURE + "10.5,4,5\n12,4,5\n")
+    with pytest.raises(
+        ConfigError, match=r":2: column 'TIMESTAMP': value '10.5' is not a time .*\(time_unit, --time-unit, reads numbers\)"
+    ):
+        read_trace(file)
+    assert arrivals(read_trace(file, time_unit="s")) == [0.0, 1.5] and arrivals(read_trace(file, time_unit="ms")) == [0.0, 0.0015]
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_dates_in_a_format_of_numbers(tmp_path: Path, name: str) -> None:
+    times: list[Any] = ["2024-05-10 00:00:00Z", "2024-05-10T02:00:01.5+02:00", "2024-05-10 00:00:01.4", "2024-05-10 00:01:00"]
+    trace = read_trace(trace_file(tmp_path, name, times))
+    assert arrivals(trace) == [0.0, 1.4, 1.5, 60.0] and trace.origin == 1_715_299_200 and trace.reordered == 1
+    for bad in ("", "x"):
+        late = trace_file(tmp_path, name, [bad, *times])
+        assert arrivals(read_trace(late, invalid_rows="drop")) == arrivals(trace), "the first time that can be read says what they are"
+    with pytest.raises(ConfigError, match=r":3: column '\w+': value '5' is not a time"):
+        read_trace(trace_file(tmp_path, name, [times[0], 5]))
+    with pytest.raises(ConfigError, match=r":3: column '\w+': value '2024.*' is not a number"):
+        read_trace(trace_file(tmp_path, name, [5, times[0]]))
 
 
 @pytest.mark.parametrize(

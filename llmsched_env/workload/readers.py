@@ -17,7 +17,8 @@ mooncake        timestamp, input_length, output_length (JSON lines)      millise
 vllm            queued_ts, input_toks, output_toks (JSON lines)          engine's monotonic seconds
 ==============  =======================================================  ===========================
 
-``vidur`` and ``replay`` files may have a ``type`` column. Other columns are ignored.
+``vidur`` and ``replay`` files may have a ``type`` column. Other columns are ignored. A file whose first time is a
+date holds dates, whatever its format.
 
 Clocks: every clock is shifted so that the first request arrives at 0, wherever the file's own begins (0, the start of a
 slice, 1970): latencies and rates must not depend on it. ``Trace.origin`` keeps what was taken off. Times that are
@@ -154,7 +155,7 @@ def read_trace(
         if found.dropped and not found.invalid:
             reason = f"all {found.dropped} rows have 0 prompt or output tokens"
         raise ConfigError(f"{where}: holds no request ({reason})")
-    trace = _trace(where, layout, found, time_unit)
+    trace = _trace(where, layout, found)
     if jitter_seconds > 0:
         if trace.arrival is None:
             raise ConfigError(f"jitter_seconds: {jitter_seconds}, but {where} has no arrival times")
@@ -169,10 +170,27 @@ def read_trace(
 _DROP = "invalid_rows='drop' (on the command line --invalid-rows drop) leaves such rows out and counts them"
 
 
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """How the times of a file are read: ``per_second`` units to the second, which are ``assumed`` where nobody said them."""
+
+    read: Callable[[Any], float | int] = trace_values.time
+    per_second: int = 1
+    assumed: bool = False
+
+    @classmethod
+    def of(cls, layout: Format, unit: TimeUnit | None, cell: Any) -> _Clock:
+        """Dates if ``cell``, a time of the file, is one or the format has no other; else numbers."""
+        if unit is None and (layout.unit is None or trace_values.is_datetime(cell)):
+            return cls(trace_values.datetime_nanoseconds, PER_SECOND["ns"])
+        return cls(trace_values.time, PER_SECOND[unit or layout.unit or "s"], unit is None)
+
+
 @dataclass(slots=True)
 class _Columns:
-    """What has been read, in file order; times in the unit of the file."""
+    """What has been read, in file order; times in the unit of ``clock``."""
 
+    clock: _Clock = field(default_factory=_Clock)
     times: list[float | int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
     prompts: list[int] = field(default_factory=list)
@@ -201,20 +219,41 @@ class _ClockError(ValueError):
     """A time that does not fit the rows before it: of the file rather than of the row, so that no row is dropped for it."""
 
 
+@dataclass(slots=True)
+class _Order:
+    """The times read so far, and which one may come next: ``slack`` seconds before the latest, or later."""
+
+    slack: float
+    first: float | int | None = None
+    latest: float | int = 0
+
+    def is_late(self, time: float | int, per_second: int) -> bool:
+        """Whether ``time`` stands after a later one. Raises ``_ClockError`` where it cannot be of the same trace."""
+        if self.first is None:
+            self.first = self.latest = time
+        if abs(time - self.first) > _LONGEST * per_second:
+            raise _ClockError(f"is {(time - self.first) / per_second:.3g} s after the first row, must be within 10 years of it")
+        back = self.latest - time
+        if back > self.slack * per_second:
+            raise _ClockError(
+                f"is earlier than the row before, by {back / per_second:.6g} s, times must not decrease: rows up to "
+                f"{self.slack:g} s late are put in order, reorder_seconds (--reorder-seconds) sets how late"
+            )
+        self.latest = max(self.latest, time)
+        return back > 0
+
+
 def _collect(
     where: str, layout: Format, header: list[str], rows: Iterator[Row], unit: TimeUnit | None, drop: bool, reorder_seconds: float
 ) -> _Columns:
-    read_time: Callable[[Any], float | int] = trace_values.datetime_nanoseconds if layout.unit is None else trace_values.time
-    per_second = PER_SECOND[unit or layout.unit or "ns"]
-    slack, longest = reorder_seconds * per_second, _LONGEST * per_second
     i_prompt, i_output = header.index(layout.prompt), header.index(layout.output)
     i_arrival = header.index(layout.arrival) if layout.arrival else -1
     i_type = header.index("type") if layout.typed and "type" in header else -1
     i_name = header.index("request_id") if layout.named and "request_id" in header else -1
 
     columns = _Columns()
-    first: float | int | None = None
-    latest: float | int = 0
+    clock: _Clock | None = None
+    order = _Order(reorder_seconds)
     column = 0
     for line, cells in rows:
         try:
@@ -223,7 +262,9 @@ def _collect(
             time: float | int = 0
             if i_arrival >= 0:
                 column = i_arrival
-                time = read_time(cells[column])
+                found = clock or _Clock.of(layout, unit, cells[column])
+                time = found.read(cells[column])
+                clock = found  # of the first time that can be read
             column = i_prompt
             prompt = trace_values.tokens(cells[column])
             if prompt < 1 and not layout.drops_zero:
@@ -233,20 +274,10 @@ def _collect(
             if output < 1 and not layout.drops_zero:
                 raise ValueError("must be a number of tokens >= 1")
             late = False
-            if i_arrival >= 0:
+            if clock is not None:
                 # Last, so that a row that is left out for its lengths sets no clock for the others.
                 column = i_arrival
-                if first is None:
-                    first = latest = time
-                late = time < latest
-                if latest - time > slack:
-                    raise _ClockError(
-                        f"is earlier than the row before, by {(latest - time) / per_second:.6g} s, times must not decrease: rows up to "
-                        f"{reorder_seconds:g} s late are put in order, reorder_seconds (--reorder-seconds) sets how late"
-                    )
-                if abs(time - first) > longest:
-                    raise _ClockError(f"is {(time - first) / per_second:.3g} s after the first row, must be within 10 years of it")
-                latest = max(latest, time)
+                late = order.is_late(time, clock.per_second)
             if prompt < 1 or output < 1:
                 columns.failed += 1
                 continue
@@ -275,6 +306,7 @@ def _collect(
             columns.labels.append(label)
         if i_name >= 0:
             columns.names.append(name)
+    columns.clock = clock or columns.clock
     return columns
 
 
@@ -288,8 +320,8 @@ def _problem(name: str, cell: Any, error: ValueError) -> str:
 # --- columns to a trace ---------------------------------------------------------------------------
 
 
-def _trace(where: str, layout: Format, found: _Columns, unit: TimeUnit | None) -> Trace:
-    arrival, order, origin = _arrivals(where, layout, found, unit)
+def _trace(where: str, layout: Format, found: _Columns) -> Trace:
+    arrival, order, origin = _arrivals(where, layout, found)
     type_id, type_names = _types(found.labels, len(found.prompts))
     return Trace(
         where,
@@ -307,18 +339,17 @@ def _trace(where: str, layout: Format, found: _Columns, unit: TimeUnit | None) -
     )
 
 
-def _arrivals(where: str, layout: Format, found: _Columns, unit: TimeUnit | None) -> tuple[FloatArray | None, Any, float]:
+def _arrivals(where: str, layout: Format, found: _Columns) -> tuple[FloatArray | None, Any, float]:
     """(N,) seconds from the first arrival, in order; the (N,) rows in that order; and the first time, seconds."""
     if layout.arrival is None:
         return None, np.arange(len(found.prompts)), 0.0
-    per_second = PER_SECOND[unit or layout.unit or "ns"]
     first = min(found.times)
     # Taken off before anything is rounded: nanoseconds since 1970 are more than a float holds.
     since = np.array([time - first for time in found.times], dtype=np.float64)
-    if unit is None and layout.unit is not None:
+    if found.clock.assumed:
         _check_likely(where, layout, found, float(since.max()))
     order = np.argsort(since, kind="stable")
-    return since[order] / per_second, order, first / per_second
+    return since[order] / found.clock.per_second, order, first / found.clock.per_second
 
 
 def _check_likely(where: str, layout: Format, found: _Columns, span: float) -> None:

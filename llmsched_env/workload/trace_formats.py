@@ -24,7 +24,7 @@ class Format:
         name: as in the table of ``readers``.
         prompt, output, arrival: columns; ``arrival`` None for files with lengths only.
         marks: of these columns at least one must be there too; tells formats with the same columns apart.
-        unit: of the clock, or None for date and time.
+        unit: of times that are numbers, None where they must be dates unless the user says a unit.
         drops_zero: requests of 0 tokens are failures that the format records, left out and counted.
         typed, named: a column ``type``, ``request_id`` is read where there is one.
     """
@@ -96,18 +96,17 @@ def _nearest(header: list[str]) -> str:
 
 
 def check_time_unit(where: str, layout: Format, unit: str | None) -> None:
-    """Refuse a unit given for a file whose clock has none.
+    """Refuse a unit given for a file without times.
 
     Raises:
-        ConfigError: an unknown unit, or a file of dates or without times.
+        ConfigError: an unknown unit, or a file without times.
     """
     if unit is None:
         return
     if unit not in PER_SECOND:
         raise ConfigError(f"time_unit: {unit!r}, must be one of {', '.join(map(repr, PER_SECOND))}, or None for the format's own")
-    if layout.arrival is None or layout.unit is None:
-        why = "has no arrival times" if layout.arrival is None else "has dates and times"
-        raise ConfigError(f"time_unit: {unit!r}, but {where} {why} ({layout.name} format)")
+    if layout.arrival is None:
+        raise ConfigError(f"time_unit: {unit!r}, but {where} has no arrival times ({layout.name} format)")
 
 
 def doubtful_unit(layout: Format, first: float, mean_gap: float, fractional: bool) -> str:

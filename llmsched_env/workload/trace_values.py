@@ -78,11 +78,19 @@ def _epoch_seconds(date: str, clock: str) -> int:
     return (datetime.fromisoformat(f"{date} {clock}") - _EPOCH) // timedelta(seconds=1)
 
 
+def is_datetime(cell: Any) -> bool:
+    """Whether a cell is written as a date and time."""
+    return isinstance(cell, str) and _DATETIME.fullmatch(cell.strip()) is not None
+
+
 def datetime_nanoseconds(cell: Any) -> int:
     """Nanoseconds since 1970 (UTC), exact: Azure writes 7 decimals, more than ``datetime`` keeps. UTC where no offset is given."""
     match = _DATETIME.fullmatch(cell.strip()) if isinstance(cell, str) else None
     if match is None:
-        raise ValueError("is not a time such as '2023-11-16 18:17:03.9799600', with or without an offset such as +02:00 or Z")
+        raise ValueError(
+            "is not a time such as '2023-11-16 18:17:03.9799600', with or without an offset such as +02:00 or Z "
+            "(time_unit, --time-unit, reads numbers)"
+        )
     date, clock, fraction, sign, hours, minutes = match.groups()
     try:
         seconds = _epoch_seconds(date, clock)
