@@ -197,13 +197,13 @@ def test_a_trace_is_replayed_exactly(tmp_path: Path) -> None:
     assert scenario.name == "my" and scenario.num_requests == 4 and scenario.rate == pytest.approx(3.0)
     for seed in (0, 1):
         workload = scenario.generate(seed, rate=scenario.rate)
-        assert workload.arrival.tolist() == [0.125, 0.375, 0.375, 1.125]
+        assert workload.arrival.tolist() == [0.0, 0.25, 0.25, 1.0]
         assert workload.prompt_tokens.tolist() == [4, 6, 8, 5] and workload.output_tokens.tolist() == [5, 7, 9, 1]
     assert scenario.generate(0, num_requests=2).prompt_tokens.tolist() == [4, 6]
     assert scenario.generate(0, horizon=0.5).prompt_tokens.tolist() == [4, 6, 8]
     assert scenario.generate(0, horizon=100.0).prompt_tokens.tolist() == [4, 6, 8, 5], "a replay does not repeat"
     assert len(scenario.generate(0, horizon=1e12)) == 4
-    assert scenario.generate(0, rate=6.0).arrival == pytest.approx([0.0625, 0.1875, 0.1875, 0.5625])
+    assert scenario.generate(0, rate=6.0).arrival == pytest.approx([0.0, 0.125, 0.125, 0.5])
     with pytest.raises(ConfigError, match="num_requests: 5, but my has 4 requests"):
         scenario.generate(0, num_requests=5)
     assert scenario.statistics.mean_output == pytest.approx(5.5)
@@ -213,7 +213,7 @@ def test_a_trace_is_replayed_exactly(tmp_path: Path) -> None:
 def test_a_trace_at_another_rate(tmp_path: Path) -> None:
     scenario = scenario_from_trace(write(tmp_path, ROWS), rate=6.0, name="fast")
     assert scenario.name == "fast" and scenario.rate == pytest.approx(6.0)
-    assert scenario.generate(0).arrival.tolist() == scenario.generate(0, rate=6.0).arrival.tolist() == [0.0625, 0.1875, 0.1875, 0.5625]
+    assert scenario.generate(0).arrival.tolist() == scenario.generate(0, rate=6.0).arrival.tolist() == [0.0, 0.125, 0.125, 0.5]
     with pytest.raises(ConfigError, match=r"arrivals\.rate: 0"):
         scenario_from_trace(write(tmp_path, ROWS), rate=0)
 
@@ -253,7 +253,7 @@ def test_the_default_engine_holds_the_longest_request(tmp_path: Path) -> None:
 def test_one_request_and_constant_outputs(tmp_path: Path) -> None:
     scenario = scenario_from_trace(write(tmp_path, "arrived_at,num_prefill_tokens,num_decode_tokens\n2,4,1\n"))
     assert scenario.rate == 1.0 and scenario.layout.num_queues == 1 and scenario.known_layout.num_classes == 1
-    assert scenario.generate(0, rate=scenario.rate).arrival.tolist() == [2.0]
+    assert scenario.generate(0, rate=scenario.rate).arrival.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("name", ["azure_2023_conv.csv.gz", "burstgpt_1_head.csv.gz", "vllm_measured_RTX4090_llama31-8b_requests.jsonl.gz"])

@@ -37,7 +37,7 @@ from llmsched_env.fluid.segments import equal_probability_ends
 from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload.arrivals import ArrivalProcess, Gamma, Poisson, TraceArrivals, check_count, check_positive
 from llmsched_env.workload.lengths import LengthModel, TraceLengths, Types
-from llmsched_env.workload.readers import read_trace
+from llmsched_env.workload.readers import REORDER_SECONDS, InvalidRows, TimeUnit, Trace, read_trace
 from llmsched_env.workload.tables import load_lengths
 
 QUARTERS = 4
@@ -60,6 +60,7 @@ class Scenario:
         ttft_slo, tpot_slo: default latency limits, seconds.
         rows: exact requests to replay, in order, or None to sample ``lengths``. Their times come
             from ``arrivals``.
+        trace: the file that ``rows`` were read from, with what was left out of it or put in order.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Scenario:
     ttft_slo: float = 1.0
     tpot_slo: float = 0.1
     rows: Workload | None = None
+    trace: Trace | None = None
 
     def __post_init__(self) -> None:
         if self.layout.reveals_output_length:
@@ -86,6 +88,11 @@ class Scenario:
     def rate(self) -> float:
         """Default mean arrival rate, requests per second."""
         return float(self.arrivals.rate)
+
+    @property
+    def dropped(self) -> int:
+        """Rows of the trace file that were left out (``Trace.dropped_reason`` says why); 0 without a file."""
+        return 0 if self.trace is None else self.trace.dropped
 
     @functools.cached_property
     def statistics(self) -> LengthStatistics:
@@ -321,10 +328,13 @@ def scenario_from_trace(
     ttft_slo: float = 1.0,
     tpot_slo: float = 0.1,
     jitter_seconds: float = 0.0,
+    time_unit: TimeUnit | None = None,
+    invalid_rows: InvalidRows = "error",
+    reorder_seconds: float = REORDER_SECONDS,
 ) -> Scenario:
     """A scenario that replays exactly the requests of a file, in order.
 
-    Times are as recorded, or stretched by one factor to the mean ``rate``. A file with lengths only
+    Times are as recorded, from the first arrival at 0, or stretched by one factor to the mean ``rate``. A file with lengths only
     gets Poisson arrivals at ``rate``, drawn anew for each seed. ``statistics`` are those of the
     file's own lengths: policies work with a perfect forecast of the distribution.
 
@@ -338,12 +348,12 @@ def scenario_from_trace(
         layout, known_layout: default one class with segments at the output quartiles; classes by the
             file's ``type`` column, or by output quartiles where it has none.
         ttft_slo, tpot_slo: seconds.
-        jitter_seconds: see ``read_trace``.
+        jitter_seconds, time_unit, invalid_rows, reorder_seconds: see ``read_trace``.
 
     Raises:
         ConfigError: a file ``read_trace`` refuses, a bad rate, or lengths without times and no rate.
     """
-    trace = read_trace(path, jitter_seconds=jitter_seconds)
+    trace = read_trace(path, jitter_seconds=jitter_seconds, time_unit=time_unit, invalid_rows=invalid_rows, reorder_seconds=reorder_seconds)
     if trace.arrival is None:
         if rate is None:
             raise ConfigError(f"rate: None, but {trace.path} has lengths only: give a rate for Poisson arrivals")
@@ -359,7 +369,8 @@ def scenario_from_trace(
         trace.type_id,
         trace.request_id,
     )
-    dropped = f", {trace.dropped} rows dropped: {trace.dropped_reason}" if trace.dropped else ""
+    changed = f", {trace.dropped} rows dropped: {trace.dropped_reason}" if trace.dropped else ""
+    changed += f", {trace.reordered} rows put in order" if trace.reordered else ""
     lengths = TraceLengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, f"{trace.path} ({trace.format})")
     statistics = lengths.statistics()
     if engine is None:
@@ -371,7 +382,7 @@ def scenario_from_trace(
         known_layout = QueueLayout(by="type", num_types=types) if types else bucket_layout(statistics)
     return Scenario(
         name=name or Path(path).name.split(".")[0] or "trace",
-        description=f"replay of {len(trace)} requests of {Path(path).name} ({trace.format} format{dropped})",
+        description=f"replay of {len(trace)} requests of {Path(path).name} ({trace.format} format{changed})",
         source=trace.path,
         lengths=lengths,
         arrivals=arrivals,
@@ -382,4 +393,5 @@ def scenario_from_trace(
         ttft_slo=ttft_slo,
         tpot_slo=tpot_slo,
         rows=rows,
+        trace=trace,
     )
