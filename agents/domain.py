@@ -11,9 +11,9 @@ import numpy as np
 
 from agents.recipe import Recipe
 from baselines import Setting
-from llmsched_env.spec import engine_with
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import Fluid, stability_boundary
+from llmsched_env.spec import engine_with
 from llmsched_env.types import EngineConfig, IntArray, LengthStatistics
 from llmsched_env.workload import Scenario, load_scenario
 from llmsched_env.workload.arrivals import MMPP2, Gamma, Poisson

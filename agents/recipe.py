@@ -12,11 +12,11 @@ import numpy as np
 from baselines import Setting
 from baselines.policy import interpolated_edges
 from llmsched_env.action import THETAS
-from llmsched_env.spec import engine_with
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import Fluid, equal_probability_ends
 from llmsched_env.fluid.equilibrium import KV_CHARGED, CycleLoad, boundary_of
 from llmsched_env.forecast import middles
+from llmsched_env.spec import engine_with
 from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
 
 ActionSet = Literal["admit", "admit-only", "reserve", "peak"]

@@ -49,7 +49,7 @@ class Executed:
 
 @compiled
 def move_requests(engine: Any, preempted: Any, admitted: Any) -> int:
-    """Preemptions (n,) and admissions (m,) of an iteration, in order. Returns the first request that is not the head of its queue, or -1."""
+    """Preemptions (n,) and admissions (m,) of an iteration. Returns the first admitted request that is not the head of its queue, or -1."""
     record = engine_at(engine)
     for i in range(preempted.shape[0]):
         preempt(record, preempted[i])

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from llmsched_env.engine.arrays import ArrayView, engine_settings
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine import kernel, moves
 from llmsched_env.engine import state as st
-from llmsched_env.engine.arrays import ArrayView, engine_settings
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import BoolArray, EngineConfig, EpisodeLimits, FloatArray, IntArray, QueueLayout
 

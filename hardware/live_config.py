@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from baselines import Setting, make_policy, policy_names
+from hardware.options import differing
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.perf import load_calibration
@@ -28,18 +27,6 @@ POLICY = "LLMSCHED_POLICY"
 POLICY_CONFIG = "LLMSCHED_POLICY_CONFIG"
 DEFAULT_SCENARIO = "azure-conv"
 DEFAULT_LOAD = 0.8
-
-# Settings that vLLM's flags fix; a policy that stands for others cannot run on this server.
-_FLAGS = {
-    "max_num_batched_tokens": "--max-num-batched-tokens {}",
-    "max_num_seqs": "--max-num-seqs {}",
-    "enable_chunked_prefill": "--{}enable-chunked-prefill",
-    "watermark": "--watermark {}",
-    "scheduler_reserve_full_isl": "--{}scheduler-reserve-full-isl",
-    "block_size": "--block-size {}",
-    "max_model_len": "--max-model-len {}",
-    "num_blocks": "--num-gpu-blocks-override {} (one more than num_blocks)",
-}
 
 
 @dataclass(frozen=True)
@@ -287,14 +274,8 @@ def _check_engine(policy: Policy, engine: EngineConfig) -> None:
     wanted = policy.engine
     if wanted.preset != "vllm" or wanted.padded_prefill or wanted.decode_needs_free_block:
         raise ConfigError(f"policy {policy.name!r}: its engine is not vLLM's (preset {wanted.preset!r})")
-    differing = [name for name in _FLAGS if not np.isclose(getattr(wanted, name), getattr(engine, name))]
-    if differing:
-        flags = [_flag(name, getattr(wanted, name)) for name in differing]
-        values = ", ".join(f"{name} = {getattr(wanted, name)} (server: {getattr(engine, name)})" for name in differing)
-        raise ConfigError(f"policy {policy.name!r} stands for an engine with {values}; start vllm serve with {' '.join(flags)}")
-
-
-def _flag(name: str, value: object) -> str:
-    if isinstance(value, bool):
-        return _FLAGS[name].format("" if value else "no-")
-    return _FLAGS[name].format(value)
+    others = list(differing(wanted, engine))
+    if others:  # settings that vLLM's flags fix: a policy that stands for others cannot run on this server
+        values = ", ".join(f"{setting.name} = {asked} (server: {found})" for setting, asked, found in others)
+        flags = " ".join(setting.flag(asked) for setting, asked, _ in others)
+        raise ConfigError(f"policy {policy.name!r} stands for an engine with {values}; start vllm serve with {flags}")

@@ -127,7 +127,7 @@ _FIXED = frozenset(
         "scheduling_policy",
         "speculative_config",
     }
-) - {"disable_log_stats"}
+)
 
 
 @dataclass(frozen=True, slots=True)

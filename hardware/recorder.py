@@ -20,15 +20,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from hardware.real_engine import Machine, StepSeconds
-from llmsched_env.engine import state as st
+from llmsched_env.engine.record_backend import RecordBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import EngineConfig, QueueLayout
-
-if TYPE_CHECKING:
-    from hardware.vllm_engine import VllmEngineBackend
 
 
 class Recorder:
@@ -71,7 +68,8 @@ class Recorder:
             },
         )
 
-    def step(self, backend: VllmEngineBackend, seconds: StepSeconds, thinking: float) -> None:
+    def step(self, backend: RecordBackend, tokens: dict[int, int], seconds: StepSeconds, thinking: float) -> None:
+        """The last step of ``backend``, its ``tokens`` scheduled by request."""
         report = backend.report()
         self._write(
             "step",
@@ -80,7 +78,7 @@ class Recorder:
                 "duration": report.duration,
                 **dataclasses.asdict(seconds),
                 "thinking": thinking,
-                "tokens": backend.batch_tokens,
+                "tokens": tokens,
                 "decode_requests": report.decode_requests,
                 "prefill_requests": report.prefill_requests,
                 "prefill_tokens": report.prefill_tokens,
@@ -91,20 +89,20 @@ class Recorder:
                 "evicted": report.evicted,
             },
         )
+        hidden = backend.record.hidden
         for r in report.finished:
-            requests, times = backend.requests[:, r], backend.times[:, r]
             self._write(
                 "request",
                 {
                     "request": r,
-                    "prompt_tokens": int(requests[st.R_PROMPT]),
-                    "output_tokens": int(requests[st.R_OUTPUT]),
-                    "arrival": float(times[st.T_ARRIVAL]),
-                    "admitted": float(times[st.T_ADMITTED]),
-                    "first_token": float(times[st.T_FIRST_TOKEN]),
-                    "completed": float(times[st.T_COMPLETED]),
-                    "evictions": int(requests[st.R_EVICTIONS]),
-                    "forced_evictions": int(requests[st.R_FORCED]),
+                    "prompt_tokens": int(hidden.prompt[r]),
+                    "output_tokens": int(hidden.output[r]),
+                    "arrival": float(hidden.arrival[r]),
+                    "admitted": float(hidden.admitted[r]),
+                    "first_token": float(hidden.first_token[r]),
+                    "completed": float(hidden.completed[r]),
+                    "evictions": int(hidden.evictions[r]),
+                    "forced_evictions": int(hidden.forced[r]),
                 },
             )
         if backend.done:

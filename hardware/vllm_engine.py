@@ -10,6 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hardware.versions import prepare_environment
+
+prepare_environment()  # before vLLM is imported
+
+from hardware.external import Executed, ExternalBackend
+from hardware.gate import Gate
+from hardware.gated_scheduler import Admission
 from hardware.real_engine import (
     EngineError,
     EngineOptions,
@@ -21,19 +28,12 @@ from hardware.real_engine import (
     engine_scheduler,
     free_engine,
     num_usable_blocks,
-    prepare_environment,
     prompt_token_ids,
     timed_step,
     vocabulary_size,
 )
-
-prepare_environment()  # before the next line, which imports vLLM
-
-from hardware.external import Executed, ExternalBackend, Gate
-from hardware.gated_scheduler import Admission
 from hardware.recorder import Recorder
-from llmsched_env.engine import state as st
-from llmsched_env.engine.arrays import ArrayView
+from llmsched_env.engine.record_backend import RecordView
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 
@@ -143,7 +143,7 @@ class VllmEngineBackend(ExternalBackend):
         limits: EpisodeLimits,
         *,
         reveal_output_length: bool = False,
-    ) -> ArrayView:
+    ) -> RecordView:
         if self.discovers_lengths and reveal_output_length:
             raise ConfigError("reveal_output_length: True, but with real_stopping nobody knows the lengths before the model ends")
         if self.discovers_lengths and layout.reveals_output_length:
@@ -211,14 +211,14 @@ class VllmEngineBackend(ExternalBackend):
         self.batch_tokens = {}
         try:
             super().advance(decision)
-        except BaseException as error:  # Ctrl-C as well: the arrays are between two states, only a new episode is safe
+        except BaseException as error:  # Ctrl-C as well: the record is between two states, only a new episode is safe
             self._cause = self._cause or f"the step was broken off: {type(error).__name__}: {error}"
             if self._record is not None:
                 self._record.error(error)
             raise
         self.total_seconds += self.last_seconds
         if self._record is not None:
-            self._record.step(self, self.last_seconds, thinking)
+            self._record.step(self, self.batch_tokens, self.last_seconds, thinking)
         self._wait_for_clock()
         self._ready = time.perf_counter()
 
@@ -226,7 +226,9 @@ class VllmEngineBackend(ExternalBackend):
         names, numbers = self._internal, self._number
         scheduler = engine_scheduler(self._engine)
         scheduler.gate = admission = Admission(
-            admit=[names[r] for r in gate.admit], hold=frozenset(names[r] for r in gate.hold), evict=[names[r] for r in gate.evict]
+            admit=[names[r] for r in gate.admit.tolist()],
+            hold=frozenset(names[r] for r in gate.hold.tolist()),
+            evict=[names[r] for r in gate.evict.tolist()],
         )
         try:
             outputs, seconds = timed_step(self._engine)
@@ -257,12 +259,12 @@ class VllmEngineBackend(ExternalBackend):
         if self.clock == "virtual":
             return None
         # From the end of the last iteration to the end of this one, thinking included.
-        return max(time.perf_counter() - self._origin - float(self.clocks[st.F_CLOCK]), self.last_seconds.whole)
+        return max(time.perf_counter() - self._origin - self.record.clock, self.last_seconds.whole)
 
     def _wait_for_clock(self) -> None:
         """Under the wall clock, sleep to the time that an idle step has jumped to."""
         if self.clock == "wall":
-            time.sleep(max(self._origin + float(self.clocks[st.F_CLOCK]) - time.perf_counter(), 0.0))
+            time.sleep(max(self._origin + self.record.clock - time.perf_counter(), 0.0))
 
     # --- the engine ---------------------------------------------------------------------------------
     def machine(self) -> Machine:
@@ -286,6 +288,3 @@ class VllmEngineBackend(ExternalBackend):
             self._free()
         if self._record is not None:
             self._record.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("an environment with a running vLLM engine cannot be pickled or copied")

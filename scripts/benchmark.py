@@ -27,6 +27,7 @@ if not __package__:  # run as a program: imports go from the project's root, not
 import gymnasium as gym
 import numba
 import numpy as np
+from llmsched_env.engine.constant import run_constant
 from numba import prange
 
 import llmsched_env
@@ -35,7 +36,6 @@ from llmsched_env import EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.compiled import parallel
 from llmsched_env.engine import state as st
 from llmsched_env.engine.simulator import SimBackend
-from llmsched_env.engine.constant import run_constant
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Decision

@@ -20,12 +20,12 @@ from llmsched_env import __version__
 from llmsched_env.backend import make_backend
 from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.engine.simulator import SimBackend
-from llmsched_env.spec import engine_with
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import ttft
 from llmsched_env.perf.base import CalibrationRangeWarning
 from llmsched_env.runner import EpisodeResult, Policy, run_episode
+from llmsched_env.spec import engine_with
 from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, Workload
 from llmsched_env.workload import Scenario
 from scripts.output import replacing

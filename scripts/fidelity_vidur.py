@@ -15,11 +15,11 @@ from typing import Any
 
 import numba
 import numpy as np
+from llmsched_env.engine.constant import run_constant
 
 from baselines import Policy, Setting, make_policy
 from llmsched_env.backend import View
 from llmsched_env.engine.simulator import SimBackend
-from llmsched_env.engine.constant import run_constant
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import latency, ttft
 from llmsched_env.perf import Batch, IterationTimeModel, TableTime, load_calibration

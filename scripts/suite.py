@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 
 from baselines import Setting
-from llmsched_env.spec import engine_with
 from llmsched_env.errors import ConfigError
+from llmsched_env.spec import engine_with
 from llmsched_env.types import EngineConfig, LengthStatistics, Workload
 from llmsched_env.workload import MMPP2, PiecewiseConstant, Scenario, load_scenario
 from scripts.boundary import Boundaries

@@ -29,10 +29,10 @@ from gymnasium.wrappers import FlattenObservation
 from baselines import Policy, Setting, make_policy
 from llmsched_env import LLMSchedEnv
 from llmsched_env.backend import Backend, View, make_backend
-from llmsched_env.spec import engine_with
 from llmsched_env.errors import ConfigError, MissingExtraError, require
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.runner import run_episode
+from llmsched_env.spec import engine_with
 from llmsched_env.types import EngineConfig, IterationReport, RequestLog
 from llmsched_env.workload import Scenario, load_scenario, scenario_names
 from scripts.parser import Parser

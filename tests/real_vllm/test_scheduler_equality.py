@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
 from llmsched_env.backend import make_backend
 from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError
+from llmsched_env.perf.batch import BatchSums
+from llmsched_env.records import Rows
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 
 WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_WORKLOADS", "260"))
@@ -131,24 +133,47 @@ def compare(case: Case, sim: Any, vllm: Any) -> Tally:
             if not np.array_equal(a, b):
                 tally.difference = tally.difference or f"step {step}, {decision}: scheduled {a.tolist()} against {b.tolist()}"
         for name, mine, other in state(sim, vllm):
-            if not np.array_equal(mine, other):
+            if not equal(mine, other):
                 tally.difference = tally.difference or f"step {step}, {decision}: {name}\n{mine}\n{other}"
         if tally.difference:
             return tally
     return tally
 
 
+# How each engine keeps its residents: by groups in the simulator, one by one where another engine schedules.
+OWN = {
+    "queues": {"left", "steps", "members", "member_kv", "phase", "first_peer", "last_peer"},
+    "requests": {"base_generated", "base_computed", "group", "tokens", "next_peer", "previous_peer"},
+    "hidden": {"due", "next_due", "previous_due"},
+}
+TABLES: dict[str, type[Rows]] = {"queues": st.Queues, "requests": st.Requests, "hidden": st.Hidden}
+
+
+def facts(backend: Any) -> dict[str, np.ndarray]:
+    """Everything in a backend's record that must be the same whoever schedules."""
+    record, out = backend.record, {}
+    for part, declared in (("engine", st.Engine), ("report", st.Report), ("batch", BatchSums)):
+        held = record if part == "engine" else getattr(record, part)
+        out[part] = np.array([getattr(held, name) for name, field in declared.FIELDS.items() if field.kind == "scalar"])
+    for part, declared in TABLES.items():
+        columns = [getattr(record, part).rows[name] for name in declared.FIELDS if name not in OWN[part]]
+        out |= {f"{part}.{name}": column for name, column in zip((n for n in declared.FIELDS if n not in OWN[part]), columns, strict=True)}
+    steps = record.queues.steps[record.requests.group]
+    out["generated"], out["computed"] = record.requests.base_generated + steps, record.requests.base_computed + steps
+    out["first_peer"], out["last_peer"] = record.queues.first_peer[:-1], record.queues.last_peer[:-1]  # boundary queues
+    for kind, count in (("evicted", record.report.evicted), ("preempted", record.report.preempted), ("finished", record.report.completed)):
+        out[kind] = getattr(record.events, kind)[:count]
+    residents = backend.snapshot().resident_requests()
+    return out | {f"residents.{field.name}": getattr(residents, field.name) for field in fields(residents)}
+
+
 def state(sim: Any, vllm: Any) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    n = int(sim.scalars[st.I_RESIDENTS])
-    kept = [row for row in range(st.Q_ROWS) if row != st.Q_LEFT]  # scratch
-    return [
-        ("queues", sim.queues[kept], vllm.queues[kept]),
-        ("scalars", sim.scalars, vllm.scalars),
-        ("clocks", sim.clocks, vllm.clocks),
-        ("requests", sim.requests, vllm.requests),
-        ("times", np.nan_to_num(sim.times, nan=-1.0), np.nan_to_num(vllm.times, nan=-1.0)),
-        ("slots", sim.slots[: st.S_TOKENS, :n], vllm.slots[: st.S_TOKENS, :n]),
-    ]
+    theirs = facts(vllm)
+    return [(name, mine, theirs[name]) for name, mine in facts(sim).items()]
+
+
+def equal(a: np.ndarray, b: np.ndarray) -> bool:
+    return a is None and b is None or np.array_equal(a, b, equal_nan=np.asarray(a).dtype.kind == "f")
 
 
 def shrink(case: Case, sim: Any, vllm: Any) -> tuple[Case, str]:
@@ -244,14 +269,15 @@ def test_settings_vllm_does_not_have_are_refused() -> None:
     limits = EpisodeLimits()
     with pytest.raises(ConfigError, match=r"engine\.preset: 'paper'"):
         backend.reset(w, QueueLayout(), EngineConfig.paper(100, 1.0, 0.0), limits)
-    with pytest.raises(ConfigError, match=r"decode_needs_free_block"):
-        backend.reset(w, QueueLayout(), EngineConfig.vllm(decode_needs_free_block=True), limits)
+    for name in ("decode_needs_free_block", "enable_prefix_caching"):
+        with pytest.raises(ConfigError, match=rf"engine\.{name}: True, must be False on backend VllmSchedulerBackend"):
+            backend.reset(w, QueueLayout(), EngineConfig.vllm(**{name: True}), limits)
     backend.close()
 
 
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hardware import real_engine
+    from hardware import versions
 
-    monkeypatch.setattr(real_engine.metadata, "version", lambda name: "0.99.0")
+    monkeypatch.setattr(versions.metadata, "version", lambda name: "0.99.0")
     with pytest.raises(ConfigError, match=r"0\.99\.0 is not supported \(tested: 0\.28\.0\)"):
-        real_engine.check_version()
+        versions.check_version()
