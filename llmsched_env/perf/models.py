@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import (
@@ -18,6 +19,7 @@ from llmsched_env.perf.base import (
     IterationTimeModel,
     Provenance,
     check_coefficients,
+    check_provenance,
 )
 from llmsched_env.perf.batch import DECODE_KV, DECODES, LOAD, PREFILL_TOKENS, PREFILL_WORK
 from llmsched_env.perf.mixed_attention import mixed_attention_time, mixed_attention_valid
@@ -75,6 +77,7 @@ class LinearTime(IterationTimeModel):
 
     def __post_init__(self) -> None:
         check_coefficients("time_model", {"d0": self.d0, "d1": self.d1})
+        check_provenance(self.provenance)
         if self.d0 + self.d1 == 0:
             raise ConfigError("time_model: d0 and d1 are both 0, an iteration must take time")
 
@@ -113,8 +116,8 @@ class FormulaTime(IterationTimeModel):
         names = ("a", "b", "s", "c", "d1", "d2", "d3", "d4", "knee")
         check_coefficients("time_model", {name: getattr(self, name) for name in names})
         for name in ("max_tokens", "max_decodes", "max_context"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"time_model.{name}: {getattr(self, name)}, must be > 0")
+            checks.number(f"time_model.{name}", getattr(self, name), high=math.inf, open_low=True)
+        check_provenance(self.provenance)
         if self.a == 0:
             raise ConfigError("time_model.a: 0, an iteration must take time")
 
