@@ -135,9 +135,7 @@ def changed_json(draw: hs.DrawFn, value: Any) -> Any:
         elif kind == "delete":
             del parent[key]
         elif isinstance(parent, dict):
-            parent[draw(hs.sampled_from(["x", "", "provenance", "form", "engine", "levels", "overload", "seed"]))] = draw(
-                hs.sampled_from(NASTY)
-            )
+            parent[draw(hs.sampled_from(["x", "", "provenance", "form", "engine", "levels", "overload", "seed"]))] = draw(NEW)
         else:
             parent.insert(0, draw(NEW))
     return found
