@@ -96,16 +96,17 @@ def integers(name: str, values: object, low: int = 0, high: int = MOST_TOKENS, m
 
 def numbers(name: str, values: object) -> npt.NDArray[np.float64]:
     """float64 array of numbers; of another kind (text, booleans, objects, complex) or ragged is refused."""
-    array = _array(name, values)
+    array = any_array(name, values)
     if array.dtype.kind not in "iuf" and array.size:
         raise ConfigError(f"{name}: {shown(values)}, must be numbers, found {array.dtype}")
     with np.errstate(over="ignore"):  # a long double may be too large: it becomes infinite, which the caller refuses
         return np.ascontiguousarray(array, dtype=np.float64).reshape(array.shape)
 
 
-def counts(name: str, values: object, low: int, high: int = MOST_TOKENS) -> npt.NDArray[np.int32]:
-    """(n,) int32 array of whole numbers from ``low`` to ``high``, which may come as floats."""
-    array = _array(name, values)
+def counts(name: str, values: object, low: int, high: int = MOST_TOKENS, *, single: bool = False) -> npt.NDArray[np.int32]:
+    """(n,) int32 array of whole numbers from ``low`` to ``high``, which may come as floats; with ``single`` also of one number."""
+    array = any_array(name, values)
+    array = np.atleast_1d(array) if single else array
     if array.ndim != 1:
         raise ConfigError(f"{name}: shape {array.shape}, must be one-dimensional")
     allowed = f"must be an integer from {_count(low)} to {_count(high)}"
@@ -124,7 +125,8 @@ def counts(name: str, values: object, low: int, high: int = MOST_TOKENS) -> npt.
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def _array(name: str, values: object) -> npt.NDArray[Any]:
+def any_array(name: str, values: object) -> npt.NDArray[Any]:
+    """``np.asarray``, of whatever kind."""
     try:
         return np.asarray(values)
     except Exception as error:  # ragged lists, and whatever an object's own conversion raises

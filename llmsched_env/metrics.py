@@ -202,6 +202,8 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence:
     array = checks.numbers("values", values)
     if array.ndim != 1 or array.size == 0:
         raise ConfigError(f"values: shape {array.shape}, must be (n,) with n >= 1")
+    if np.any(np.abs(array) > 1e150):
+        raise ConfigError(f"values: {checks.shown(values)}, must be within 1e150 of 0, or NaN")
     if checks.number("confidence", confidence, high=1.0, open_low=True) == 1.0:
         raise ConfigError(f"confidence: {confidence}, must be in (0, 1)")
     mean, n = float(array.mean()), int(array.size)

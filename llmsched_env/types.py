@@ -84,12 +84,13 @@ class Decision:
         Raises:
             ConfigError: numbers that int32 cannot hold as they are, or shapes that do not fit; a larger ``admit`` is ``ADMIT_ALL``.
         """
-        rows = np.atleast_1d(np.asarray(run))
+        rows = np.atleast_1d(checks.any_array("decision.run", run))
         decision = cls(rows.shape[0] if rows.ndim == 1 else 0)
         for row, (name, values) in enumerate((("run", rows), ("admit", admit), ("evict", evict))):
-            given = np.asarray(values)
+            given = checks.any_array(f"decision.{name}", values)
             if given.dtype.kind not in "biuf" or given.shape not in ((), rows.shape) or rows.ndim != 1:
                 raise ConfigError(f"decision.{name}: {checks.shown(values)}, must be one integer a queue, {rows.shape}")
+            given = given.astype(np.float64)  # exact as far as int32 goes; small types would overflow below
             given = np.minimum(given, ADMIT_ALL) if name == "admit" else given
             if not np.all((given >= -ADMIT_ALL) & (given <= ADMIT_ALL) & (np.floor(given) == given)):
                 raise ConfigError(f"decision.{name}: {checks.shown(values)}, must be integers below 2**31")
@@ -210,7 +211,11 @@ class LengthStatistics:
             np.atleast_1d(checks.numbers(f"statistics.{name}", values))
             for name, values in (("prompt", prompt), ("output", output), ("weight", weight))
         )
-        t = np.zeros(p.shape, np.int32) if type_id is None else checks.counts("statistics.type_id", np.atleast_1d(type_id), 0, MOST_QUEUES)
+        t = (
+            np.zeros(p.shape, np.int32)
+            if type_id is None
+            else checks.counts("statistics.type_id", type_id, 0, MOST_QUEUES - 1, single=True)
+        )
         if not (p.shape == o.shape == w.shape == t.shape and p.ndim == 1 and p.size):
             raise ConfigError(f"statistics: shapes {p.shape}, {o.shape}, {w.shape}, {t.shape} must be equal and (M,)")
         for name, lengths in (("prompt", p), ("output", o)):

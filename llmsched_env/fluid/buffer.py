@@ -47,8 +47,10 @@ def theta_root(n_prev: float, n_k: float, p: float) -> float:
     Raises:
         ConfigError: p outside [0, 1], a threshold not > 0, or n_k <= n_prev p (no positive root: the queue grows).
     """
-    for name, value in (("n_prev", n_prev), ("n_k", n_k), ("p", p)):
+    n_prev, n_k, p = (
         checks.number(f"theta_root.{name}", value, low=-math.inf, high=math.inf)
+        for name, value in (("n_prev", n_prev), ("n_k", n_k), ("p", p))
+    )
     if not (0 <= p <= 1 and 0 < n_prev < math.inf and 0 < n_k < math.inf):
         raise ConfigError(f"theta_root: n_prev = {n_prev}, n_k = {n_k}, p = {p}; thresholds must be finite and > 0, p in [0, 1]")
     q = n_k / n_prev
@@ -76,7 +78,7 @@ def theta_lower_bound(n_prev: float, n_k: float, p: float) -> float:
 
 def check_segment_ends(segment_ends: Sequence[int] | npt.NDArray[np.integer], count: int | None = None) -> IntArray:
     """(K,) int32 of all K segment ends, the last included."""
-    ends = checks.counts("segment_ends", np.atleast_1d(np.asarray(segment_ends)), 1)
+    ends = checks.counts("segment_ends", segment_ends, 1, single=True)
     if not ends.size or ends.size > MOST_QUEUES or np.any(np.diff(ends) <= 0):
         raise ConfigError(f"segment_ends: {checks.shown(ends.tolist())}, must be increasing integers >= 1, at most {MOST_QUEUES}")
     if count is not None and ends.size != count:
@@ -108,14 +110,15 @@ def merge_segments(statistics: LengthStatistics, segment_ends: Sequence[int]) ->
     """Segment ends without those that nobody survives (p_k = 0) and those where nobody stops (p_k = 1)."""
     kept: list[int] = []
     alive = statistics.survival(0.0)
-    for r in check_segment_ends(segment_ends).tolist():
+    ends = check_segment_ends(segment_ends).tolist()
+    for r in ends:
         after = statistics.survival(float(r))
         if after == 0:
             return (*kept, r)
         if after < alive:
             kept.append(r)
             alive = after
-    return (*kept, max(statistics.max_output, int(segment_ends[-1])))
+    return (*kept, max(statistics.max_output, ends[-1]))
 
 
 def segment_stages(ends: IntArray, engine: EngineConfig) -> tuple[IntArray, IntArray]:
@@ -211,6 +214,8 @@ def safety_buffer(
     p = np.atleast_1d(checks.numbers("continuation", continuation))
     if p.shape != (n.size - 1,):
         raise ConfigError(f"continuation: {p.size} probabilities for {n.size} segments, must be {n.size - 1}")
+    if not np.all((n > 0) & (n <= checks.MOST_TOKENS)):
+        raise ConfigError(f"thresholds: {checks.shown(thresholds)}, must be > 0 and <= 2**30 requests")
     if checks.number("delta", delta, low=1e-300, high=1.0) == 1.0:
         raise ConfigError(f"delta: {delta}, must be in (0, 1)")
     checks.number("horizon_seconds", horizon_seconds, unit="seconds", open_low=True)

@@ -268,7 +268,7 @@ class Fluid:
             raise ConfigError(f"fluid.rate: {lam.sum():g} in all, must be from {LEAST_RATE:g} to {MOST_RATE:g} requests/s")
         ids = np.arange(l.size, dtype=np.int32)
         if class_id is not None:
-            ids = checks.counts("fluid.class_id", np.atleast_1d(np.asarray(class_id)), 0, MOST_QUEUES - 1)
+            ids = checks.counts("fluid.class_id", class_id, 0, MOST_QUEUES - 1, single=True)
         if ids.shape != l.shape:
             raise ConfigError(f"fluid.class_id: shape {ids.shape}, must be {l.shape} with values >= 0")
         classes = int(ids.max()) + 1 if num_classes is None else checks.integer("fluid.num_classes", num_classes, 1, MOST_QUEUES)

@@ -117,6 +117,8 @@ class _Model:
                 f"segment_ends: r_{k + 1} = {self.ends[k]}: {why}, so p_{k + 2} = {self.p[k]:.6g} and p < n_k / n_(k-1) < 1 "
                 f"is void or impossible; nearest feasible: {merge_segments(statistics, self.ends.tolist())}"
             )
+        if goal.num_types is not None:
+            checks.integer("num_types", goal.num_types, low=1)
         self.num_types = goal.num_types or int(np.unique(statistics.output).size)
         reaches = [statistics.output > r for r in (0, *self.ends[:-1].tolist())]
         self.longest = np.array([float(statistics.prompt[r].max()) for r in reaches])

@@ -168,7 +168,7 @@ def allocate_cap(total_limit: float, continuation: npt.ArrayLike, widths: npt.Ar
         eta: margin, >= 0.
     """
     p = np.atleast_1d(checks.numbers("allocate_cap.continuation", continuation))
-    width = checks.counts("allocate_cap.widths", np.atleast_1d(np.asarray(widths)), 1)
+    width = checks.counts("allocate_cap.widths", widths, 1, single=True)
     total_limit = checks.number("allocate_cap.total_limit", total_limit, high=float(checks.MOST_TOKENS), open_low=True)
     if not width.size or int(width.sum(dtype=np.int64)) > MOST_STAGES:
         raise ConfigError(f"allocate_cap.widths: {checks.shown(widths)}, must be integers >= 1, {MOST_STAGES} stages in all")
