@@ -64,8 +64,8 @@ def flag(name: str, value: object) -> bool:
 
 
 def text(name: str, value: object, *, empty: bool = True) -> str:
-    """A text of at most 4,096 characters."""
-    if not isinstance(value, str) or len(value) > 4096 or not (value or empty):
+    """A text of at most 4,096 characters that can be written to a file: JSON can hold halves of surrogate pairs, UTF-8 cannot."""
+    if not isinstance(value, str) or len(value) > 4096 or not (value or empty) or any("\ud800" <= c <= "\udfff" for c in value):
         raise ConfigError(f"{name}: {shown(value)}, must be a text of {'at most' if empty else '1 to'} 4096 characters")
     return value
 

@@ -242,7 +242,7 @@ def calibration_arrays_case(data: hs.DataObject) -> None:
         elif "calibration.npy" in members and kind == "field":
             try:
                 text = json.loads(str(np.load(io.BytesIO(members["calibration.npy"]), allow_pickle=False)))
-            except ValueError:
+            except (EOFError, SyntaxError, ValueError):
                 continue  # changed before
             members["calibration.npy"] = npy(np.array(json.dumps(data.draw(changed_json(text)))))
     check_calibration(npz_of(members))
@@ -329,6 +329,13 @@ def test_what_an_archive_claims_is_checked_before_it_is_unpacked() -> None:
     np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
     with pytest.raises(ConfigError, match="0 bytes for float64"):
         parse_calibration("FILE", npz_of(members | {"tokens.npy": header.getvalue()}))
+
+
+def test_text_that_could_not_be_saved_again_is_refused() -> None:
+    record = json.loads(FILES["linear"])
+    record["provenance"]["name"] = "\ud800"
+    with pytest.raises(ConfigError, match=r"provenance\.name: .*ud800', must be a text"):
+        parse_calibration("FILE", dumped(record))
 
 
 @pytest.mark.parametrize("suffix", [".json", ".npz"])

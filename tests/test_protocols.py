@@ -325,8 +325,13 @@ def test_own_models_that_compiled_code_cannot_read_are_refused(packed: Any, mess
         with pytest.raises(RuntimeError, match="no"):
             EngineConfig.vllm(time_model=Own(packed))
         return
-    with pytest.raises(ConfigError, match=rf"engine\.time_model: Own\.pack\(\).*{message}"):
-        EngineConfig.vllm(time_model=Own(packed))
+    for ask in (
+        lambda model: EngineConfig.vllm(time_model=model),
+        lambda model: model.seconds(Batch()),
+        lambda model: model.in_range(Batch()),
+    ):
+        with pytest.raises(ConfigError, match=rf"engine\.time_model: Own\.pack\(\).*{message}"):
+            ask(Own(packed))
 
 
 def test_what_is_no_time_model_is_refused() -> None:

@@ -16,6 +16,7 @@ from llmsched_env.perf.models import (
     iteration_time,
     valid,
 )
+from llmsched_env.perf.packed import packed_of
 from llmsched_env.perf.store import calibration_names, load_calibration, save_calibration
 from llmsched_env.perf.tables import TableTime
 
@@ -31,6 +32,7 @@ __all__ = [
     "calibration_names",
     "iteration_time",
     "load_calibration",
+    "packed_of",
     "save_calibration",
     "valid",
 ]

@@ -101,15 +101,17 @@ class IterationTimeModel(ABC):
 
     def seconds(self, batch: Batch) -> float:
         """Seconds of one iteration."""
-        from llmsched_env.perf.models import iteration_time  # it knows every model, so it cannot be imported above
+        from llmsched_env.perf.models import iteration_time  # these know every model, so they cannot be imported above
+        from llmsched_env.perf.packed import packed_of
 
-        return float(iteration_time(self.pack(), batch.array()))
+        return float(iteration_time(packed_of(self), batch.array()))
 
     def in_range(self, batch: Batch) -> bool:
         """Whether the batch lies inside the data behind the model, so that nothing is extrapolated."""
         from llmsched_env.perf.models import valid
+        from llmsched_env.perf.packed import packed_of
 
-        return bool(valid(self.pack(), batch.array()))
+        return bool(valid(packed_of(self), batch.array()))
 
 
 def check_provenance(value: object) -> None:

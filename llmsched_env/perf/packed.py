@@ -57,13 +57,22 @@ def check_model(model: object) -> None:
     """
     if not isinstance(model, IterationTimeModel):
         raise ConfigError(f"engine.time_model: {checks.shown(model)}, must be an IterationTimeModel")
-    if type(model) in _CHECKED:  # their constructors have checked all of it
-        return
-    owner = f"engine.time_model: {type(model).__name__}.pack()"
     check_provenance(model.provenance)
+    packed_of(model)
+
+
+def packed_of(model: IterationTimeModel) -> FloatArray:
+    """``model.pack()``, which compiled code can read: what one of the user's own gives is checked at every call.
+
+    Raises:
+        ConfigError: says what it gives and what it must give.
+    """
+    if type(model) in _CHECKED:  # their constructors have checked all of it
+        return model.pack()
+    owner = f"engine.time_model: {type(model).__name__}.pack()"
     with checks.told(owner):
         packed = model.pack()
-    check_packed(owner, packed)
+    return check_packed(owner, packed)
 
 
 def check_packed(owner: str, packed: object) -> FloatArray:

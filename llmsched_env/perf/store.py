@@ -57,7 +57,7 @@ def load_calibration(name_or_file: str | os.PathLike[str]) -> IterationTimeModel
     Raises:
         ConfigError: unknown name (the nearest one is given), unreadable file, missing or unknown field.
     """
-    given = str(name_or_file) if isinstance(name_or_file, os.PathLike) else name_or_file
+    given = os.fspath(name_or_file) if isinstance(name_or_file, os.PathLike) else name_or_file
     name = checks.text("calibration", given, empty=False)
     if name.endswith(":clip"):
         while name.endswith(":clip"):
