@@ -331,6 +331,13 @@ def test_what_an_archive_claims_is_checked_before_it_is_unpacked() -> None:
         parse_calibration("FILE", npz_of(members | {"tokens.npy": header.getvalue()}))
 
 
+def test_what_single_precision_would_lose_is_saved_in_double() -> None:
+    kept = {name: getattr(MIXED, name) for name in MIXED.__dataclass_fields__ if name not in ("_packed", "provenance")}
+    for name, values in (("linear", [1e-320, 2e-320]), ("tokens", [1000.0, 1000.00001])):
+        model = MixedAttentionTime(**{**kept, name: values})
+        assert getattr(parse_calibration("x", calibration_bytes(model)[1]), name).tolist() == values
+
+
 def test_text_that_could_not_be_saved_again_is_refused() -> None:
     record = json.loads(FILES["linear"])
     record["provenance"]["name"] = "\ud800"

@@ -1,8 +1,8 @@
 """Calibrations on disk, with provenance: ``.json`` for coefficients, ``.npz`` for tables.
 
 A JSON file is ``{"form": ..., "coefficients": {...}, "provenance": {...}}``. An NPZ file holds the
-tables by field name in single precision and one text entry ``calibration``: the same JSON without
-the tables. Shipped ones lie in ``perf/calibrations``.
+tables by field name in single precision (double where that would lose points) and one text entry
+``calibration``: the same JSON without the tables. Shipped ones lie in ``perf/calibrations``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.base import IterationTimeModel, Provenance
+from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance
 from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.perf.models import FormulaTime, LinearTime
 from llmsched_env.perf.tables import TableTime
@@ -188,7 +188,7 @@ def calibration_bytes(model: IterationTimeModel) -> tuple[str, bytes]:
             continue
         if isinstance(value, np.ndarray):
             if value.size:
-                arrays[f.name] = value.astype(np.float32)
+                arrays[f.name] = _stored(value)
         elif not (isinstance(value, float) and np.isinf(value)):  # no limit: JSON has no infinity
             coefficients[f.name] = value.item() if isinstance(value, np.generic) else value
     provenance = {key: value for key, value in dataclasses.asdict(model.provenance).items() if value not in (None, "")}
@@ -199,6 +199,13 @@ def calibration_bytes(model: IterationTimeModel) -> tuple[str, bytes]:
     arrays[_TEXT] = np.array(text)
     np.savez_compressed(out, **arrays)  # numpy writes fixed dates: reproducible
     return ".npz", out.getvalue()
+
+
+def _stored(values: FloatArray) -> npt.NDArray[np.floating[Any]]:
+    """In single precision, unless that makes 0 of a time or one point of two of an axis: the file could not be read again."""
+    single = values.astype(np.float32)
+    lost = np.any((single == 0) != (values == 0)) or (values.ndim == 1 and np.any((np.diff(single) > 0) != (np.diff(values) > 0)))
+    return values if lost else single
 
 
 def save_calibration(model: IterationTimeModel, path: str | Path) -> None:
