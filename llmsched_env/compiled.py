@@ -103,7 +103,7 @@ _remove_stale(CACHE_FOLDER)
 
 # --- what a compiled function is made of ------------------------------------------------------------
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), enum.Enum, np.dtype, numba.types.Type)
-_NOT_FOLLOWED = frozenset({"numba", "numpy", "llvmlite"}) | sys.stdlib_module_names  # numba's and numpy's versions are in the key
+_NOT_FOLLOWED = ("numba", "numpy", "llvmlite")  # the first two's versions are in the key, the third's goes with numba's
 _SETTINGS = ("BOUNDSCHECK", "OPT", "DEBUGINFO_DEFAULT", "FULL_TRACEBACKS")
 
 
@@ -155,7 +155,7 @@ class _Reach:
 
     def value(self, value: object, names: list[str]) -> None:
         """Describe a value; of a module, what it has by one of ``names``."""
-        function = getattr(value, "py_func", None) or getattr(value, "_defn", None)  # of a compiled one, of an intrinsic
+        function = getattr(value, "__wrapped__", None)  # numba keeps it in compiled functions, ufuncs and intrinsics
         if isinstance(value, FunctionType):
             self.function(value)
         elif isinstance(function, FunctionType):

@@ -151,6 +151,7 @@ def test_the_key_sees_what_the_machine_code_is_made_of(before: str, after: str) 
 
 
 def test_the_key_follows_modules_intrinsics_and_circles() -> None:
+    from numba import njit, vectorize
     from numba.extending import intrinsic
 
     def make(number: int) -> Any:
@@ -160,6 +161,9 @@ def test_the_key_follows_modules_intrinsics_and_circles() -> None:
         return outside("def g(x): return f(x)\ndef f(x): return m.itself.K if x else g(x)", m=constants)
 
     assert reach(make(1)) == reach(make(1)) != reach(make(2))
+    for decorate in (njit, vectorize, vectorize(["int64(int64)"])):
+        first, second = (decorate(outside(f"def f(x): return x + {n}")) for n in (1, 2))
+        assert reach(outside("def f(x): return g(x)", g=first)) != reach(outside("def f(x): return g(x)", g=second)), decorate
     first, second = (outside(f"def f(typingctx, x): return {n}") for n in (1, 2))
     assert reach(outside("def f(x): return g(x)", g=intrinsic(first))) != reach(outside("def f(x): return g(x)", g=intrinsic(second)))
 
