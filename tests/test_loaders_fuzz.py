@@ -331,6 +331,15 @@ def test_what_an_archive_claims_is_checked_before_it_is_unpacked() -> None:
         parse_calibration("FILE", npz_of(members | {"tokens.npy": header.getvalue()}))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_text_that_is_no_text_is_refused(order: str) -> None:
+    whole = npy(np.array(json.dumps(json.loads(FILES["linear"])), f"{order}U200"))
+    assert parse_calibration("FILE", npz_of({"calibration.npy": whole})) == MODELS["linear"]
+    damaged = whole[:-4] + b"\x7f\xff\xff\x7f"  # no code point in either order
+    with pytest.raises(ConfigError, match="text that is not Unicode"):
+        parse_calibration("FILE", npz_of({"calibration.npy": damaged}))
+
+
 def test_what_single_precision_would_lose_is_saved_in_double() -> None:
     kept = {name: getattr(MIXED, name) for name in MIXED.__dataclass_fields__ if name not in ("_packed", "provenance")}
     for name, values in (("linear", [1e-320, 2e-320]), ("tokens", [1000.0, 1000.00001])):

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import sys
 import zipfile
 from importlib import resources
 from pathlib import Path
@@ -155,6 +156,10 @@ def _array(data: bytes) -> npt.NDArray[Any]:
         raise ValueError(f"an array of {dtype}, shape {shape}, must be of numbers or text")
     if math.prod(shape) * dtype.itemsize != len(data) - file.tell():
         raise ValueError(f"{len(data) - file.tell()} bytes for {dtype}, shape {shape}")
+    if dtype.kind == "U" and dtype.itemsize:  # Python raises SystemError on what is no code point
+        points = np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder), offset=file.tell())
+        if points.size and points.max() > sys.maxunicode:
+            raise ValueError("text that is not Unicode")
     return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
 
 
