@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from agents.network import Float32, Network
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 
 
@@ -24,6 +25,8 @@ def averaged(networks: Sequence[Network]) -> Network:
     Raises:
         ConfigError: none given, or they differ in inputs, components or number of layers, or have no hidden layer.
     """
+    if not all(isinstance(n, Network) for n in networks):
+        raise ConfigError(f"ensemble: members {[type(n).__name__ for n in networks]}, must be networks")
     shapes = {(n.width, n.components, len(n.layers)) for n in networks}
     if len(shapes) != 1 or not networks[0].layers:
         raise ConfigError(f"ensemble: inputs, components and layers {sorted(shapes)}, must be the same for all, with a hidden layer")
@@ -44,8 +47,14 @@ def averaged(networks: Sequence[Network]) -> Network:
 
 
 def with_bonus(network: Network, choice: int, logits: float) -> Network:
-    """The network with ``logits`` added to one choice wherever it is; below 0 they make it rarer."""
+    """The network with ``logits`` added to one choice wherever it is; below 0 they make it rarer.
+
+    Raises:
+        ConfigError: no such choice, or logits that are not from -1e6 to 1e6.
+    """
     weight, bias = network.head
+    choice = checks.integer("choice", choice, high=bias.size - 1)
+    logits = checks.number("logits", logits, low=-1e6, high=1e6)
     bias = bias.copy()
     bias[choice] += np.float32(logits)
     return replace(network, head=(weight, bias))
@@ -53,8 +62,8 @@ def with_bonus(network: Network, choice: int, logits: float) -> Network:
 
 def _rescaled(network: Network, mean: Float32, scale: Float32) -> tuple[Float32, Float32]:
     """The first layer for observations scaled as (x - mean) * scale in place of the network's own way."""
-    if np.any(scale == 0):
-        raise ConfigError("ensemble: the first member's scale has zeros, must be > 0")
+    if not np.all(scale > 0):
+        raise ConfigError("ensemble: the first member's scale has values that are not above 0, must be > 0")
     weight, bias = network.layers[0]
     wide = weight.astype(np.float64)
     ratio = network.scale.astype(np.float64) / scale

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +12,12 @@ from typing import Any
 
 from baselines import Setting, make_policy, policy_names
 from hardware.options import differing
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import Policy
-from llmsched_env.types import EngineConfig, LengthStatistics
+from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
 from llmsched_env.workload.lengths import TraceLengths
 from llmsched_env.workload.readers import read_trace
 from llmsched_env.workload.scenarios import load_scenario
@@ -27,6 +26,8 @@ POLICY = "LLMSCHED_POLICY"
 POLICY_CONFIG = "LLMSCHED_POLICY_CONFIG"
 DEFAULT_SCENARIO = "azure-conv"
 DEFAULT_LOAD = 0.8
+RATE_LIMIT = 1e9
+"""requests/s"""
 
 
 @dataclass(frozen=True)
@@ -67,36 +68,31 @@ class LiveConfig:
     report_interval_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.policy, str) or not self.policy.strip():
-            raise ConfigError(f"{POLICY}: {self.policy!r}, must be the name of a policy, a checkpoint's folder or module:attribute")
+        if not isinstance(self.policy, str) or not 0 < len(self.policy.strip()) <= 4096:
+            raise ConfigError(
+                f"{POLICY}: {checks.shown(self.policy)}, must be the name of a policy, a checkpoint's folder or module:attribute"
+            )
         sources = [name for name in ("scenario", "trace", "lengths") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise ConfigError(f"{sources[0]}, {sources[1]}: both given, length statistics come from one of scenario, trace and lengths")
         for name in ("scenario", "trace", "calibration", "report_path"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, str) and value):
-                raise ConfigError(f"{name}: {value!r}, must be a text")
+            if getattr(self, name) is not None:
+                checks.text(name, getattr(self, name), empty=False)
         for name in ("lengths", "options"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, Mapping):
-                raise ConfigError(f"{name}: {value!r}, must be an object")
+            if name == "options" or self.lengths is not None:
+                checks.mapping(name, getattr(self, name))
         for name in ("overload", "assume_max_tokens"):
-            value = getattr(self, name)
-            if not (isinstance(value, bool) or (value is None and name == "overload")):
-                raise ConfigError(f"{name}: {value!r}, must be true or false")
+            if name != "overload" or self.overload is not None:
+                checks.flag(name, getattr(self, name))
         for name, high in (
-            ("rate", math.inf), ("horizon_seconds", math.inf), ("max_wait_seconds", 86_400.0), ("report_interval_seconds", math.inf)
+            ("rate", RATE_LIMIT), ("horizon_seconds", checks.MOST_SECONDS), ("max_wait_seconds", 86_400.0),
+            ("report_interval_seconds", checks.MOST_SECONDS),
         ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name == "rate":
-                continue
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (number and 0 < value <= high and math.isfinite(value)):
-                raise ConfigError(f"{name}: {value!r}, must be a number > 0" + (f" and <= {high:g}" if math.isfinite(high) else ""))
-        retry = self.retry_after_iterations
-        if retry is not None and (isinstance(retry, bool) or not isinstance(retry, int) or retry < 1):
-            raise ConfigError(f"retry_after_iterations: {retry!r}, must be an integer >= 1 or null")
-        if self.report_path is not None and not Path(self.report_path).absolute().parent.is_dir():
+            if name != "rate" or self.rate is not None:
+                checks.number(name, getattr(self, name), high=high, open_low=True)
+        if self.retry_after_iterations is not None:
+            checks.integer("retry_after_iterations", self.retry_after_iterations, low=1, high=2**62)
+        if self.report_path is not None and not _is_folder(Path(self.report_path).absolute().parent):
             raise ConfigError(f"report_path: {self.report_path!r}, its folder does not exist")
 
     @classmethod
@@ -114,12 +110,8 @@ class LiveConfig:
         path = environment.get(POLICY_CONFIG, "").strip()
         if not path:
             return cls(policy)
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{POLICY_CONFIG}: {path!r}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{POLICY_CONFIG}: {path!r}: must hold a JSON object")
+        where = f"{POLICY_CONFIG}: {path!r}"
+        values = checks.json_object(where, checks.file_bytes(where, path))
         allowed = [f.name for f in dataclasses.fields(cls) if f.name != "policy"]
         for name in values:
             if name not in allowed:
@@ -134,7 +126,7 @@ class LiveConfig:
     @property
     def is_checkpoint(self) -> bool:
         """Whether the policy is a learned agent."""
-        return Path(self.policy).is_dir()
+        return _is_folder(Path(self.policy))
 
     @property
     def assumed_scenario(self) -> str | None:
@@ -159,10 +151,8 @@ class LiveConfig:
                 raise ConfigError(
                     f"lengths.{(unknown or missing)[0]}: {'unknown' if unknown else 'missing'} (fields: prompt, output, weight)"
                 )
-            try:
+            with checks.told("lengths"):
                 found = LengthStatistics.of(self.lengths["prompt"], self.lengths["output"], self.lengths["weight"], source="lengths")
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"lengths: {error}") from error
         elif self.trace is not None:
             trace = read_trace(self.trace)
             found = TraceLengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, trace.path).statistics()
@@ -240,8 +230,10 @@ def _named(config: LiveConfig, setting: Setting) -> Policy:
         if overload:
             raise
         raise InfeasibleError(f'{error}; plan for another "rate", or set "overload": true') from error
-    except TypeError as error:
-        raise ConfigError(f"options: {error}") from error
+    except ConfigError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # of types that the policy does not expect
+        raise ConfigError(f"options: {type(error).__name__}: {error}") from error
 
 
 def _checkpoints() -> Any:
@@ -261,13 +253,33 @@ def _own(config: LiveConfig, setting: Setting) -> Policy:
     module_name, _, attribute = config.policy.partition(":")
     try:
         made = getattr(importlib.import_module(module_name), attribute)(setting, **config.options)
-    except (ImportError, AttributeError, TypeError) as error:
-        raise ConfigError(f"{POLICY}: {config.policy!r}: {error}") from error
-    for name in ("name", "layout", "engine", "known_lengths", "notes", "decide", "reset"):
+    except ConfigError:
+        raise
+    except Exception as error:  # the operator's own code: whatever it raises, the server does not start with it
+        raise ConfigError(f"{POLICY}: {config.policy!r}: {type(error).__name__}: {error}") from error
+    owner = f"{POLICY}: {config.policy!r}: {type(made).__name__}"
+    for name, kind in _MEMBERS.items():
         if not hasattr(made, name):
-            raise ConfigError(f"{POLICY}: {config.policy!r}: {type(made).__name__} has no {name!r} (see llmsched_env.runner.Policy)")
+            raise ConfigError(f"{owner} has no {name!r} (see llmsched_env.runner.Policy)")
+        value = getattr(made, name)
+        if kind is None and not callable(value):
+            raise ConfigError(f"{owner}: {name} is {checks.shown(value)}, must be a method")
+        if kind is not None and not isinstance(value, kind):
+            raise ConfigError(f"{owner}: {name} is {checks.shown(value)}, must be a {kind.__name__}")
     policy: Policy = made
     return policy
+
+
+# What ``llmsched_env.runner.Policy`` asks for; None for a method.
+_MEMBERS: dict[str, type | None] = {
+    "name": str,
+    "layout": QueueLayout,
+    "engine": EngineConfig,
+    "known_lengths": bool,
+    "notes": str,
+    "decide": None,
+    "reset": None,
+}
 
 
 def _check_engine(policy: Policy, engine: EngineConfig) -> None:
@@ -279,3 +291,10 @@ def _check_engine(policy: Policy, engine: EngineConfig) -> None:
         values = ", ".join(f"{setting.name} = {asked} (server: {found})" for setting, asked, found in others)
         flags = " ".join(setting.flag(asked) for setting, asked, _ in others)
         raise ConfigError(f"policy {policy.name!r} stands for an engine with {values}; start vllm serve with {flags}")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False

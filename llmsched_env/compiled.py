@@ -1,28 +1,50 @@
-"""``@compiled``: numba's ``njit`` with a disk cache that belongs to exactly these sources.
+"""``@compiled``: numba's ``njit`` with a disk cache that holds machine code of exactly these sources.
 
-numba recompiles a cached function when its own file changes, but not when a function it calls
-changes in another file: after an upgrade or an edit it would go on running old code. So the cache
-folder is named after a digest of the whole package, in ``NUMBA_CACHE_DIR`` or the user's cache
-folder. Folders of other versions that nobody has used for a month are removed.
+numba recompiles a cached function when its own file changes, but not when a function it calls changes
+in another file: after an upgrade or an edit it would go on running old code. Two things keep that from
+happening. The cache folder, in ``NUMBA_CACHE_DIR`` or the user's cache folder, is named after a digest of
+this package; folders of other versions that nobody has used for a month are removed. And a file in it is
+named after a digest of its function and of all that numba freezes into the machine code: the functions it
+reaches, in whatever file or package they are, and the constants they read.
+
+A file is written whole or not at all and carries a checksum: a damaged one is compiled again, and a folder
+that cannot be written to costs time, never the run. The first compilation of a process is announced on
+stderr, unless ``LLMSCHED_QUIET=1``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import hashlib
 import os
+import pickle
+import re
 import shutil
+import stat
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numba
+import numpy as np
+from numba.core import sigutils
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
 
-_PREFIX = "llmsched_env-"
+_PACKAGE = __name__.partition(".")[0]
+_PREFIX = f"{_PACKAGE}-"
 _KEEP_SECONDS = 30 * 24 * 3600.0
+_KEEP_VERSIONS = 64
+"""Files a function keeps: one for each types of its arguments and state of the user's sources; the oldest go first."""
 
 
+# --- the folder -------------------------------------------------------------------------------------
 def _digest() -> str:
     package = Path(__file__).resolve().parent
     digest = hashlib.sha256(numba.__version__.encode())
@@ -34,47 +56,273 @@ def _digest() -> str:
 
 def _base() -> Path:
     chosen = numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME")
-    return Path(chosen) if chosen else Path.home() / ".cache"
+    return Path(chosen).absolute() if chosen else Path.home() / ".cache"
+
+
+def _temporary_base() -> Path:
+    """A folder of this user alone: what lies in the cache is unpickled, so nobody else may write there."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    base = Path(tempfile.gettempdir()) / f"{_PREFIX}user{user}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    found = base.lstat()
+    if not stat.S_ISDIR(found.st_mode) or (hasattr(os, "getuid") and (found.st_uid != user or found.st_mode & 0o022)):
+        raise PermissionError(f"{base} belongs to somebody else")
+    return base
 
 
 def _folder() -> Path:
-    """The cache folder of these sources, created; in the temporary folder where the user's cannot be written."""
-    for base in (_base, lambda: Path(tempfile.gettempdir())):
+    """The cache folder of these sources, created; in the temporary folder where the user's can be neither written nor read."""
+    name = f"{_PREFIX}{_digest()}"
+    for base in (_base, _temporary_base):
         try:
-            folder = base() / f"{_PREFIX}{_digest()}"
+            folder = base() / name
             folder.mkdir(parents=True, exist_ok=True)
-            os.utime(folder)
+            filled = any(folder.iterdir())
+            with contextlib.suppress(OSError):
+                os.utime(folder)
         except (OSError, RuntimeError):  # no home directory is a RuntimeError
             continue
-        if os.access(folder, os.W_OK):
+        if filled or os.access(folder, os.W_OK):  # a full one that is read-only is worth more than an empty one
             return folder
-    return Path(tempfile.mkdtemp(prefix=_PREFIX))
+    return Path(tempfile.gettempdir()) / name / "unusable"  # nothing is read or kept
 
 
 def _remove_stale(folder: Path) -> None:
     limit = time.time() - _KEEP_SECONDS
-    for other in folder.parent.glob(f"{_PREFIX}*"):
-        if other != folder and other.is_dir() and other.stat().st_mtime < limit:
-            shutil.rmtree(other, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for other in folder.parent.glob(f"{_PREFIX}*"):
+            with contextlib.suppress(OSError):  # another process may be removing it, too
+                if other != folder and other.is_dir() and other.stat().st_mtime < limit:
+                    shutil.rmtree(other, ignore_errors=True)
 
 
 CACHE_FOLDER = _folder()
+"""Of this package's sources; its name ends with their digest."""
 _remove_stale(CACHE_FOLDER)
 
 
+# --- what a compiled function is made of ------------------------------------------------------------
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, type(Ellipsis), enum.Enum, np.dtype, numba.types.Type)
+_NOT_FOLLOWED = ("numba", "numpy", "llvmlite")  # the first two's versions are in the key, the third's goes with numba's
+_SETTINGS = ("BOUNDSCHECK", "OPT", "DEBUGINFO_DEFAULT", "FULL_TRACEBACKS")
+
+
+class _Reach:
+    """The functions and constants that a function reaches by the names in its code.
+
+    Functions of this package are described by their own code and closure alone: the rest is in the
+    folder's name. Not seen are numba extensions (``overload``) that another package registers.
+    """
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self._seen: set[int] = set()
+
+    def _add(self, *parts: object) -> None:
+        self.digest.update("\0".join(map(str, parts)).encode("utf-8", "backslashreplace") + b"\1")
+
+    def function(self, function: FunctionType) -> None:
+        module = function.__module__ or ""
+        self._add("function", module, function.__qualname__)
+        if id(function) in self._seen or module.partition(".")[0] in _NOT_FOLLOWED:
+            return
+        self._seen.add(id(function))
+        names = self._code(function.__code__)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            self.value(value, names)
+        for cell in function.__closure__ or ():
+            try:
+                self.value(cell.cell_contents, names)
+            except ValueError:
+                self._add("empty cell")
+        if module.partition(".")[0] != _PACKAGE:
+            for name in names:
+                if name in function.__globals__:
+                    self._add("global", name)
+                    self.value(function.__globals__[name], names)
+
+    def _code(self, code: CodeType) -> list[str]:
+        """Describe it and the code within it; the names it reads, in order."""
+        names = set(code.co_names)
+        self._add(code.co_code.hex(), code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+        self._add(code.co_argcount, code.co_kwonlyargcount, code.co_flags, code.co_exceptiontable.hex())
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                names.update(self._code(constant))
+            else:
+                self.value(constant, [])
+        return sorted(names)
+
+    def value(self, value: object, names: list[str]) -> None:
+        """Describe a value; of a module, what it has by one of ``names``."""
+        function = getattr(value, "__wrapped__", None)  # numba keeps it in compiled functions, ufuncs and intrinsics
+        if isinstance(value, FunctionType):
+            self.function(value)
+        elif isinstance(function, FunctionType):
+            self._add(type(value).__qualname__, sorted(getattr(value, "targetoptions", {}).items()))
+            self.function(function)
+        elif isinstance(value, _CONSTANTS):
+            self._add(type(value).__qualname__, repr(value))
+        elif isinstance(value, np.ndarray | np.generic):
+            array = np.asarray(value)
+            self._add("array", array.dtype, array.shape, array.tobytes().hex() if array.dtype != object else "")
+        elif isinstance(value, tuple):
+            self._add(type(value).__qualname__, len(value), getattr(value, "_fields", ()))
+            for item in value:
+                self.value(item, names)
+        elif isinstance(value, frozenset):
+            self._add("frozenset", sorted(map(repr, value)))
+        elif isinstance(value, ModuleType):
+            self._add("module", value.__name__)
+            if id(value) in self._seen or value.__name__.partition(".")[0] in _NOT_FOLLOWED:
+                return
+            self._seen.add(id(value))
+            for name in names:
+                if name in vars(value):
+                    self._add("attribute", name)
+                    self.value(vars(value)[name], names)
+        else:
+            kind = value if isinstance(value, type) else type(value)
+            self._add(kind.__module__, kind.__qualname__, getattr(value, "_fields", ()))
+
+
+# --- the cache --------------------------------------------------------------------------------------
+_said: set[str] = set()  # at most two kinds of lines
+
+
+def _say(kind: str, line: str) -> None:
+    """One line of each kind on stderr in a process."""
+    if kind in _said or os.environ.get("LLMSCHED_QUIET", "0") not in ("", "0"):
+        return
+    _said.add(kind)
+    if sys.stderr is not None:  # without a console there is none
+        with contextlib.suppress(OSError, ValueError):
+            print(f"llmsched_env: {line}", file=sys.stderr, flush=True)
+
+
+class _Cache:
+    """What numba's dispatcher asks of a cache, as one file for each types of the arguments.
+
+    numba's own keeps a numbered list of files in an index. Two processes that compile one function for
+    different types at once can give both the same number; here the name says what is in the file.
+    """
+
+    def __init__(self, function: FunctionType) -> None:
+        self._function = function
+        self._label = re.sub(r"[^A-Za-z0-9_.]", "", f"{function.__module__}.{function.__qualname__}")[-80:]
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str:
+        return str(CACHE_FOLDER)
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Remove what is kept of the function."""
+        self._trim(0)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled function for these types of arguments; None if it is to be compiled."""
+        target_context.refresh()
+        found = self._load(sig, target_context) if self._enabled else None
+        if found is None:
+            where = f"; later runs load it from {CACHE_FOLDER}" if self._enabled else ""
+            _say("compiling", f"compiling for this machine, which takes some seconds{where}")
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled function, if that can be done."""
+        if not self._enabled or data.library.has_dynamic_globals or any(not lifted.can_cache for lifted in data.lifted):
+            return
+        try:
+            payload = dumps(data._reduce())
+            self._write(self._path(sig, data.codegen), hashlib.sha256(payload).digest() + payload)
+            self._trim(_KEEP_VERSIONS)
+        except Exception as error:  # no space, no permission, something that cannot be pickled: the function itself works
+            _say("cache", f"compiled code cannot be kept in {CACHE_FOLDER} ({type(error).__name__}: {error})")
+
+    def _load(self, sig: Any, target_context: Any) -> Any:
+        path = None
+        try:
+            path = self._path(sig, target_context.codegen())
+            data = path.read_bytes()
+            payload = memoryview(data)[32:]
+            if hashlib.sha256(payload).digest() != data[:32]:
+                raise ValueError("the file is damaged")
+            found = CompileResult._rebuild(target_context, *pickle.loads(payload))
+            if tuple(found.signature.args) != _arguments(sig):
+                raise ValueError("the file is of other types")
+            return found
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # unpickling raises whatever the file says
+            _say("cache", f"{path or self._label} is compiled again ({type(error).__name__}: {error})")
+            if path is not None:
+                _remove(path)
+            return None
+
+    def _path(self, sig: Any, codegen: Any) -> Path:
+        reach = _Reach()
+        reach.function(self._function)
+        settings = [getattr(numba.config, name, None) for name in _SETTINGS]
+        versions = (numba.__version__, np.__version__, sys.implementation.cache_tag)
+        key = repr((str(_arguments(sig)), codegen.magic_tuple(), versions, settings, reach.digest.hexdigest()))
+        return CACHE_FOLDER / f"{self._label}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.nbc"
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
+        """All of it under a name of its own, then renamed: no reader sees a half, whoever else writes."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:16]}")
+        try:
+            part.write_bytes(data)
+            os.replace(part, path)
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+    def _trim(self, keep: int) -> None:
+        def written(path: Path) -> Iterator[float]:
+            with contextlib.suppress(OSError):
+                yield path.stat().st_mtime
+
+        files = sorted((time, path) for path in CACHE_FOLDER.glob(f"{self._label}-*.nbc*") for time in written(path))
+        for _, path in files[: max(len(files) - keep, 0)]:
+            _remove(path)
+
+
+def _arguments(sig: Any) -> tuple[Any, ...]:
+    return tuple(sigutils.normalize_signature(sig)[0])
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# --- the decorators ---------------------------------------------------------------------------------
 def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    before = numba.config.CACHE_DIR
-    # numba reads the setting when it decorates, so other packages keep theirs.
-    numba.config.CACHE_DIR = str(CACHE_FOLDER)
-    try:
-        result: Callable[..., Any] = numba.njit(cache=True, **options)(function)
-    finally:
-        numba.config.CACHE_DIR = before
+    if numba.config.DISABLE_JIT:
+        return function
+    dispatcher: Any = numba.njit(nogil=True, **options)(function)  # machine code touches no Python object
+    dispatcher._cache = _Cache(dispatcher.py_func)
+    result: Callable[..., Any] = dispatcher
     return result
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile to machine code at the first call, or load it from the cache; ordinary Python under ``NUMBA_DISABLE_JIT=1``."""
+    """Compile to machine code at the first call, or load it from the cache; ordinary Python under ``NUMBA_DISABLE_JIT=1``.
+
+    Other threads of Python run while the function does.
+    """
     return _compile(function)
 
 

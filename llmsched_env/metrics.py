@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.backend import Counters
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.types import BoolArray, FloatArray, RequestLog
@@ -123,11 +124,10 @@ def summarize(
     Raises:
         ConfigError: negative or non-finite warm-up, or a limit that is not positive.
     """
-    if not (math.isfinite(warmup) and warmup >= 0):
-        raise ConfigError(f"warmup: {warmup}, must be finite and >= 0 seconds")
+    checks.number("warmup", warmup, unit="seconds")
     for name, limit in (("ttft_limit", ttft_limit), ("tpot_limit", tpot_limit)):
-        if not limit > 0:
-            raise ConfigError(f"{name}: {limit}, must be > 0 seconds")
+        checks.number(name, limit, high=math.inf, unit="seconds", open_low=True)
+    checks.integer("kv_capacity", kv_capacity, low=1, high=2**62)
     counted = log.arrival >= warmup
     done = np.isfinite(log.completed)
     in_window = done & (log.completed >= warmup)
@@ -199,10 +199,12 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence:
         ConfigError: no value, or ``confidence`` outside (0, 1).
         MissingExtraError: scipy is not installed.
     """
-    array = np.asarray(values, dtype=np.float64)
+    array = checks.numbers("values", values)
     if array.ndim != 1 or array.size == 0:
         raise ConfigError(f"values: shape {array.shape}, must be (n,) with n >= 1")
-    if not 0 < confidence < 1:
+    if np.any(np.abs(array) > 1e150):
+        raise ConfigError(f"values: {checks.shown(values)}, must be within 1e150 of 0, or NaN")
+    if checks.number("confidence", confidence, high=1.0, open_low=True) == 1.0:
         raise ConfigError(f"confidence: {confidence}, must be in (0, 1)")
     mean, n = float(array.mean()), int(array.size)
     if n == 1:

@@ -8,7 +8,7 @@ specification stays serialisable.
 from __future__ import annotations
 
 import difflib
-import math
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
@@ -31,20 +32,25 @@ class Outcome(Protocol):
     @property
     def num_requests(self) -> int:
         """Requests of the episode."""
+
     @property
     def duration(self) -> float:
         """Seconds the clock moved."""
+
     @property
     def system_seconds(self) -> float:
         """Number in system integrated over the step (request-seconds)."""
+
     @property
     def completed(self) -> int: ...
     @property
     def completed_tokens(self) -> int:
         """Output tokens of the requests completed in the step."""
+
     @property
     def generated_tokens(self) -> int:
         """Output tokens sampled in the step, those later lost included."""
+
     @property
     def evictions(self) -> int: ...
     def finished(self) -> FinishedRequests: ...
@@ -105,9 +111,7 @@ class SloGoodputReward:
 
     def __post_init__(self) -> None:
         for name in ("ttft", "tpot"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"reward.{name}: {value}, must be finite and > 0 seconds")
+            checks.number(f"reward.{name}", getattr(self, name), unit="seconds", open_low=True)
 
     def __call__(self, outcome: Outcome) -> float:
         if outcome.completed == 0:
@@ -223,19 +227,41 @@ def make_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     """A reward from its name, from ``{"name": ..., **arguments}``, or the callable itself.
 
     Raises:
-        ConfigError: unknown name (the nearest one is given) or argument.
+        ConfigError: unknown name (the nearest one is given) or argument; a callable that cannot be called with one outcome,
+            or whose calls give no number: a class, a generator or a coroutine function.
     """
     if hasattr(spec, "py_func"):  # a compiled function
         return CompiledReward(spec)  # type: ignore[arg-type]
     if callable(spec):
+        _check_callable(spec)
         return spec
-    arguments: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
+    if not isinstance(spec, str | Mapping):
+        raise ConfigError(f"reward: {checks.shown(spec)}, must be a name, an object with one, or a callable (known: {', '.join(_REWARDS)})")
+    arguments = {"name": spec} if isinstance(spec, str) else checks.mapping("reward", spec)
     name = arguments.pop("name", None)
-    if name not in _REWARDS:
-        near = difflib.get_close_matches(str(name), _REWARDS, n=1)
+    if not isinstance(name, str) or name not in _REWARDS:
+        near = difflib.get_close_matches(str(name)[:100], _REWARDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"reward: {name!r} is unknown{hint} (known: {', '.join(_REWARDS)}, or a callable)")
+        raise ConfigError(f"reward: {checks.shown(name)} is unknown{hint} (known: {', '.join(_REWARDS)}, or a callable)")
     try:
         return _REWARDS[name](**arguments)
     except TypeError as error:
         raise ConfigError(f"reward {name!r}: {error}") from error
+
+
+def _check_callable(reward: Callable[..., Any]) -> None:
+    """What can be told without a call, which could change the state of a reward that keeps one."""
+    allowed = "must be called with one outcome and give a number"
+    if isinstance(reward, type):
+        raise ConfigError(f"reward: {reward.__name__} is a class, {allowed}: give an instance")
+    for function in (reward, getattr(reward, "__call__", None)):  # noqa: B004
+        if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ConfigError(f"reward: {checks.shown(reward)} is a coroutine or generator function, {allowed}")
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # compiled ones may have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ConfigError(f"reward: {checks.shown(reward)} takes {signature} ({error}), {allowed}") from error

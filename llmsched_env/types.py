@@ -25,8 +25,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel, LinearTime, load_calibration
+from llmsched_env.perf.packed import check_model
 from llmsched_env.records import Ints, Rows
 
 IntArray = npt.NDArray[np.int32]
@@ -38,6 +40,8 @@ ADMIT_ALL = int(np.iinfo(np.int32).max)
 
 MAX_BLOCK_SIZE = 65_536
 """Tokens; vLLM's own block sizes end far below."""
+MOST_QUEUES = 65_536
+"""Largest Q of a layout: every step looks at every queue."""
 
 Preset = Literal["paper", "vllm"]
 AdmissionOrder = Literal["arrival", "class"]
@@ -65,12 +69,22 @@ class Decision(Rows):
 
     @classmethod
     def of(cls, run: npt.ArrayLike, admit: npt.ArrayLike, evict: npt.ArrayLike = 0) -> Decision:
-        """Build a decision from three array-likes; ``run`` fixes the number of queues."""
-        rows = np.atleast_1d(np.asarray(run))
-        decision = cls(rows.shape[0])
-        decision.run[:] = rows
-        decision.admit[:] = np.minimum(np.asarray(admit), ADMIT_ALL)
-        decision.evict[:] = evict
+        """Build a decision from three array-likes; ``run`` fixes the number of queues.
+
+        Raises:
+            ConfigError: numbers that int32 cannot hold as they are, or shapes that do not fit; a larger ``admit`` is ``ADMIT_ALL``.
+        """
+        rows = np.atleast_1d(checks.any_array("decision.run", run))
+        decision = cls(rows.shape[0] if rows.ndim == 1 else 0)
+        for name, values in (("run", rows), ("admit", admit), ("evict", evict)):
+            given = checks.any_array(f"decision.{name}", values)
+            if given.dtype.kind not in "biuf" or given.shape not in ((), rows.shape) or rows.ndim != 1:
+                raise ConfigError(f"decision.{name}: {checks.shown(values)}, must be one integer a queue, {rows.shape}")
+            given = given.astype(np.float64)  # exact as far as int32 goes; small types would overflow below
+            given = np.minimum(given, ADMIT_ALL) if name == "admit" else given
+            if not np.all((given >= -ADMIT_ALL) & (given <= ADMIT_ALL) & (np.floor(given) == given)):
+                raise ConfigError(f"decision.{name}: {checks.shown(values)}, must be integers below 2**31")
+            getattr(decision, name)[:] = given
         return decision
 
     @classmethod
@@ -114,30 +128,32 @@ class Workload:
         request_id: tuple[str, ...] = (),
     ) -> Workload:
         """Check and convert; raises ``ConfigError`` naming the first offending row."""
-        times = np.ascontiguousarray(arrival, dtype=np.float64)
-        n = times.shape[0] if times.ndim == 1 else -1
-        if n < 0:
+        times = checks.numbers("workload.arrival", arrival)
+        if times.ndim != 1:
             raise ConfigError(f"workload.arrival: shape {times.shape}, must be one-dimensional")
-        columns: dict[str, npt.NDArray[Any]] = {"prompt_tokens": np.asarray(prompt_tokens), "output_tokens": np.asarray(output_tokens)}
-        columns["type_id"] = np.zeros(n, np.int32) if type_id is None else np.asarray(type_id)
-        for name, values in columns.items():
-            if values.shape != (n,):
-                raise ConfigError(f"workload.{name}: shape {values.shape}, must be ({n},) as arrival has")
-            low = 0 if name == "type_id" else 1
-            bad = np.flatnonzero(~((values >= low) & (values <= 2**30)))
-            if bad.size:
-                raise ConfigError(f"workload.{name}: row {bad[0]} is {values[bad[0]]}, must be an integer from {low} to 2**30")
-        bad = np.flatnonzero(~(np.isfinite(times) & (times >= 0)))
+        n = times.shape[0]
+        columns: dict[str, IntArray] = {}
+        for name, values in (("prompt_tokens", prompt_tokens), ("output_tokens", output_tokens), ("type_id", type_id)):
+            if values is None and name == "type_id":
+                columns[name] = np.zeros(n, np.int32)
+                continue
+            columns[name] = checks.counts(f"workload.{name}", values, 0 if name == "type_id" else 1)
+            if columns[name].shape != (n,):
+                raise ConfigError(f"workload.{name}: shape {columns[name].shape}, must be ({n},) as arrival has")
+        bad = np.flatnonzero(~((times >= 0) & (times <= checks.MOST_SECONDS)))
         if bad.size:
-            raise ConfigError(f"workload.arrival: row {bad[0]} is {times[bad[0]]}, must be finite and >= 0 seconds")
+            raise ConfigError(
+                f"workload.arrival: row {bad[0]} is {times[bad[0]]}, must be finite, >= 0 and <= {checks.MOST_SECONDS:g} seconds"
+            )
         bad = np.flatnonzero(np.diff(times) < 0)
         if bad.size:
             i = int(bad[0])
             raise ConfigError(f"workload.arrival: row {i + 1} is {times[i + 1]} after {times[i]}, times must not decrease")
+        if not isinstance(request_id, tuple | list) or not all(isinstance(name, str) for name in request_id):
+            raise ConfigError(f"workload.request_id: {checks.shown(request_id)}, must be names (texts)")
         if request_id and len(request_id) != n:
             raise ConfigError(f"workload.request_id: {len(request_id)} names for {n} requests")
-        ints = {k: np.ascontiguousarray(v, dtype=np.int32) for k, v in columns.items()}
-        return cls(times, ints["prompt_tokens"], ints["output_tokens"], ints["type_id"], request_id)
+        return cls(times, columns["prompt_tokens"], columns["output_tokens"], columns["type_id"], tuple(request_id))
 
     def __len__(self) -> int:
         return int(self.arrival.shape[0])
@@ -180,14 +196,25 @@ class LengthStatistics:
         type_id: npt.ArrayLike | None = None,
         source: str = "",
     ) -> LengthStatistics:
-        p, o, w = (np.atleast_1d(np.asarray(a, dtype=np.float64)) for a in (prompt, output, weight))
-        t = np.zeros(p.shape, np.int32) if type_id is None else np.asarray(type_id, dtype=np.int32)
+        """Check, convert and normalise; raises ``ConfigError`` naming the field, and the row where it can."""
+        p, o, w = (
+            np.atleast_1d(checks.numbers(f"statistics.{name}", values))
+            for name, values in (("prompt", prompt), ("output", output), ("weight", weight))
+        )
+        t = (
+            np.zeros(p.shape, np.int32)
+            if type_id is None
+            else checks.counts("statistics.type_id", type_id, 0, MOST_QUEUES - 1, single=True)
+        )
         if not (p.shape == o.shape == w.shape == t.shape and p.ndim == 1 and p.size):
             raise ConfigError(f"statistics: shapes {p.shape}, {o.shape}, {w.shape}, {t.shape} must be equal and (M,)")
-        if not (np.all(w >= 0) and np.all(np.isfinite(w)) and w.sum() > 0):
-            raise ConfigError("statistics.weight: must be finite, >= 0 and not all zero")
-        if not (np.all(p >= 1) and np.all(o >= 1)):
-            raise ConfigError("statistics: prompt and output lengths must be >= 1 token")
+        for name, lengths in (("prompt", p), ("output", o)):
+            bad = np.flatnonzero(~((lengths >= 1) & (lengths <= checks.MOST_TOKENS)))
+            if bad.size:
+                raise ConfigError(f"statistics.{name}: row {bad[0]} is {lengths[bad[0]]}, must be >= 1 and <= 2**30 tokens")
+        if not (np.all(w >= 0) and np.all(w <= 1e100) and w.sum() > 0):
+            raise ConfigError("statistics.weight: must be finite, >= 0, <= 1e100 and not all zero")
+        checks.text("statistics.source", source)
         return cls(p, o, w / w.sum(), t, source)
 
     @property
@@ -231,16 +258,20 @@ class QueueLayout:
     segment_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.by not in ("single", "type", "prompt", "output"):
-            raise ConfigError(f"layout.by: {self.by!r}, must be single, type, prompt or output")
+        checks.one_of("layout.by", self.by, ("single", "type", "prompt", "output"))
         for name in ("edges", "segment_ends"):
-            values = getattr(self, name)
-            if any(v < 1 for v in values) or any(b <= a for a, b in itertools.pairwise(values)):
-                raise ConfigError(f"layout.{name}: {values}, must be increasing integers >= 1")
+            given = getattr(self, name)
+            values = checks.integers(f"layout.{name}", given, low=1, most=MOST_QUEUES)
+            if any(b <= a for a, b in itertools.pairwise(values)):
+                raise ConfigError(f"layout.{name}: {checks.shown(given)}, must be increasing integers >= 1")
+            object.__setattr__(self, name, values)
         if self.edges and self.by not in ("prompt", "output"):
             raise ConfigError(f"layout.edges: {self.edges} given, but only prompt and output classes have edges")
-        if self.num_types < 1 or (self.num_types > 1 and self.by != "type"):
-            raise ConfigError(f"layout.num_types: {self.num_types}, must be >= 1, and 1 unless by='type'")
+        object.__setattr__(self, "num_types", checks.integer("layout.num_types", self.num_types, low=1, high=MOST_QUEUES))
+        if self.num_types > 1 and self.by != "type":
+            raise ConfigError(f"layout.num_types: {self.num_types}, must be 1 unless by='type'")
+        if self.num_queues > MOST_QUEUES:
+            raise ConfigError(f"layout: {self.num_classes} classes of {self.num_segments} segments, must be at most {MOST_QUEUES} queues")
 
     @property
     def num_classes(self) -> int:
@@ -342,30 +373,31 @@ class EngineConfig:
         return cls(preset="vllm", **options)
 
     def __post_init__(self) -> None:
-        if self.preset not in ("paper", "vllm"):
-            raise ConfigError(f"engine.preset: {self.preset!r}, must be 'paper' or 'vllm'")
-        if self.admission_order not in ("arrival", "class"):
-            raise ConfigError(f"engine.admission_order: {self.admission_order!r}, must be 'arrival' or 'class'")
-        object.__setattr__(self, "class_rank", tuple(int(rank) for rank in self.class_rank))
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name, words in (
+            ("preset", ("paper", "vllm")),
+            ("admission_order", ("arrival", "class")),
+            ("oversize", ("error", "reject")),
+            ("eviction", ("recompute", "lose_progress")),
+        ):
+            checks.one_of(f"engine.{name}", getattr(self, name), words)
+        put("class_rank", checks.integers("engine.class_rank", self.class_rank, high=2**29 - 1, most=MOST_QUEUES))
         if self.class_rank and self.admission_order != "class":
             raise ConfigError(f"engine.class_rank: {self.class_rank}, needs admission_order='class'")
-        if any(not 0 <= rank < 2**29 for rank in self.class_rank):
-            raise ConfigError(f"engine.class_rank: {self.class_rank}, ranks must be integers from 0 to 2**29 - 1")
-        if not (0.0 <= self.late_after < math.inf):
-            raise ConfigError(f"engine.late_after: {self.late_after}, must be finite and >= 0 seconds")
-        if self.oversize not in ("error", "reject"):
-            raise ConfigError(f"engine.oversize: {self.oversize!r}, must be 'error' or 'reject'")
-        if self.eviction not in ("recompute", "lose_progress"):
-            raise ConfigError(f"engine.eviction: {self.eviction!r}, must be 'recompute' or 'lose_progress'")
-        if not isinstance(self.time_model, IterationTimeModel):
-            raise ConfigError(f"engine.time_model: {self.time_model!r}, must be an IterationTimeModel")
+        put("late_after", checks.number("engine.late_after", self.late_after, unit="seconds"))
+        check_model(self.time_model)
         for name in ("capacity_tokens", "num_blocks", "block_size", "max_num_batched_tokens", "max_num_seqs", "max_model_len"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= 2**30:
-                raise ConfigError(f"engine.{name}: {value!r}, must be an integer from 1 to 2**30")
+            put(name, checks.integer(f"engine.{name}", getattr(self, name), low=1))
+        for name in (
+            "boundary_slot", "enable_chunked_prefill", "scheduler_reserve_full_isl", "padded_prefill", "decode_needs_free_block",
+            "enable_prefix_caching",
+        ):  # fmt: skip
+            put(name, checks.flag(f"engine.{name}", getattr(self, name)))
         if self.block_size > MAX_BLOCK_SIZE:
             raise ConfigError(f"engine.block_size: {self.block_size}, must be from 1 to {MAX_BLOCK_SIZE} tokens")
-        if not 0.0 <= self.watermark < 1.0:
+        if checks.number("engine.watermark", self.watermark, high=1.0) == 1.0:
             raise ConfigError(f"engine.watermark: {self.watermark}, must be in [0, 1)")
         if self.preset == "paper":
             for name in ("padded_prefill", "decode_needs_free_block", "enable_prefix_caching"):
@@ -415,6 +447,11 @@ class EngineConfig:
         return self.capacity_tokens if self.preset == "paper" else self.max_model_len
 
     def replace(self, **changes: Any) -> EngineConfig:
+        """The same with other fields; raises ``ConfigError`` for an unknown one or a refused value."""
+        names = [f.name for f in dataclasses.fields(self)]
+        for name in changes:
+            if name not in names:
+                raise ConfigError(f"engine.{name}: unknown field (allowed: {', '.join(names)})")
         return dataclasses.replace(self, **changes)
 
 
@@ -435,10 +472,9 @@ class EpisodeLimits:
     max_iterations: int = 10_000_000
 
     def __post_init__(self) -> None:
-        if not self.horizon > 0:
-            raise ConfigError(f"limits.horizon: {self.horizon}, must be > 0 seconds")
-        if self.max_iterations < 1:
-            raise ConfigError(f"limits.max_iterations: {self.max_iterations}, must be >= 1")
+        object.__setattr__(self, "drain", checks.flag("limits.drain", self.drain))
+        checks.number("limits.horizon", self.horizon, high=math.inf, unit="seconds", open_low=True)
+        object.__setattr__(self, "max_iterations", checks.integer("limits.max_iterations", self.max_iterations, low=1, high=2**62))
 
 
 @dataclass(frozen=True, slots=True)

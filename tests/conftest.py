@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, settings
 
 # The first example of a test pays for compilation, so a deadline would measure numba.
 settings.register_profile("project", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
+
+# Tests read what programs write to stderr, whether or not the cache of compiled code is full.
+os.environ.setdefault("LLMSCHED_QUIET", "1")

@@ -111,7 +111,7 @@ def test_late_last_serves_more_within_the_limit() -> None:
     ("changes", "message"),
     [
         ({"class_rank": (0, 1)}, "class_rank"),
-        ({"class_rank": (-1, 1), "admission_order": "class"}, "ranks must be integers"),
+        ({"class_rank": (-1, 1), "admission_order": "class"}, r"class_rank\[0\]: -1, must be an integer from 0"),
         ({"late_after": -1.0}, "late_after"),
         ({"late_after": math.inf}, "late_after"),
     ],

@@ -422,7 +422,7 @@ GOOD = {"form": "linear", "coefficients": {"d0": 1.0, "d1": 0.0}, "provenance": 
         (json.dumps(GOOD | {"coefficients": {"d0": 1.0}}).encode(), "field 'd1' is missing"),
         (json.dumps(GOOD | {"coefficients": {"d0": 1.0, "d1": 0.0, "d2": 0.0}}).encode(), "unknown field 'd2' (allowed: d0, d1,"),
         (json.dumps(GOOD | {"coefficients": {"d0": -1.0, "d1": 0.0}}).encode(), "time_model.d0: -1.0"),
-        (json.dumps(GOOD | {"coefficients": {"d0": "fast", "d1": 0.0}}).encode(), "not a calibration file"),
+        (json.dumps(GOOD | {"coefficients": {"d0": "fast", "d1": 0.0}}).encode(), "time_model.d0: 'fast', must be a number"),
         (json.dumps(GOOD | {"provenance": {"num_blocks": 0}}).encode(), "provenance.num_blocks: 0"),
         (json.dumps(GOOD | {"provenance": {"license": "MIT"}}).encode(), "unknown field 'license'; did you mean 'licence'?"),
         (npz(json.dumps(GOOD | {"form": "tables", "coefficients": {}}), tokens=[1.0, 2.0]), "field 'linear' is missing"),

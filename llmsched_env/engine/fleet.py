@@ -12,6 +12,7 @@ from llmsched_env.engine import state as st
 from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import pool_tables, reset_pool
 from llmsched_env.engine.record_backend import engine_tables, load_queues, load_requests, load_settings, most_residents
+from llmsched_env.perf.packed import packed_of
 from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
 
 
@@ -45,7 +46,7 @@ class Fleet:
         block_size = max(spec.engine.block_size for spec in specs)
         self._tables = engine_tables(n, queues, residents, block_size, (count,))
         self._memory = np.zeros(count, dtype=st.Engine.DTYPE)
-        self._models = [np.ascontiguousarray(spec.engine.time_model.pack()) for spec in specs]
+        self._models = [packed_of(spec.engine.time_model) for spec in specs]
         self._pools: list[dict[str, npt.NDArray[Any]] | None] = [None] * count
         self._build()
 

@@ -16,6 +16,7 @@ from llmsched_env.engine.prefix_cache import SharedPrompts, pool_tables, reset_p
 from llmsched_env.engine.step import engine_at, reset_at
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import warn_out_of_range
+from llmsched_env.perf.packed import packed_of
 from llmsched_env.types import (
     Decision,
     EngineConfig,
@@ -294,7 +295,7 @@ class RecordBackend(ABC):
         sizes = (n, layout.num_queues, residents, engine.block_size)
         if sizes != self._sizes:
             self._sizes, self._tables = sizes, engine_tables(*sizes)
-        parts: dict[str, Any] = {**self._tables, "batch": {"model": np.ascontiguousarray(engine.time_model.pack())}}
+        parts: dict[str, Any] = {**self._tables, "batch": {"model": packed_of(engine.time_model)}}
         if engine.enable_prefix_caching:
             parts["pool"] = pool_tables(workload, engine.num_blocks, engine.block_size, residents, self._shared)
         self._workload, self.layout, self.engine, self.reveal_output_length = workload, layout, engine, reveal_output_length

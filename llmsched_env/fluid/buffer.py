@@ -29,11 +29,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid.equilibrium import KV_CHARGED, LOAD_FIELDS, TOLERANCE, CycleLoad, mean_rounding, stage_shift
 from llmsched_env.perf import Batch
 from llmsched_env.perf import batch as bt
-from llmsched_env.types import EngineConfig, FloatArray, IntArray, LengthStatistics
+from llmsched_env.types import MOST_QUEUES, EngineConfig, FloatArray, IntArray, LengthStatistics
 
 
 def theta_root(n_prev: float, n_k: float, p: float) -> float:
@@ -46,6 +47,10 @@ def theta_root(n_prev: float, n_k: float, p: float) -> float:
     Raises:
         ConfigError: p outside [0, 1], a threshold not > 0, or n_k <= n_prev p (no positive root: the queue grows).
     """
+    n_prev, n_k, p = (
+        checks.number(f"theta_root.{name}", value, low=-math.inf, high=math.inf)
+        for name, value in (("n_prev", n_prev), ("n_k", n_k), ("p", p))
+    )
     if not (0 <= p <= 1 and 0 < n_prev < math.inf and 0 < n_k < math.inf):
         raise ConfigError(f"theta_root: n_prev = {n_prev}, n_k = {n_k}, p = {p}; thresholds must be finite and > 0, p in [0, 1]")
     q = n_k / n_prev
@@ -73,12 +78,20 @@ def theta_lower_bound(n_prev: float, n_k: float, p: float) -> float:
 
 def check_segment_ends(segment_ends: Sequence[int] | npt.NDArray[np.integer], count: int | None = None) -> IntArray:
     """(K,) int32 of all K segment ends, the last included."""
-    ends = np.atleast_1d(np.asarray(segment_ends))
-    if ends.ndim != 1 or not ends.size or np.any(ends != np.round(ends)) or ends[0] < 1 or np.any(np.diff(ends) <= 0):
-        raise ConfigError(f"segment_ends: {list(segment_ends)}, must be increasing integers >= 1")
+    ends = checks.counts("segment_ends", segment_ends, 1, single=True)
+    if not ends.size or ends.size > MOST_QUEUES or np.any(np.diff(ends) <= 0):
+        raise ConfigError(f"segment_ends: {checks.shown(ends.tolist())}, must be increasing integers >= 1, at most {MOST_QUEUES}")
     if count is not None and ends.size != count:
         raise ConfigError(f"segment_ends: {ends.size} ends for {count} thresholds, must be one each (the last end included)")
-    return ends.astype(np.int32)
+    return ends
+
+
+def check_prompts(prompt: npt.ArrayLike, count: int) -> FloatArray:
+    """(count,) float64 prompt lengths of segments, tokens >= 0; one number stands for all."""
+    lengths = checks.numbers("prompt", prompt)
+    if lengths.shape not in ((), (1,), (count,)) or not np.all((lengths >= 0) & (lengths <= checks.MOST_TOKENS)):
+        raise ConfigError(f"prompt: {checks.shown(prompt)}, must be one length or {count}, from 0 to 2**30 tokens")
+    return np.broadcast_to(lengths, (count,))
 
 
 def survival(statistics: LengthStatistics, ends: IntArray) -> FloatArray:
@@ -97,14 +110,15 @@ def merge_segments(statistics: LengthStatistics, segment_ends: Sequence[int]) ->
     """Segment ends without those that nobody survives (p_k = 0) and those where nobody stops (p_k = 1)."""
     kept: list[int] = []
     alive = statistics.survival(0.0)
-    for r in check_segment_ends(segment_ends).tolist():
+    ends = check_segment_ends(segment_ends).tolist()
+    for r in ends:
         after = statistics.survival(float(r))
         if after == 0:
             return (*kept, r)
         if after < alive:
             kept.append(r)
             alive = after
-    return (*kept, max(statistics.max_output, int(segment_ends[-1])))
+    return (*kept, max(statistics.max_output, ends[-1]))
 
 
 def segment_stages(ends: IntArray, engine: EngineConfig) -> tuple[IntArray, IntArray]:
@@ -130,9 +144,11 @@ def nested_load(
         prompt: tokens, one number or (K,) per segment.
         prompt_square: mean square of the prompts of segment 1; by default the square of ``prompt``.
     """
-    n = np.atleast_1d(np.asarray(thresholds, dtype=np.float64))
+    n = np.atleast_1d(checks.numbers("thresholds", thresholds))
     first, last = segment_stages(check_segment_ends(segment_ends, n.size), engine)
-    length = np.broadcast_to(np.asarray(prompt, dtype=np.float64), n.shape)
+    if not np.all((n >= 0) & (n <= checks.MOST_TOKENS)):
+        raise ConfigError(f"thresholds: {checks.shown(thresholds)}, must be from 0 to 2**30 requests")
+    length = check_prompts(prompt, n.size)
     square = float(length[0]) ** 2 if prompt_square is None else prompt_square
     width = (last - first + 1).astype(np.float64)
     residents = float(n @ width)
@@ -193,19 +209,22 @@ def safety_buffer(
         delta: allowed probability of any overflow on [0, T].
         num_types: m of the union bound; by default K.
     """
-    n = np.atleast_1d(np.asarray(thresholds, dtype=np.float64))
+    n = np.atleast_1d(checks.numbers("thresholds", thresholds))
     ends = check_segment_ends(segment_ends, n.size)
-    p = np.atleast_1d(np.asarray(continuation, dtype=np.float64))
+    p = np.atleast_1d(checks.numbers("continuation", continuation))
     if p.shape != (n.size - 1,):
         raise ConfigError(f"continuation: {p.size} probabilities for {n.size} segments, must be {n.size - 1}")
-    if not 0 < delta < 1:
+    if not np.all((n > 0) & (n <= checks.MOST_TOKENS)):
+        raise ConfigError(f"thresholds: {checks.shown(thresholds)}, must be > 0 and <= 2**30 requests")
+    if checks.number("delta", delta, low=1e-300, high=1.0) == 1.0:
         raise ConfigError(f"delta: {delta}, must be in (0, 1)")
-    if not 0 < horizon_seconds < math.inf:
-        raise ConfigError(f"horizon_seconds: {horizon_seconds}, must be finite and > 0")
+    checks.number("horizon_seconds", horizon_seconds, unit="seconds", open_low=True)
+    if num_types is not None:
+        checks.integer("num_types", num_types, low=1)
     d0 = engine.time_model.seconds(Batch())
     if n.size > 1 and d0 <= 0:
         raise ConfigError("engine.time_model: an empty batch takes 0 seconds, so the number of iterations in the horizon has no bound")
-    length = np.broadcast_to(np.asarray(prompt, dtype=np.float64), n.shape)
+    length = check_prompts(prompt, n.size)
     charge = length[1:] + segment_stages(ends, engine)[1][:-1] + mean_rounding(engine)
     theta = np.array([theta_root(n[k - 1], n[k], p[k - 1]) for k in range(1, n.size)])
     log = math.log((num_types or n.size) * (1 + horizon_seconds / d0) / delta) if n.size > 1 else 0.0

@@ -31,10 +31,11 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.perf import Batch, LinearTime
 from llmsched_env.perf import batch as bt
-from llmsched_env.types import EngineConfig, FloatArray, IntArray, LengthStatistics
+from llmsched_env.types import MOST_QUEUES, EngineConfig, FloatArray, IntArray, LengthStatistics
 
 Constraint = Literal["kv_capacity", "max_num_batched_tokens", "max_num_seqs"]
 """What limits the batch besides time; the last two hold in the ``vllm`` preset only."""
@@ -51,6 +52,13 @@ TOLERANCE = 1e-9
 
 _LONGEST_CYCLE = 1e15
 """Seconds; stands for infinity in lim tau(batch(x)) / x."""
+
+
+LEAST_RATE, MOST_RATE = 1e-9, 1e9
+"""Total arrival rates (requests/s) between which every quotient of rates, lengths and times is finite."""
+
+_LEAST_SHARE = 1e-100
+_LEAST_SPAN = 1e-9  # seconds
 
 
 def stage_shift(engine: EngineConfig) -> int:
@@ -239,22 +247,31 @@ class Fluid:
         Raises:
             ConfigError: shapes differ, a length below 1, a rate negative or not finite, no arrivals.
         """
-        l, o, lam = (np.atleast_1d(np.asarray(a, dtype=np.float64)) for a in (prompt, output, rate))
+        l, o, lam = (
+            np.atleast_1d(checks.numbers(f"fluid.{name}", values))
+            for name, values in (("prompt", prompt), ("output", output), ("rate", rate))
+        )
         if not (l.ndim == 1 and l.size and l.shape == o.shape == lam.shape):
             raise ConfigError(f"fluid: shapes of prompt {l.shape}, output {o.shape} and rate {lam.shape} must be equal and (P,)")
         for name, values in (("prompt", l), ("output", o)):
-            bad = np.flatnonzero(~(np.isfinite(values) & (values >= 1)))
+            bad = np.flatnonzero(~((values >= 1) & (values <= checks.MOST_TOKENS)))
             if bad.size:
-                raise ConfigError(f"fluid.{name}: value {bad[0]} is {values[bad[0]]}, must be >= 1 token")
-        bad = np.flatnonzero(~(np.isfinite(lam) & (lam >= 0)))
+                raise ConfigError(f"fluid.{name}: value {bad[0]} is {values[bad[0]]}, must be >= 1 and <= 2**30 tokens")
+        bad = np.flatnonzero(~((lam == 0) | ((lam >= _LEAST_SHARE) & (lam <= MOST_RATE))))
         if bad.size:
-            raise ConfigError(f"fluid.rate: value {bad[0]} is {lam[bad[0]]}, must be finite and >= 0 requests/s")
+            raise ConfigError(
+                f"fluid.rate: value {bad[0]} is {lam[bad[0]]}, must be finite and >= 0 requests/s (0, or {_LEAST_SHARE:g} to {MOST_RATE:g})"
+            )
         if lam.sum() <= 0:
             raise ConfigError("fluid.rate: all zero, the total must be > 0 requests/s")
-        ids = np.arange(l.size, dtype=np.int32) if class_id is None else np.atleast_1d(np.asarray(class_id, dtype=np.int32))
-        if ids.shape != l.shape or int(ids.min()) < 0:
+        if not LEAST_RATE <= lam.sum() <= MOST_RATE:
+            raise ConfigError(f"fluid.rate: {lam.sum():g} in all, must be from {LEAST_RATE:g} to {MOST_RATE:g} requests/s")
+        ids = np.arange(l.size, dtype=np.int32)
+        if class_id is not None:
+            ids = checks.counts("fluid.class_id", class_id, 0, MOST_QUEUES - 1, single=True)
+        if ids.shape != l.shape:
             raise ConfigError(f"fluid.class_id: shape {ids.shape}, must be {l.shape} with values >= 0")
-        classes = int(ids.max()) + 1 if num_classes is None else num_classes
+        classes = int(ids.max()) + 1 if num_classes is None else checks.integer("fluid.num_classes", num_classes, 1, MOST_QUEUES)
         if classes <= int(ids.max()):
             raise ConfigError(f"fluid.class_id: {int(ids.max())}, must be below num_classes = {classes}")
         return cls(l, o, lam, ids, classes, engine, request_sums(l, o, engine))
@@ -357,7 +374,13 @@ def fluid_equilibrium(prompt: npt.ArrayLike, output: npt.ArrayLike, rate: npt.Ar
 
 def equilibrium_of(statistics: LengthStatistics, rate: float, engine: EngineConfig) -> FluidEquilibrium:
     """Equilibrium at ``rate`` requests/s; the classes are the support points, lam_i = rate * weight_i."""
-    return fluid_equilibrium(statistics.prompt, statistics.output, rate * statistics.weight, engine)
+    total = check_rate("equilibrium_of.rate", rate)
+    return fluid_equilibrium(statistics.prompt, statistics.output, total * statistics.weight, engine)
+
+
+def check_rate(name: str, rate: object) -> float:
+    """A total arrival rate, requests/s, so far from 0 and infinity that cycles and loads are finite."""
+    return checks.number(name, rate, low=LEAST_RATE, high=MOST_RATE, unit="requests/s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -447,13 +470,15 @@ def window_rates(durations: npt.ArrayLike, rates: npt.ArrayLike, window_seconds:
     Returns:
         () or (J,) float64, requests/s.
     """
-    spans, lam = np.asarray(durations, dtype=np.float64), np.asarray(rates, dtype=np.float64)
-    if spans.ndim != 1 or not spans.size or not np.all(np.isfinite(spans) & (spans > 0)):
-        raise ConfigError("window_rates.durations: must be (P,) finite and > 0 seconds")
-    if lam.ndim not in (1, 2) or lam.shape[0] != spans.size or not np.all(np.isfinite(lam) & (lam >= 0)):
-        raise ConfigError(f"window_rates.rates: shape {lam.shape}, must be ({spans.size},) or ({spans.size}, J) with finite values >= 0")
-    if not (math.isfinite(window_seconds) and window_seconds > 0):
-        raise ConfigError(f"window_rates.window_seconds: {window_seconds}, must be finite and > 0")
+    spans, lam = checks.numbers("window_rates.durations", durations), checks.numbers("window_rates.rates", rates)
+    if spans.ndim != 1 or not spans.size or not np.all((spans >= _LEAST_SPAN) & (spans <= checks.MOST_SECONDS)):
+        raise ConfigError(f"window_rates.durations: must be (P,) finite and > 0 seconds ({_LEAST_SPAN:g} to {checks.MOST_SECONDS:g})")
+    if lam.ndim not in (1, 2) or lam.shape[0] != spans.size or not np.all((lam >= 0) & (lam <= MOST_RATE)):
+        raise ConfigError(
+            f"window_rates.rates: shape {lam.shape}, must be ({spans.size},) or ({spans.size}, J) with finite values >= 0, <= {MOST_RATE:g}"
+        )
+    window_seconds = checks.number("window_rates.window_seconds", window_seconds, low=_LEAST_SPAN, unit="seconds")
+    periodic = checks.flag("window_rates.periodic", periodic)
     columns = lam.reshape(spans.size, -1)
     edges = np.concatenate([[0.0], np.cumsum(spans)])
     arrivals = np.vstack([np.zeros(columns.shape[1]), np.cumsum(columns * spans[:, None], axis=0)])

@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid.buffer import (
     SafetyBuffer,
@@ -33,7 +34,16 @@ from llmsched_env.fluid.buffer import (
     segment_stages,
     theta_root,
 )
-from llmsched_env.fluid.equilibrium import TOLERANCE, CycleLoad, Fluid, charge_sum, infeasible, round_down, smallest_capacity
+from llmsched_env.fluid.equilibrium import (
+    TOLERANCE,
+    CycleLoad,
+    Fluid,
+    charge_sum,
+    check_rate,
+    infeasible,
+    round_down,
+    smallest_capacity,
+)
 from llmsched_env.fluid.wait import Rounding, all_integers, ceil_tolerant, checked_thresholds, rotation_quota, show_thresholds
 from llmsched_env.types import EngineConfig, FloatArray, IntArray, LengthStatistics
 
@@ -92,6 +102,7 @@ class _Model:
     def __init__(
         self, statistics: LengthStatistics, rate: float, engine: EngineConfig, segment_ends: Sequence[int], goal: _Goal, worst_case: bool
     ) -> None:
+        rate = check_rate("rate", rate)
         self.fluid = Fluid.of(statistics.prompt, statistics.output, rate * statistics.weight, engine)
         self.rate, self.engine, self.goal = rate, engine, goal
         self.ends = check_segment_ends(segment_ends)
@@ -106,6 +117,8 @@ class _Model:
                 f"segment_ends: r_{k + 1} = {self.ends[k]}: {why}, so p_{k + 2} = {self.p[k]:.6g} and p < n_k / n_(k-1) < 1 "
                 f"is void or impossible; nearest feasible: {merge_segments(statistics, self.ends.tolist())}"
             )
+        if goal.num_types is not None:
+            checks.integer("num_types", goal.num_types, low=1)
         self.num_types = goal.num_types or int(np.unique(statistics.output).size)
         reaches = [statistics.output > r for r in (0, *self.ends[:-1].tolist())]
         self.longest = np.array([float(statistics.prompt[r].max()) for r in reaches])
@@ -210,6 +223,8 @@ class _Design:
     """The family n_1 = Lam_1 x, n_k = q_k n_{k-1}, and the cycles x that the conditions allow."""
 
     def __init__(self, model: _Model, slack: float, eta: float) -> None:
+        for name, value in (("slack", slack), ("eta", eta)):
+            checks.number(f"nested_thresholds.{name}", value)
         if not 1 < slack < math.inf:
             raise ConfigError(f"nested_thresholds.slack: {slack}, must be > 1 (DT < n_1 / Lam_1 is strict)")
         if not 0 < eta < 1:
@@ -357,8 +372,7 @@ def nested_thresholds(
         ConfigError: malformed input.
         InfeasibleError: states the violated condition with its numbers and the nearest feasible value.
     """
-    if rounding not in ("auto", "integer", "rotation"):
-        raise ConfigError(f"nested_thresholds.rounding: {rounding!r}, must be auto, integer or rotation")
+    checks.one_of("nested_thresholds.rounding", rounding, ("auto", "integer", "rotation"))
     model = _Model(statistics, rate, engine, segment_ends, _Goal(horizon_seconds, delta, num_types), worst_case)
     design = _Design(model, slack, eta)
     if math.isfinite(design.x_min) and design.fits(design.x_strict):

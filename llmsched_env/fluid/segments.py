@@ -15,16 +15,21 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid.buffer import merge_segments
 from llmsched_env.fluid.nested import design_memory
-from llmsched_env.types import EngineConfig, FloatArray, IntArray, LengthStatistics
+from llmsched_env.types import MOST_QUEUES, EngineConfig, FloatArray, IntArray, LengthStatistics
+
+MOST_STAGES = 2**24
+"""Of all segments together: every one has a cap of its own."""
 
 Cut = Literal["width", "probability"]
 
 
 def equal_width_ends(statistics: LengthStatistics, num_segments: int) -> tuple[int, ...]:
     """Ends at equal steps over [0, longest output], merged (``merge_segments``)."""
+    checks.integer("num_segments", num_segments, 1, MOST_QUEUES)
     longest = statistics.max_output
     ends = sorted({max(1, math.ceil(longest * k / num_segments)) for k in range(1, num_segments + 1)})
     return merge_segments(statistics, ends)
@@ -32,6 +37,7 @@ def equal_width_ends(statistics: LengthStatistics, num_segments: int) -> tuple[i
 
 def equal_probability_ends(statistics: LengthStatistics, num_segments: int) -> tuple[int, ...]:
     """Ends at the quantiles k / L of the output length: a request stops in each segment with probability about 1 / L."""
+    checks.integer("num_segments", num_segments, 1, MOST_QUEUES)
     order = np.argsort(statistics.output, kind="stable")
     lengths, cumulative = np.ceil(statistics.output[order]), np.cumsum(statistics.weight[order])
     levels = np.arange(1, num_segments) / num_segments
@@ -71,10 +77,7 @@ def segment_designs(
     num_types: int | None = None,
 ) -> tuple[SegmentDesign, ...]:
     """Every candidate (number of segments x kind of cut, equal ends once) with its memory: the data of the U-shape."""
-    for value in candidates:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise ConfigError(f"segment_design.candidates: {value!r}, must be integers >= 1")
-    if not candidates:
+    if not checks.integers("segment_design.candidates", candidates, 1, MOST_QUEUES, most=1000):
         raise ConfigError("segment_design.candidates: empty, must hold at least one number of segments")
     found: dict[tuple[int, ...], Cut] = {}
     for count in candidates:
@@ -164,15 +167,14 @@ def allocate_cap(total_limit: float, continuation: npt.ArrayLike, widths: npt.Ar
         widths: (K,) decode stages of each segment, integers >= 1.
         eta: margin, >= 0.
     """
-    p, width = np.atleast_1d(np.asarray(continuation, dtype=np.float64)), np.atleast_1d(np.asarray(widths))
-    if not 0 < total_limit < math.inf:
-        raise ConfigError(f"allocate_cap.total_limit: {total_limit}, must be finite and > 0")
-    if width.ndim != 1 or not width.size or np.any(width < 1) or np.any(width != np.round(width)):
-        raise ConfigError(f"allocate_cap.widths: {np.asarray(widths).tolist()}, must be integers >= 1")
+    p = np.atleast_1d(checks.numbers("allocate_cap.continuation", continuation))
+    width = checks.counts("allocate_cap.widths", widths, 1, single=True)
+    total_limit = checks.number("allocate_cap.total_limit", total_limit, high=float(checks.MOST_TOKENS), open_low=True)
+    if not width.size or int(width.sum(dtype=np.int64)) > MOST_STAGES:
+        raise ConfigError(f"allocate_cap.widths: {checks.shown(widths)}, must be integers >= 1, {MOST_STAGES} stages in all")
     if p.shape != (width.size - 1,) or not np.all((p >= 0) & (p <= 1)):
         raise ConfigError(f"allocate_cap.continuation: {p.tolist()}, must be {width.size - 1} probabilities for {width.size} widths")
-    if not 0 <= eta < math.inf:
-        raise ConfigError(f"allocate_cap.eta: {eta}, must be >= 0")
+    checks.number("allocate_cap.eta", eta)
     shape = np.cumprod([1.0, *np.minimum(p + eta, 0.99)])
     thresholds: FloatArray = total_limit / float(width @ shape) * shape
     caps = np.floor(width * thresholds + 0.5).astype(np.int32)

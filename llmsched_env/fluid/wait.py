@@ -23,13 +23,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError, InfeasibleError
-from llmsched_env.fluid.equilibrium import TOLERANCE, CycleLoad, Fluid, charge_sum, infeasible, stage_shift
+from llmsched_env.fluid.equilibrium import TOLERANCE, CycleLoad, Fluid, charge_sum, check_rate, infeasible, stage_shift
 from llmsched_env.types import EngineConfig, FloatArray, IntArray, LengthStatistics, QueueLayout
 
 Rounding = Literal["auto", "integer", "rotation"]
 
 _MAX_CANDIDATES = 4096
+
+LEAST_THRESHOLD = 1e-12
 
 _ROTATION_SHIFT = 1e-6
 """Keeps i * n that is an integer but for rounding error on that integer."""
@@ -255,10 +258,8 @@ def wait_thresholds(
         InfeasibleError: rho >= 1, a limit below the fluid equilibrium, or no feasible integers; states the
             condition with its numbers and the nearest feasible value.
     """
-    if rounding not in ("auto", "integer", "rotation"):
-        raise ConfigError(f"wait_thresholds.rounding: {rounding!r}, must be auto, integer or rotation")
-    if not 1 <= slack < np.inf:
-        raise ConfigError(f"wait_thresholds.slack: {slack}, must be >= 1")
+    checks.one_of("wait_thresholds.rounding", rounding, ("auto", "integer", "rotation"))
+    checks.number("wait_thresholds.slack", slack, low=1.0)
     fluid = Fluid.of(prompt, output, rate, engine, class_id, num_classes)
     model = _Model(fluid)
     if model.x_min <= model.x_max * (1 + TOLERANCE):
@@ -292,7 +293,7 @@ def wait_thresholds_of(
     return wait_thresholds(
         points.prompt,
         points.output,
-        rate * points.weight,
+        check_rate("wait_thresholds.rate", rate) * points.weight,
         engine,
         class_id=points.class_id,
         num_classes=points.num_classes,
@@ -304,12 +305,12 @@ def wait_thresholds_of(
 
 def checked_thresholds(name: str, thresholds: npt.ArrayLike, count: int, of_what: str) -> FloatArray:
     """(count,) float64 > 0, or ConfigError naming the lengths or the value."""
-    n = np.atleast_1d(np.asarray(thresholds, dtype=np.float64))
+    n = np.atleast_1d(checks.numbers(name, thresholds))
     if n.shape != (count,):
         raise ConfigError(f"{name}: {n.size} thresholds for {count} {of_what}, must be one each")
-    bad = np.flatnonzero(~(np.isfinite(n) & (n > 0)))
+    bad = np.flatnonzero(~((n >= LEAST_THRESHOLD) & (n <= checks.MOST_TOKENS)))
     if bad.size:
-        raise ConfigError(f"{name}: threshold {bad[0]} is {n[bad[0]]}, must be finite and > 0")
+        raise ConfigError(f"{name}: threshold {bad[0]} is {n[bad[0]]}, must be finite and > 0 (from {LEAST_THRESHOLD:g} to 2**30)")
     return n
 
 

@@ -9,6 +9,7 @@ from llmsched_env.perf.base import CalibrationRangeWarning, IterationTimeModel, 
 from llmsched_env.perf.batch import Batch
 from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.perf.models import FormulaTime, LinearTime
+from llmsched_env.perf.packed import packed_of
 from llmsched_env.perf.store import calibration_names, load_calibration, save_calibration
 from llmsched_env.perf.tables import TableTime
 
@@ -23,5 +24,6 @@ __all__ = [
     "TableTime",
     "calibration_names",
     "load_calibration",
+    "packed_of",
     "save_calibration",
 ]

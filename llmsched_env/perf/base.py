@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.batch import Batch, BatchSums
@@ -18,6 +19,12 @@ from llmsched_env.pointers import address_of, call_float, call_int
 from llmsched_env.records import reader
 
 FloatArray = npt.NDArray[np.float64]
+
+MOST = 1e9
+"""Largest coefficient (seconds, seconds per token) and table value (seconds); sums of products with 2**30 tokens stay finite."""
+LEAST_STEP = 1e-6
+"""Between two points of an axis (tokens, requests): slopes and positions on it stay finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
@@ -45,10 +52,12 @@ class Provenance:
     notes: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("name", "source", "licence", "gpu", "model", "engine", "valid_range", "fit_error", "notes"):
+            checks.text(f"provenance.{name}", getattr(self, name))
         for name in ("num_blocks", "block_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ConfigError(f"provenance.{name}: {value!r}, must be an integer >= 1")
+            if value is not None:
+                object.__setattr__(self, name, checks.integer(f"provenance.{name}", value, low=1))
 
 
 class CalibrationRangeWarning(RuntimeWarning):
@@ -85,6 +94,7 @@ def _evaluate(seconds_address, valid_address, handle, rows, seconds, valid):  # 
 
 
 _warned: set[str] = set()
+_MOST_WARNED = 1_000  # names are the user's: a sweep over calibrations must not grow without end
 
 
 def warn_out_of_range(model: IterationTimeModel, out_of_range: int, iterations: int) -> None:
@@ -92,6 +102,8 @@ def warn_out_of_range(model: IterationTimeModel, out_of_range: int, iterations: 
     source = model.provenance
     if out_of_range == 0 or source.name in _warned:
         return
+    if len(_warned) >= _MOST_WARNED:
+        _warned.clear()
     _warned.add(source.name)
     warnings.warn(
         f"{100 * out_of_range / iterations:.3g} % of the iterations ({out_of_range:,} of {iterations:,}) lie outside the range of "
@@ -119,7 +131,7 @@ class IterationTimeModel(ABC):
 
     compiled_seconds: ClassVar[Any]
     compiled_valid: ClassVar[Any] = always_valid
-    provenance: Provenance
+    provenance: Provenance = Provenance()
 
     @abstractmethod
     def pack(self) -> FloatArray:
@@ -127,8 +139,22 @@ class IterationTimeModel(ABC):
 
     @classmethod
     def addresses(cls) -> tuple[int, int]:
-        """Where the engine calls ``compiled_seconds`` and ``compiled_valid``."""
-        return address_of(cls.compiled_seconds, (BatchSums,), float), address_of(cls.compiled_valid, (BatchSums,), int)
+        """Where the engine calls ``compiled_seconds`` and ``compiled_valid``.
+
+        Raises:
+            ConfigError: the class has no such functions, or they cannot be compiled.
+        """
+        found = []
+        for name, result in (("compiled_seconds", float), ("compiled_valid", int)):
+            owner = f"engine.time_model: {cls.__name__}.{name}"
+            function = getattr(cls, name, None)
+            if function is None:
+                raise ConfigError(f"{owner}: missing, must be a compiled function of the batch")
+            try:
+                found.append(address_of(function, (BatchSums,), result))
+            except (TypeError, AttributeError, numba.core.errors.NumbaError) as error:
+                raise ConfigError(f"{owner}: cannot be compiled as (batch) -> {result.__name__}: {error}") from error
+        return found[0], found[1]
 
     def seconds(self, batch: Batch) -> float:
         """Seconds of one iteration."""
@@ -151,36 +177,50 @@ class IterationTimeModel(ABC):
         return seconds, valid
 
 
+def check_provenance(value: object) -> None:
+    """Refuse what is no ``Provenance``."""
+    if not isinstance(value, Provenance):
+        raise ConfigError(f"time_model.provenance: {checks.shown(value)}, must be a Provenance")
+
+
 def check_coefficients(owner: str, values: dict[str, float]) -> None:
-    """Refuse coefficients that are not finite and >= 0."""
+    """Refuse coefficients that are not numbers from 0 to ``MOST``."""
     for name, value in values.items():
-        if not (math.isfinite(value) and value >= 0):
-            raise ConfigError(f"{owner}.{name}: {value}, must be finite and >= 0")
+        checks.number(f"{owner}.{name}", value, high=MOST)
 
 
 def check_axis(owner: str, name: str, values: npt.ArrayLike, least: int = 2) -> FloatArray:
     """(n,) float64 increasing axis of a table.
 
     Raises:
-        ConfigError: not one-dimensional, fewer than ``least`` points, negative, or not increasing.
+        ConfigError: not numbers, not one-dimensional, fewer than ``least`` points, negative, or not increasing.
     """
-    axis = np.ascontiguousarray(values, dtype=np.float64)
+    axis = checks.numbers(f"{owner}.{name}", values)
     if axis.ndim != 1 or axis.size < least:
         raise ConfigError(f"{owner}.{name}: shape {axis.shape}, must be one-dimensional with >= {least} points")
     if not (np.all(np.isfinite(axis)) and axis[0] >= 0 and np.all(np.diff(axis) > 0)):
         raise ConfigError(f"{owner}.{name}: must be finite, >= 0 and increasing")
-    return axis
+    if axis[-1] > MOST or np.diff(axis).min() < LEAST_STEP:
+        raise ConfigError(f"{owner}.{name}: {axis[-1]:g} at most, steps from {np.diff(axis).min():g}, must be <= {MOST:g}, {LEAST_STEP:g}")
+    return _owned(axis, values)
 
 
 def check_values(owner: str, name: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> FloatArray:
     """float64 table of ``shape``, seconds.
 
     Raises:
-        ConfigError: another shape, or a value that is not finite and >= 0.
+        ConfigError: not numbers, another shape, or a value that is not from 0 to ``MOST``.
     """
-    table = np.ascontiguousarray(values, dtype=np.float64)
+    table = checks.numbers(f"{owner}.{name}", values)
     if table.shape != shape:
         raise ConfigError(f"{owner}.{name}: shape {table.shape}, must be {shape}, the lengths of its axes")
     if not (np.all(np.isfinite(table)) and np.all(table >= 0)):
         raise ConfigError(f"{owner}.{name}: must be finite and >= 0 seconds")
-    return table
+    if table.size and table.max() > MOST:
+        raise ConfigError(f"{owner}.{name}: {table.max():g} at most, must be <= {MOST:g} seconds")
+    return _owned(table, values)
+
+
+def _owned(array: FloatArray, given: npt.ArrayLike) -> FloatArray:
+    """Not the caller's own array, which it may change and which is about to be made read-only."""
+    return array.copy() if isinstance(given, np.ndarray) and given.flags.writeable and np.may_share_memory(array, given) else array

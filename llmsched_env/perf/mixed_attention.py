@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance, check_axis, check_values
+from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance, check_axis, check_provenance, check_values
 from llmsched_env.perf.batch import BatchSums
 from llmsched_env.perf.interpolation import inside, last_at_or_below, locate, value_1d
 
@@ -178,7 +179,8 @@ class MixedAttentionTime(IterationTimeModel):
                 raise ConfigError(f"time_model.{axis}: begins with 0, must begin above 0")
         if arrays["prefill_context"][0] != 0:
             raise ConfigError(f"time_model.prefill_context: begins with {arrays['prefill_context'][0]}, must begin with 0")
-        shape = np.shape(self.mixed)
+        check_provenance(self.provenance)
+        shape = checks.numbers("time_model.mixed", self.mixed).shape
         if len(shape) != 4 or not 2 <= shape[2] <= arrays["decode_batch"].size:
             raise ConfigError(f"time_model.mixed: shape {shape}, must be 4-D with 2 to {arrays['decode_batch'].size} decode batches")
         sizes = {name: axis.size for name, axis in arrays.items()}

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance, check_coefficients
+from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance, check_coefficients, check_provenance
 from llmsched_env.perf.batch import BatchSums
 
 
@@ -55,6 +56,7 @@ class LinearTime(IterationTimeModel):
 
     def __post_init__(self) -> None:
         check_coefficients("time_model", {"d0": self.d0, "d1": self.d1})
+        check_provenance(self.provenance)
         if self.d0 + self.d1 == 0:
             raise ConfigError("time_model: d0 and d1 are both 0, an iteration must take time")
 
@@ -96,8 +98,8 @@ class FormulaTime(IterationTimeModel):
         names = ("a", "b", "s", "c", "d1", "d2", "d3", "d4", "knee")
         check_coefficients("time_model", {name: getattr(self, name) for name in names})
         for name in ("max_tokens", "max_decodes", "max_context"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"time_model.{name}: {getattr(self, name)}, must be > 0")
+            checks.number(f"time_model.{name}", getattr(self, name), high=math.inf, open_low=True)
+        check_provenance(self.provenance)
         if self.a == 0:
             raise ConfigError("time_model.a: 0, an iteration must take time")
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import (
@@ -17,6 +18,7 @@ from llmsched_env.perf.base import (
     Provenance,
     check_axis,
     check_coefficients,
+    check_provenance,
     check_values,
 )
 from llmsched_env.perf.batch import BatchSums
@@ -179,15 +181,14 @@ class TableTime(IterationTimeModel):
     _packed: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.lookup not in ("linear", "vidur"):
-            raise ConfigError(f"time_model.lookup: {self.lookup!r}, must be 'linear' or 'vidur'")
-        if self.beyond not in ("extrapolate", "clip"):
-            raise ConfigError(f"time_model.beyond: {self.beyond!r}, must be 'extrapolate' or 'clip'")
+        checks.one_of("time_model.lookup", self.lookup, ("linear", "vidur"))
+        checks.one_of("time_model.beyond", self.beyond, ("extrapolate", "clip"))
+        check_provenance(self.provenance)
         check_coefficients("time_model", {"constant": self.constant, "per_request": self.per_request})
         arrays: dict[str, FloatArray] = {}
         for axis in ("tokens", "decode_batch", "decode_kv", "prefill_context", "prefill_chunk"):
             arrays[axis] = check_axis("time_model", axis, getattr(self, axis))
-        if np.size(self.sequences):
+        if checks.numbers("time_model.sequences", self.sequences).size:
             arrays["sequences"] = check_axis("time_model", "sequences", self.sequences)
         else:
             arrays["sequences"] = np.empty(0)

@@ -104,7 +104,7 @@ def test_the_policy_and_its_file_must_be_there(tmp_path: Path) -> None:
         LiveConfig.from_environment({"LLMSCHED_POLICY": "vllm", "LLMSCHED_POLICY_CONFIG": str(tmp_path / "missing.json")})
     with pytest.raises(ConfigError, match="LLMSCHED_POLICY_CONFIG"):
         config_of(tmp_path, text="{'rate': 1}")
-    with pytest.raises(ConfigError, match="must hold a JSON object"):
+    with pytest.raises(ConfigError, match="must be a JSON object"):
         config_of(tmp_path, text="[1]")
 
 
