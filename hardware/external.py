@@ -57,7 +57,7 @@ def move_requests(engine: Any, preempted: Any, admitted: Any) -> int:
         r = admitted[i]
         q = record.requests.outside[r]
         if record.queues.head[q] != r:
-            return r
+            return int(r)
         admit(record, q)
         record.report.admitted += 1
     return -1

@@ -1,13 +1,13 @@
-"""The arrays of ``llmsched_env.engine.state`` for the requests of a live server, which come and go.
+"""The engine's record (``llmsched_env.engine.state``) for the requests of a live server, which come and go.
 
 `LiveMirror` keeps for a scheduler in production what a backend keeps for an episode, so that the same
-`ArrayView`, observations and policies work on it. Residents are written anew from the scheduler's own
+`RecordView`, observations and policies work on it. Residents are written anew from the scheduler's own
 list at every iteration; outside queues follow arrivals, admissions, preemptions and departures.
 Indices are used again, so memory follows the number of requests present, not the number served.
 
-Differences to an episode: the clock is the server's, output lengths are unknown (``S_OUTPUT`` and
-``R_OUTPUT`` are 0 unless revealed), and evictions "of the episode" are those of the current period of
-``episode_seconds``.
+Differences to an episode: the clock is the server's, output lengths are unknown (0 unless revealed), numbers of
+admissions (``requests.sequence``) count the present residents, evictions "of the episode" are those of the current
+period of ``episode_seconds``, and of the report of a step only admissions, evictions and preemptions are kept.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from llmsched_env.engine.arrays import ArrayView, engine_settings
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine import kernel, moves
 from llmsched_env.engine import state as st
+from llmsched_env.engine.queues import mark_late, push_back, push_front, refresh_heads, remove
+from llmsched_env.engine.record_backend import RecordView, engine_tables, load_queues, load_settings
+from llmsched_env.engine.residents import admit, blocks_for, insert_peer, preempt, release
+from llmsched_env.engine.state import BOUNDARY, DECODE, PREFILL
+from llmsched_env.engine.step import advance_clock, clear_queues, engine_at
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import BoolArray, EngineConfig, EpisodeLimits, FloatArray, IntArray, QueueLayout
+from llmsched_env.records import Floats, Ints, Rows, reader
+from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout
 
 _INITIAL_REQUESTS = 256
 _RENUMBER_ABOVE = st.LATE_KEY // 4  # keys are 32 bits and late ones lie above LATE_KEY / 2
@@ -45,97 +49,146 @@ class LiveRequest(Protocol):
         """Prompt and generated tokens."""
 
 
+class Stays(Rows):
+    """What a live server must know of each request besides, one row a request."""
+
+    since: Floats  # seconds, since when it has waited: queued, or computed its last token; NaN: not present
+    released: Ints  # 1: no longer under the policy: never held, no boundary queue
+    entered: Ints  # generated tokens at which it last left a boundary queue; -1 never
+    computed: Ints  # tokens at the last look
+
+
+stays_at = reader(Stays)
+
+
+# --- compiled: ``record`` is the record, ``engine`` its handle ----------------------------------------------
 @compiled
-def _unlink(r, q, requests, queues, scalars):  # type: ignore[no-untyped-def]
-    """Take request r, wherever it stands, out of outside queue q."""
-    previous = -1
-    x = queues[st.Q_HEAD, q]
-    late = queues[st.Q_TIMELY, q] < 0
-    while x != r:
-        late = late or x == queues[st.Q_TIMELY, q]
-        previous = x
-        x = requests[st.R_NEXT, x]
-    following = requests[st.R_NEXT, r]
-    if previous < 0:
-        queues[st.Q_HEAD, q] = following
+def clear_residents(record: Any) -> None:
+    """Nobody is resident; outside queues stay."""
+    queues, settings = record.queues, record.settings
+    for q in range(settings.num_queues + 1):
+        queues.residents[q] = 0
+        queues.resident_kv[q] = 0
+        queues.boundary_kv[q] = 0
+        queues.first_peer[q] = -1
+        queues.last_peer[q] = -1
+        if q % settings.num_segments != 0:
+            queues.waiting[q] = 0
+    record.oldest = -1
+    record.newest = -1
+    record.num_residents = 0
+    record.num_boundary = 0
+    record.num_prefilling = 0
+    record.kv_tokens = 0
+    record.kv_blocks = 0
+    record.next_sequence = 0
+
+
+@compiled
+def write_resident(record: Any, r: int, held: int, tokens: int, inside: bool) -> None:
+    """Request r, in no list, becomes the newest resident with so many tokens computed and present; ``inside``: no boundary stops it."""
+    requests, queues, settings = record.requests, record.queues, record.settings
+    generated = tokens - requests.prompt[r]
+    kv = blocks_for(record, held)
+    q = requests.outside[r]
+    status = PREFILL
+    if held >= requests.target[r]:
+        first = q
+        while queues.segment_end[q] <= generated:
+            q += 1
+        # At a segment's end and not yet let into the next one (rules 9 and 10).
+        status = BOUNDARY if q > first and queues.segment_end[q - 1] == generated and not inside else DECODE
+    if status == BOUNDARY:
+        record.num_boundary += 1
+        queues.waiting[q] += 1
+        queues.boundary_kv[q] += kv
     else:
-        requests[st.R_NEXT, previous] = following
-    if following < 0:
-        queues[st.Q_TAIL, q] = previous
-    if queues[st.Q_TIMELY, q] == r:
-        queues[st.Q_TIMELY, q] = previous
-    elif late:
-        queues[st.Q_LATE, q] -= 1
-    queues[st.Q_WAITING, q] -= 1
-    scalars[st.I_WAITING] -= 1
+        record.num_prefilling += status == PREFILL
+        queues.residents[q] += 1
+        queues.resident_kv[q] += kv
+    requests.status[r] = status
+    requests.queue[r] = q
+    requests.base_generated[r] = generated
+    requests.base_computed[r] = held
+    requests.tokens[r] = 0
+    requests.sequence[r] = record.next_sequence
+    newest = record.newest
+    requests.previous[r] = newest
+    requests.next[r] = -1
+    if newest < 0:
+        record.oldest = r
+    else:
+        requests.next[newest] = r
+    record.newest = r
+    insert_peer(record, q if status == BOUNDARY else settings.num_queues, r)
+    record.next_sequence += 1
+    record.num_residents += 1
+    record.kv_tokens += held
 
 
 @compiled
-def _write_slots(  # type: ignore[no-untyped-def]
-    now, at, computed, tokens, settings, ends, requests, targets, last_computed, entered, released, since, slots, queues, scalars
-):
-    """Residents ``at`` (n,) with their computed and present tokens (n,) into slots, queues and scalars."""
-    segments, block_size = settings[st.C_SEGMENTS], settings[st.C_BLOCK_SIZE]
-    for q in range(queues.shape[1]):
-        queues[st.Q_RESIDENTS, q] = queues[st.Q_RESIDENT_KV, q] = queues[st.Q_BOUNDARY_KV, q] = 0
-        if q % segments != 0:
-            queues[st.Q_WAITING, q] = 0
-    kv_tokens = 0
-    prefilling = 0
-    boundary = 0
+def follow(engine: Any, stays: Any, now: float, at: Any, held: Any, tokens: Any, kv_blocks: int) -> None:
+    """Move the clock and write residents ``at`` (n,) by admission anew, with their computed and present tokens (n,)."""
+    record, own = engine_at(engine), stays_at(stays)
+    advance_clock(record, max(now, record.clock))
+    clear_residents(record)
     for i in range(at.shape[0]):
         r = at[i]
-        target = targets[r]
-        generated = tokens[i] - requests[st.R_PROMPT, r]
-        blocks = (computed[i] + block_size - 1) // block_size
-        k = 0
-        state = st.SLOT_INTERIOR
-        if computed[i] < target:
-            prefilling += 1
-        else:
-            while k < segments - 1 and ends[k] <= generated:
-                k += 1
-            # At a segment's end and not yet let into the next one (design rules 9 and 10).
-            if k > 0 and ends[k - 1] == generated and entered[r] != generated and not released[r]:
-                state = st.SLOT_BOUNDARY
-        q = requests[st.R_CLASS, r] * segments + k
-        if state == st.SLOT_BOUNDARY:
-            boundary += 1
-            queues[st.Q_WAITING, q] += 1
-            queues[st.Q_BOUNDARY_KV, q] += blocks
-        else:
-            queues[st.Q_RESIDENTS, q] += 1
-            queues[st.Q_RESIDENT_KV, q] += blocks
-        if computed[i] != last_computed[r]:
-            last_computed[r] = computed[i]
-            since[r] = now
-        requests[st.R_GENERATED, r] = generated
-        kv_tokens += computed[i]
-        slots[st.S_ID, i] = r
-        slots[st.S_QUEUE, i] = q
-        slots[st.S_STATE, i] = state
-        slots[st.S_COMPUTED, i] = computed[i]
-        slots[st.S_GENERATED, i] = generated
-        slots[st.S_TARGET, i] = target
-        slots[st.S_PROMPT, i] = requests[st.R_PROMPT, r]
-        slots[st.S_OUTPUT, i] = requests[st.R_OUTPUT, r]
-        slots[st.S_BLOCKS, i] = blocks
-    scalars[st.I_RESIDENTS] = at.shape[0]
-    scalars[st.I_BOUNDARY] = boundary
-    scalars[st.I_KV_TOKENS] = kv_tokens
-    scalars[st.I_PREFILLING] = prefilling
+        inside = own.released[r] != 0 or own.entered[r] == tokens[i] - record.requests.prompt[r]
+        write_resident(record, r, held[i], tokens[i], inside)
+        if held[i] != own.computed[r]:
+            own.computed[r] = held[i]
+            own.since[r] = now
+    record.kv_blocks = kv_blocks
+    record.report.kv_reserved = kv_blocks
+    if record.settings.late_after > 0.0:
+        mark_late(record)
+    refresh_heads(record)
+
+
+@compiled
+def become_resident(engine: Any, r: int) -> None:
+    """Request r, in no queue, is the newest resident; nothing is computed yet."""
+    record = engine_at(engine)
+    push_front(record, r)
+    admit(record, record.requests.outside[r])
+
+
+@compiled
+def leave_queue(engine: Any, r: int) -> None:
+    remove(engine_at(engine), r)
+
+
+@compiled
+def join_queue(engine: Any, r: int, at_head: bool) -> None:
+    """Request r, in no queue, joins its outside queue as the head or after its last timely request."""
+    record = engine_at(engine)
+    if at_head:
+        push_front(record, r)
+    else:
+        push_back(record, r, record.requests.outside[r])
+
+
+@compiled
+def leave_residents(engine: Any, r: int) -> None:
+    release(engine_at(engine), r)
+
+
+@compiled
+def preempt_resident(engine: Any, r: int) -> None:
+    preempt(engine_at(engine), r)
 
 
 class LiveMirror:
-    """State of a running scheduler in a backend's arrays.
+    """State of a running scheduler in a backend's record.
 
     Attributes:
         view: what policies see; live.
-        requests, times, slots, queues, queue_f, scalars, clocks, settings, events: as in ``engine.state``.
+        record: as a backend keeps it. The object is another one after a request for which memory had to grow; the view's is always
+            the present one.
+        stays: what the record does not hold of each request.
+        residents: (n,) requests by admission, at the last ``refresh``.
         names: id of each request index.
-        since: (N,) seconds, since when a request has waited: queued, or computed its last token.
-        released: (N,) bool, requests no longer under the policy: never held, no boundary queue.
-        entered: (N,) int32, generated tokens at which a request last left a boundary queue; -1 never.
         queued: (since, index) of requests that came to an outside queue, in order of time; entries outdate.
         overdue: released requests that stand outside, in order of release.
         resyncs: how often the state had to be rebuilt because the scheduler's was not the one expected.
@@ -148,8 +201,8 @@ class LiveMirror:
         ConfigError: a layout that a server cannot classify by.
     """
 
-    requests: IntArray
-    times: FloatArray
+    record: st.Engine
+    stays: Stays
 
     def __init__(
         self,
@@ -166,32 +219,27 @@ class LiveMirror:
         if layout.by == "output" and not reveal_output_length:
             raise ConfigError("layout.by: 'output', but a live server does not know output lengths; must be single or prompt")
         self.layout, self.engine, self.reveal_output_length = layout, engine, reveal_output_length
-        self.settings = engine_settings(engine, layout, EpisodeLimits(drain=False), trace=False)
-        self.ends = np.asarray(layout.segment_ends, dtype=np.int32)
-        num_slots, num_queues = engine.max_num_seqs, layout.num_queues
-        self.slots: IntArray = np.zeros((st.S_ROWS, num_slots), dtype=np.int32)
-        self.queues: IntArray = np.zeros((st.Q_ROWS, num_queues), dtype=np.int32)
-        self.queue_f: FloatArray = np.zeros((st.QF_ROWS, num_queues))
-        self.scalars = np.zeros(st.I_ROWS, dtype=np.int64)
-        self.clocks: FloatArray = np.zeros(st.F_ROWS)
-        self.events: IntArray = np.zeros((3, num_slots), dtype=np.int32)
-        self.clocks[st.F_HORIZON] = math.inf
-        self.clocks[st.F_LATE_AFTER] = engine.late_after
         self.queued: deque[tuple[float, int]] = deque()
         self.overdue: dict[int, None] = {}
+        self.residents: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self.resyncs = 0
         self._episode_seconds, self._episode_end = episode_seconds, episode_seconds
         self._index: dict[str, int] = {}
         self.names: list[str] = []
         self._free: list[int] = []
-        self._num_resident = 0
         self._next_key = 0
-        self._segments = layout.num_segments
-        self._clear_queues()
+        self._memory = np.zeros((), dtype=st.Engine.DTYPE)
+        self._model = np.ascontiguousarray(engine.time_model.pack())
+        self._tables: dict[str, npt.NDArray[Any]] = {}
         self._allocate(_INITIAL_REQUESTS)
-        kernel.refresh_heads(self.settings, self.requests, self.times, self.queues, self.queue_f)
-        backend: Any = self
-        self.view = ArrayView(backend)
+        record = self.record
+        load_settings(record.settings, engine, layout, EpisodeLimits(drain=False), external=True)
+        record.settings.reveal = reveal_output_length
+        record.settings.prefix_caching = False  # which blocks requests share is the server's to know
+        load_queues(record.queues, engine, layout)
+        clear_queues(record)
+        refresh_heads(record)
+        self.view = RecordView(record, engine, layout, reveal_output_length)
 
     def __len__(self) -> int:
         """Requests present: outside and resident."""
@@ -201,38 +249,24 @@ class LiveMirror:
         return request_id in self._index
 
     def index(self, request_id: str) -> int:
-        """Where the arrays hold a request."""
+        """Where the record holds a request."""
         return self._index[request_id]
 
-    @property
-    def num_slots(self) -> int:
-        """Residents at the last ``refresh``."""
-        return int(self.scalars[st.I_RESIDENTS])
-
-    def _clear_queues(self) -> None:
-        self.queues[:] = 0
-        for row in (st.Q_HEAD, st.Q_TAIL, st.Q_TIMELY):
-            self.queues[row] = -1
-        self.scalars[st.I_WAITING] = 0
-        self.scalars[st.I_LOW_KEY] = -1
-
     def _allocate(self, size: int) -> None:
+        """Room for so many requests; everything else stays where it is, so a view of the queues stays good."""
         old = len(self.names)
-
-        def grown(rows: int, dtype: Any, fill: float, before: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
-            array = np.full((rows, size), fill, dtype=dtype)
-            if before is not None:
-                array[:, :old] = before
-            return array
-
-        first = old == 0
-        self.requests = grown(st.R_ROWS, np.int32, 0, None if first else self.requests)
-        self.times = grown(st.T_ROWS, np.float64, np.nan, None if first else self.times)
-        self.since: FloatArray = grown(1, np.float64, 0.0, None if first else self.since)[0]
-        self.released: BoolArray = grown(1, np.bool_, 0, None if first else self.released)[0]
-        self.entered: IntArray = grown(1, np.int32, -1, None if first else self.entered)[0]
-        self._target: IntArray = grown(1, np.int32, 0, None if first else self._target)[0]
-        self._computed: IntArray = grown(1, np.int32, 0, None if first else self._computed)[0]
+        made = engine_tables(size, self.layout.num_queues, self.engine.max_num_seqs, self.engine.block_size)
+        made["stays"] = np.zeros(size, dtype=Stays.DTYPE)
+        if not self._tables:
+            self._tables = made
+        for name in ("requests", "hidden", "stays"):
+            made[name][:old] = self._tables[name][:old]
+            self._tables[name] = made[name]
+        self.stays = Stays(self._tables["stays"])
+        parts: dict[str, Any] = {name: rows for name, rows in self._tables.items() if name != "stays"}
+        self.record = st.Engine(self._memory, **parts, batch={"model": self._model})
+        if old:
+            self.view.record = self.record
         self.names.extend([""] * (size - old))
         self._free.extend(range(size - 1, old - 1, -1))
 
@@ -245,37 +279,41 @@ class LiveMirror:
             arrival, now: seconds on the server's clock: when the request reached the server, and the present.
             output_tokens: read only where output lengths are revealed.
         """
+        r = self._take_index(request_id, prompt_tokens, arrival, output_tokens)
+        requests, queues = self.record.requests, self.record.queues
+        requests.key[r] = self._next_key
+        self._next_key += 1
+        self._queue_up(r, now)
+        join_queue(self.record.handle, r, False)
+        queues.arrivals[requests.outside[r]] += math.exp((arrival - self.record.clock) / st.RATE_WINDOW_SECONDS)
+        if self._next_key > _RENUMBER_ABOVE:
+            self._renumber()
+
+    def _take_index(self, request_id: str, prompt_tokens: int, arrival: float, output_tokens: int) -> int:
+        """A place in the record for a new request, which is in no queue."""
         if not self._free:
             self._allocate(2 * len(self.names))
         r = self._free.pop()
         self.names[r] = request_id
         self._index[request_id] = r
-        layout, requests = self.layout, self.requests
-        j = 0
-        if layout.edges:
-            j = bisect_left(layout.edges, prompt_tokens if layout.by == "prompt" else output_tokens)
-        requests[:, r] = 0
-        requests[st.R_PROMPT, r] = prompt_tokens
-        requests[st.R_CLASS, r] = j
-        requests[st.R_STATUS, r] = st.STATUS_WAITING
-        requests[st.R_KEY, r] = self._next_key
-        self._next_key += 1
-        if self.reveal_output_length:
-            requests[st.R_OUTPUT, r] = output_tokens
-        self.times[:, r] = np.nan
-        self.times[st.T_ARRIVAL, r] = arrival
-        self.released[r] = False
-        self.entered[r] = -1
-        self._queue_up(r, now)
-        q = j * self._segments
-        moves.push_back(r, q, requests, self.queues, self.scalars)
-        self.queue_f[st.QF_ARRIVALS, q] += math.exp((arrival - self.clocks[st.F_CLOCK]) / st.RATE_WINDOW_SECONDS)
-        if self._next_key > _RENUMBER_ABOVE:
-            self._renumber()
+        layout, requests, hidden, stays = self.layout, self.record.requests, self.record.hidden, self.stays
+        known = output_tokens if self.reveal_output_length else 0
+        j = bisect_left(layout.edges, known if layout.by == "output" else prompt_tokens) if layout.edges else 0
+        for table in (requests, hidden, stays):
+            table.rows[r] = 0
+        requests.prompt[r] = hidden.prompt[r] = prompt_tokens
+        requests.output[r] = hidden.output[r] = known
+        requests.queue[r] = requests.outside[r] = hidden.outside[r] = layout.queue(j)
+        requests.group[r] = layout.num_queues
+        requests.status[r] = st.WAITING
+        hidden.arrival[r] = arrival
+        hidden.admitted[r] = hidden.first_token[r] = hidden.completed[r] = math.nan
+        stays.entered[r] = -1
+        return r
 
     def _queue_up(self, r: int, now: float) -> None:
-        self.since[r] = now
-        if self.released[r]:
+        self.stays.since[r] = now
+        if self.stays.released[r]:
             self.overdue[r] = None
         else:
             self.queued.append((now, r))
@@ -285,32 +323,31 @@ class LiveMirror:
         r = self._index.pop(request_id, None)
         if r is None:
             return
-        if self.requests[st.R_STATUS, r] == st.STATUS_WAITING:
-            _unlink(r, int(self.requests[st.R_CLASS, r]) * self._segments, self.requests, self.queues, self.scalars)
+        if self.record.requests.status[r] == st.WAITING:
+            leave_queue(self.record.handle, r)
         else:
-            self._num_resident -= 1
+            leave_residents(self.record.handle, r)
         self._forget(r)
 
     def _forget(self, r: int) -> None:
-        self.requests[st.R_STATUS, r] = st.STATUS_FUTURE
-        self.released[r] = False
+        self.record.requests.status[r] = st.FUTURE
+        self.stays.released[r] = 0
         self.overdue.pop(r, None)
-        self.since[r] = np.nan  # outdates its entry in ``queued``
+        self.stays.since[r] = math.nan  # outdates its entry in ``queued``
         self.names[r] = ""
         self._free.append(r)
 
     def _renumber(self) -> None:
         """Move queue keys back towards 0; policies only compare them."""
-        waiting = np.flatnonzero(self.requests[st.R_STATUS] == st.STATUS_WAITING)
-        keys = self.requests[st.R_KEY]
-        late = keys >= st.LATE_KEY // 2
-        plain = keys - np.where(late, st.LATE_KEY, 0)
-        arrived = plain[waiting][plain[waiting] >= 0]
+        waiting = np.flatnonzero(self.record.requests.status == st.WAITING)
+        keys = self.record.requests.key
+        plain = keys[waiting] - np.where(keys[waiting] >= st.LATE_KEY // 2, st.LATE_KEY, 0)
+        arrived = plain[plain >= 0]
         shift = int(arrived.min()) if arrived.size else self._next_key
-        keys[waiting] -= np.where(plain[waiting] >= 0, shift, 0).astype(np.int32)
+        keys[waiting] -= np.where(plain >= 0, shift, 0).astype(np.int32)
         self._next_key -= shift
-        if not (plain[waiting] < 0).any():
-            self.scalars[st.I_LOW_KEY] = -1
+        if not (plain < 0).any():
+            self.record.lowest_key = -1
 
     # --- iterations -----------------------------------------------------------------------------------
 
@@ -322,77 +359,59 @@ class LiveMirror:
             waiting: requests outside, read only to find out whether the mirror has lost track.
             kv_blocks: blocks in use.
         """
-        index = self._index
-        ids = [index.get(r.request_id, -1) for r in running]
-        at = np.array(ids, dtype=np.int64)
-        known = len(waiting) == self.scalars[st.I_WAITING] and len(ids) == self._num_resident and -1 not in ids
-        if not known or (self.requests[st.R_STATUS, at] != st.STATUS_RESIDENT).any():
+        record, index = self.record, self._index
+        at = np.array([index.get(r.request_id, -1) for r in running], dtype=np.int64)
+        known = len(waiting) == record.num_waiting and at.size == record.num_residents and not (at < 0).any()
+        if not (known and self._is_resident(at).all()):
             self.resync(now, running, waiting)
+            record = self.record
             at = np.array([index[r.request_id] for r in running], dtype=np.int64)
-        self._advance(now)
-        computed = np.array([r.num_computed_tokens for r in running], dtype=np.int32)
-        tokens = np.array([r.num_tokens for r in running], dtype=np.int32)
-        _write_slots(
-            now, at, computed, tokens, self.settings, self.ends, self.requests, self._target, self._computed, self.entered,
-            self.released, self.since, self.slots, self.queues, self.scalars,
-        )  # fmt: skip
-        self.scalars[st.I_KV_BLOCKS] = self.scalars[st.I_KV_RESERVED] = kv_blocks
-        if self.clocks[st.F_LATE_AFTER] > 0.0:
-            moves.mark_late(self.settings, self.requests, self.times, self.queues, self.clocks)
-        kernel.refresh_heads(self.settings, self.requests, self.times, self.queues, self.queue_f)
+        self.residents = at
+        held = np.array([r.num_computed_tokens for r in running], dtype=np.int64)
+        tokens = np.array([r.num_tokens for r in running], dtype=np.int64)
+        follow(record.handle, self.stays.handle, float(now), at, held, tokens, kv_blocks)
+        if record.clock >= self._episode_end:
+            self._episode_end = record.clock + self._episode_seconds
+            record.evictions = record.forced_evictions = 0
 
-    def _advance(self, now: float) -> None:
-        clocks = self.clocks
-        seconds = max(now - float(clocks[st.F_CLOCK]), 0.0)
-        clocks[st.F_CLOCK] += seconds
-        keep = math.exp(-seconds / st.RATE_WINDOW_SECONDS)
-        clocks[st.F_RATE_SECONDS] = float(clocks[st.F_RATE_SECONDS]) * keep + st.RATE_WINDOW_SECONDS * (1.0 - keep)
-        self.queue_f[st.QF_ARRIVALS] *= keep
-        if clocks[st.F_CLOCK] >= self._episode_end:
-            self._episode_end = float(clocks[st.F_CLOCK]) + self._episode_seconds
-            self.scalars[st.I_EVICTIONS] = self.scalars[st.I_FORCED_EVICTIONS] = 0
+    def _is_resident(self, at: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        status = self.record.requests.status[at]
+        return (status >= st.PREFILL) & (status <= st.ENTERING)
 
     def note(self, now: float, evicted: Sequence[str], admitted: Iterable[str], preempted: Sequence[str]) -> None:
         """What the scheduler did in this iteration, before its tokens.
 
         Args:
-            evicted: preempted because the policy asked for it, in order.
+            evicted: preempted because the policy asked for it, in order; the gate has made residents of the record waiting ones.
             admitted: requests that entered from outside.
             preempted: preempted by the scheduler, in order.
         """
-        scalars = self.scalars
-        scalars[st.I_STEP_EVICTED], scalars[st.I_STEP_PREEMPTED] = len(evicted), len(preempted)
-        scalars[st.I_FORCED_EVICTIONS] += len(preempted)
+        record = self.record
+        record.report.preempted = 0
         for request_id in admitted:
             r = self._index[request_id]
-            _unlink(r, int(self.requests[st.R_CLASS, r]) * self._segments, self.requests, self.queues, self.scalars)
+            leave_queue(record.handle, r)
             self._become_resident(r, now)
+            record.report.admitted += 1
+        for request_id in preempted:
+            preempt_resident(record.handle, self._index[request_id])
         for request_id in (*evicted, *preempted):
             r = self._index[request_id]
-            self.requests[st.R_STATUS, r] = st.STATUS_WAITING
-            self.requests[st.R_EVICTIONS, r] += 1
-            self.requests[st.R_KEY, r] = scalars[st.I_LOW_KEY]
-            scalars[st.I_LOW_KEY] -= 1
-            scalars[st.I_EVICTIONS] += 1
-            self._num_resident -= 1
             self._queue_up(r, now)
-            moves.push_front(r, int(self.requests[st.R_CLASS, r]) * self._segments, self.requests, self.queues, scalars)
+            join_queue(record.handle, r, True)
 
     def _become_resident(self, r: int, now: float) -> None:
-        requests = self.requests
-        requests[st.R_STATUS, r] = st.STATUS_RESIDENT
+        """Request r is in no queue."""
+        become_resident(self.record.handle, r)
         self.overdue.pop(r, None)
-        if np.isnan(self.times[st.T_ADMITTED, r]):
-            self.times[st.T_ADMITTED, r] = now
-        self._target[r] = requests[st.R_PROMPT, r] + requests[st.R_GENERATED, r]
-        self._computed[r] = 0
-        self.entered[r] = -1
-        self.since[r] = now
-        self._num_resident += 1
+        self.stays.computed[r] = 0
+        self.stays.entered[r] = -1
+        self.stays.since[r] = now
 
     def finished_iteration(self, seconds: float) -> None:
         """An iteration that computed something took this long."""
-        self.clocks[st.F_LAST_ITERATION] = seconds
+        self.record.last_iteration = seconds
+        self.record.iterations += 1
 
     # --- losing track -----------------------------------------------------------------------------------
 
@@ -407,48 +426,58 @@ class LiveMirror:
         present = {r.request_id for r in outside} | {r.request_id for r in running}
         for request_id in [i for i in self._index if i not in present]:
             self._forget(self._index.pop(request_id))
-        was_waiting = {r.request_id for r in outside if r.request_id in self._index and self._status(r) == st.STATUS_WAITING}
-        was_resident = {r.request_id for r in running if r.request_id in self._index and self._status(r) == st.STATUS_RESIDENT}
-        self._clear_queues()
+        before = {name: int(self.record.requests.status[r]) for name, r in self._index.items()}
+        rates = self.record.queues.arrivals.copy()
+        clear_queues(self.record)
+        self.record.queues.arrivals[:] = rates
+        self._stand_outside(now, outside, before)
+        for request in running:
+            self._stand_inside(now, request, before.get(request.request_id, st.WAITING) != st.WAITING)
+        stays, standing = self.stays, [self._index[w.request_id] for w in outside]
+        self.overdue = {r: None for r in standing if stays.released[r]}
+        self.queued = deque(sorted((float(stays.since[r]), r) for r in standing if not stays.released[r]))
+
+    def _stand_outside(self, now: float, outside: Sequence[LiveRequest], before: Mapping[str, int]) -> None:
+        """Requests outside, in order; ``before``: status of those known."""
         low = -1 - len(outside)
         self._next_key = 0
         for i, request in enumerate(outside):
-            self._adopt(request, now)
-            r = self._index[request.request_id]
-            if request.request_id not in was_waiting:
-                self.since[r] = now
-            self.requests[st.R_STATUS, r] = st.STATUS_WAITING
-            self.requests[st.R_GENERATED, r] = request.num_tokens - request.num_prompt_tokens
+            r = self._adopt(request, now)
+            requests = self.record.requests
+            if before.get(request.request_id) != st.WAITING:
+                self.stays.since[r] = now
+            requests.status[r] = st.WAITING
+            requests.queue[r] = requests.outside[r]
+            requests.base_generated[r] = request.num_tokens - request.num_prompt_tokens
             # Preempted requests stand first; their keys are below 0 and rising.
-            self.requests[st.R_KEY, r] = low + 1 + i if request.num_preemptions else self._next_key
+            requests.key[r] = low + 1 + i if request.num_preemptions else self._next_key
             self._next_key += not request.num_preemptions
-            moves.push_back(r, int(self.requests[st.R_CLASS, r]) * self._segments, self.requests, self.queues, self.scalars)
-        self.scalars[st.I_LOW_KEY] = low
-        self._num_resident = 0
-        for request in running:
-            self._adopt(request, now)
-            r = self._index[request.request_id]
-            if request.request_id in was_resident:
-                self._num_resident += 1
-                continue
-            generated = request.num_tokens - request.num_prompt_tokens
-            self.requests[st.R_GENERATED, r] = generated
-            self._become_resident(r, now)
-            # Of a request that decodes, the target is known to lie below what is computed.
-            if request.num_computed_tokens >= request.num_tokens - 1:
-                self._target[r] = request.num_computed_tokens
-        standing = [self._index[w.request_id] for w in outside]
-        self.overdue = {r: None for r in standing if self.released[r]}
-        self.queued = deque(sorted((float(self.since[r]), r) for r in standing if not self.released[r]))
+            join_queue(self.record.handle, r, False)
+        self.record.lowest_key = low
 
-    def _status(self, request: LiveRequest) -> int:
-        return int(self.requests[st.R_STATUS, self._index[request.request_id]])
-
-    def _adopt(self, request: LiveRequest, now: float) -> None:
-        """Give a request never seen a place in the arrays, in no queue."""
-        if request.request_id in self._index:
+    def _stand_inside(self, now: float, request: LiveRequest, was_resident: bool) -> None:
+        """The next resident by admission."""
+        r = self._adopt(request, now)
+        requests = self.record.requests
+        target = int(requests.target[r])
+        requests.queue[r] = requests.outside[r]
+        requests.base_generated[r] = request.num_tokens - request.num_prompt_tokens
+        if was_resident:
+            become_resident(self.record.handle, r)
+            requests.target[r] = target
             return
+        self._become_resident(r, now)
+        # Of a request that decodes, the target is known to lie below what is computed.
+        if request.num_computed_tokens >= request.num_tokens - 1:
+            requests.target[r] = request.num_computed_tokens
+
+    def _adopt(self, request: LiveRequest, now: float) -> int:
+        """Where the record holds a request, in no queue; one never seen arrives now."""
+        r = self._index.get(request.request_id)
+        if r is not None:
+            return r
         output = int(getattr(request, "max_tokens", 0)) if self.reveal_output_length else 0
         self.arrive(request.request_id, request.num_prompt_tokens, now, now, output)
         r = self._index[request.request_id]
-        _unlink(r, int(self.requests[st.R_CLASS, r]) * self._segments, self.requests, self.queues, self.scalars)
+        leave_queue(self.record.handle, r)
+        return r

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from hardware.gate import allowed, open_decision
 from hardware.live import LiveMirror
-from llmsched_env.engine import state as st
+from llmsched_env.engine.state import BOUNDARY, WAITING
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import Decision
+from llmsched_env.types import Decision, IntArray
 
 RELEASE_KINDS = ("outside", "boundary", "held")
 
@@ -58,102 +57,68 @@ class Gatekeeper:
         return self.allow(self._nothing, now)
 
     def allow(self, decision: Decision, now: float) -> Allowed:
-        """Carry a decision out on the mirror, which must be fresh.
+        """Carry a decision out on the mirror, which must be fresh: evictions and boundary admissions are made in its record.
 
         Raises:
             ConfigError: not a decision for this mirror's queues.
         """
         mirror = self.mirror
-        run, admit, evict = check_decision(decision, mirror.layout.num_queues)
-        n = mirror.num_slots
-        slots = mirror.slots[:, :n]
-        at, state, queue = slots[st.S_ID], slots[st.S_STATE], slots[st.S_QUEUE]
-        boundary = state == st.SLOT_BOUNDARY
-        hold = (run[queue] == 0) | boundary
-        gone: list[int] = []
-        if boundary.any():
-            gone = self._evicted(boundary, queue, evict)
-            boundary[gone] = False
-            hold[gone] = False
-            entering = self._entering(boundary, queue, admit)
-            hold[entering] = False
-        hold &= ~mirror.released[at]
-        if hold.any():
-            over = np.flatnonzero(hold & (now - mirror.since[at] > self.max_wait))
-            for i in over:
-                self.releases["boundary" if boundary[i] else "held"] += 1
-            mirror.released[at[over]] = True
-            hold[over] = False
-        left = at[boundary & ~hold]
-        mirror.entered[left] = mirror.requests[st.R_GENERATED, left]
+        check_decision(decision, mirror.layout.num_queues)
+        record, stays = mirror.record, mirror.stays
+        residents = mirror.residents
+        standing = residents[record.requests.status[residents] == BOUNDARY]
+        open_decision(record.handle, decision.handle)
+        gate = allowed(record)
+        hold = self._release_held(gate.hold, now)
+        if standing.size:
+            left = standing[~np.isin(standing, hold)]
+            stays.entered[left] = record.requests.base_generated[left]
         names = mirror.names
         return Allowed(
-            admit=[names[r] for r in self._outside(admit, mirror.engine.max_num_seqs - n + len(gone), now)],
-            hold=frozenset(names[r] for r in at[hold]),
-            evict=[names[at[i]] for i in gone],
+            admit=[names[r] for r in self._outside(gate.admit, now)],
+            hold=frozenset(names[r] for r in hold.tolist()),
+            evict=[names[r] for r in gate.evict.tolist()],
         )
+
+    def _release_held(self, hold: IntArray, now: float) -> IntArray:
+        """Those of the held that the guard does not let go."""
+        record, stays = self.mirror.record, self.mirror.stays
+        hold = hold[stays.released[hold] == 0]
+        waited = now - stays.since[hold] > self.max_wait
+        if waited.any():
+            over = hold[waited]
+            at_boundary = int((record.requests.status[over] == BOUNDARY).sum())
+            self.releases["boundary"] += at_boundary
+            self.releases["held"] += over.size - at_boundary
+            stays.released[over] = 1
+            hold = hold[~waited]
+        return hold
 
     def next_deadline(self, now: float) -> float:
         """Seconds until the guard may have something to do; infinite if nobody waits."""
-        mirror = self.mirror
+        mirror, stays = self.mirror, self.mirror.stays
         self._drop_outdated()
         deadline = mirror.queued[0][0] if mirror.queued else np.inf
-        n = mirror.num_slots
-        at = mirror.slots[st.S_ID, :n]
-        waiting = at[~mirror.released[at]]
-        if waiting.size:
-            deadline = min(deadline, float(mirror.since[waiting].min()))
+        held = stays.since[mirror.residents[stays.released[mirror.residents] == 0]]
+        if held.size:
+            deadline = min(deadline, float(held.min()))
         return max(deadline + self.max_wait - now, 0.0)
 
     def _drop_outdated(self) -> None:
+        """Entries of requests that have left the queue since."""
         mirror, queued = self.mirror, self.mirror.queued
-        while queued and not (mirror.since[queued[0][1]] == queued[0][0] and self._is_outside(queued[0][1])):
+        since, status = mirror.stays.since, mirror.record.requests.status
+        while queued and not (since[queued[0][1]] == queued[0][0] and status[queued[0][1]] == WAITING):
             queued.popleft()
 
-    def _is_outside(self, r: int) -> bool:
-        return bool(self.mirror.requests[st.R_STATUS, r] == st.STATUS_WAITING)
-
-    @staticmethod
-    def _evicted(boundary: npt.NDArray[np.bool_], queue: npt.NDArray[np.int32], evict: npt.NDArray[np.int32]) -> list[int]:
-        """Slots to evict: the most recently admitted of each boundary queue, newest first."""
-        chosen: list[int] = []
-        for q in np.flatnonzero(evict):
-            standing = np.flatnonzero(boundary & (queue == q))
-            chosen.extend(standing[max(standing.size - int(evict[q]), 0) :].tolist())
-        return sorted(chosen, reverse=True)
-
-    @staticmethod
-    def _entering(boundary: npt.NDArray[np.bool_], queue: npt.NDArray[np.int32], admit: npt.NDArray[np.int32]) -> list[int]:
-        """Slots that leave their boundary queue, oldest admission first."""
-        chosen: list[int] = []
-        for q in np.flatnonzero(admit):
-            chosen.extend(np.flatnonzero(boundary & (queue == q))[: admit[q]].tolist())
-        return chosen
-
-    def _outside(self, admit: npt.NDArray[np.int32], places: int, now: float) -> list[int]:
+    def _outside(self, admit: IntArray, now: float) -> list[int]:
         """Requests that may enter: those released, then the policy's in the engine's admission order."""
+        mirror = self.mirror
+        places = mirror.engine.max_num_seqs - mirror.record.num_residents
         if places <= 0:
             return []
         self._release_outside(now)
-        mirror = self.mirror
-        chosen = dict(mirror.overdue)
-        view, segments = mirror.view, mirror.layout.num_segments
-        by_class = mirror.engine.admission_order == "class"
-        queues: list[list[tuple[bool, int, int, int]]] = []
-        for j in range(mirror.layout.num_classes):
-            count = min(int(admit[j * segments]), places)
-            if count == 0 or view.waiting[j, 0] == 0:
-                continue
-            waiting = view.waiting_requests(j, count)
-            timely = int(view.waiting[j, 0] - view.late[j])
-            rank = int(mirror.settings[st.C_ROWS + j]) if by_class else 0
-            pairs = zip(waiting.key.tolist(), waiting.id.tolist(), strict=True)
-            queues.append([(i >= timely, rank, key, r) for i, (key, r) in enumerate(pairs)])
-        for *_, r in heapq.merge(*queues):  # heads against heads, each queue in its own order
-            if len(chosen) >= places:
-                break
-            chosen[r] = None
-        return list(itertools.islice(chosen, places))
+        return list(itertools.islice(dict.fromkeys((*mirror.overdue, *admit.tolist())), places))
 
     def _release_outside(self, now: float) -> None:
         mirror = self.mirror
@@ -162,22 +127,19 @@ class Gatekeeper:
             if not mirror.queued or now - mirror.queued[0][0] <= self.max_wait:
                 return
             _, r = mirror.queued.popleft()
-            mirror.released[r] = True
+            mirror.stays.released[r] = 1
             mirror.overdue[r] = None
             self.releases["outside"] += 1
 
 
-def check_decision(decision: Decision, num_queues: int) -> npt.NDArray[np.int32]:
-    """The three rows of a decision.
+def check_decision(decision: object, num_queues: int) -> None:
+    """Refuse what compiled code could not read.
 
     Raises:
         ConfigError: not a decision, or one for other queues, or with a negative count.
     """
-    array = getattr(decision, "array", None)
-    if array is None or array.shape != (3, num_queues):
-        shape = "no array" if array is None else f"shape {array.shape}"
-        raise ConfigError(f"decision: {type(decision).__name__} of {shape}, must be a Decision of {num_queues} queues")
-    if (array < 0).any():
+    if not isinstance(decision, Decision) or len(decision) != num_queues:
+        given = f" of {len(decision)} queues" if isinstance(decision, Decision) else ""
+        raise ConfigError(f"decision: {type(decision).__name__}{given}, must be a Decision of {num_queues} queues")
+    if any((counts < 0).any() for counts in (decision.run, decision.admit, decision.evict)):
         raise ConfigError(f"decision: {decision!r}, counts must be >= 0")
-    rows: npt.NDArray[np.int32] = array
-    return rows

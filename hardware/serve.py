@@ -30,7 +30,7 @@ from hardware.live_config import LiveConfig, build_policy
 from hardware.live_gate import Gatekeeper
 from hardware.live_metrics import MULTIPROCESS_FOLDER, PolicyMetrics
 from hardware.live_rehearsal import rehearse
-from llmsched_env.engine import state as st
+from hardware.options import settings_of
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import EngineConfig
 
@@ -47,7 +47,7 @@ class PolicyScheduler(GatedScheduler):
     Attributes:
         live_config: what the operator asked for.
         live: the policy and the setting it was computed for.
-        mirror: vLLM's queues in a backend's arrays.
+        mirror: vLLM's queues in a backend's record.
         gatekeeper: carries decisions out, and the guard.
         policy_metrics: counts, exported and reported.
         monotonic, wall, sleep: clocks; tests replace them.
@@ -85,16 +85,7 @@ class PolicyScheduler(GatedScheduler):
 
     def _engine(self) -> EngineConfig:
         """The engine as this server runs it."""
-        return EngineConfig.vllm(
-            num_blocks=self.kv_cache_config.num_blocks - 1,  # vLLM counts the null block
-            block_size=self.block_size,
-            max_num_batched_tokens=self.max_num_scheduled_tokens,
-            max_num_seqs=self.max_num_running_reqs,
-            max_model_len=self.max_model_len,
-            enable_chunked_prefill=self.scheduler_config.enable_chunked_prefill,
-            scheduler_reserve_full_isl=self.scheduler_reserve_full_isl,
-            watermark=self.scheduler_config.watermark,
-        )
+        return EngineConfig.vllm(**settings_of(self))
 
     def _announce(self) -> None:
         name, layout = self.live.policy.name, self.live.policy.layout
@@ -236,7 +227,7 @@ class PolicyScheduler(GatedScheduler):
             self._idle = True
         metrics.evicted(len(gate.evict))
         metrics.released(self.gatekeeper.releases)
-        metrics.present(now, int(mirror.scalars[st.I_WAITING]), int(mirror.scalars[st.I_BOUNDARY]), len(gate.hold))
+        metrics.present(now, mirror.record.num_waiting, mirror.record.num_boundary, len(gate.hold))
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)

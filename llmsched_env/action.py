@@ -28,8 +28,10 @@ import numpy.typing as npt
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.residents import generated
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import Forecast
+from llmsched_env.pointers import address_of, call
 from llmsched_env.records import Record, Vector
 from llmsched_env.types import ADMIT_ALL, Decision
 
@@ -103,6 +105,26 @@ def decode_reserve(engine, theta, forecast, decision):  # type: ignore[no-untype
         best = next_in_order(engine)
 
 
+class CodecRecord(Record):
+    """An action set as compiled code reads it."""
+
+    kind: int  # ADMIT or RESERVE
+    levels: Vector  # thetas of ``reserve``; max_admit alone of ``admit``
+    forecast: Forecast
+    reserve: int  # address of ``decode_level``, where the set is ``reserve``
+
+
+@compiled
+def decode_level(engine: Engine, codec: CodecRecord, decision: Decision, level: int) -> None:
+    """``decode_reserve`` at a level by its number."""
+    decode_reserve(engine, codec.levels[level], codec.forecast, decision)
+
+
+def link_codec(codec: CodecRecord) -> None:
+    """Write the addresses of an action set's functions; they are good in this process only."""
+    codec.reserve = address_of(decode_level, (Engine, CodecRecord, Decision, int)) if codec.kind == RESERVE else 0
+
+
 @compiled
 def is_legal(kind, action, num_queues, levels):  # type: ignore[no-untyped-def]
     """Whether an action (W,) int64 lies in its space."""
@@ -118,7 +140,7 @@ def is_legal(kind, action, num_queues, levels):  # type: ignore[no-untyped-def]
 def decode(engine, codec, action, decision):  # type: ignore[no-untyped-def]
     """An action (W,) int64 of either set; ``codec`` is a ``CodecRecord``."""
     if codec.kind == RESERVE:
-        decode_reserve(engine, codec.levels[action[0]], codec.forecast, decision)
+        call(codec.reserve, engine, codec, decision, action[0])
     else:
         decode_action(action, engine.settings.num_queues, int(codec.levels[0]), decision)
 
@@ -131,14 +153,6 @@ def mask(engine, codec, out):  # type: ignore[no-untyped-def]
             out[n] = True
     else:
         fill_mask(engine, int(codec.levels[0]), out)
-
-
-class CodecRecord(Record):
-    """An action set as compiled code reads it."""
-
-    kind: int  # ADMIT or RESERVE
-    levels: Vector  # thetas of ``reserve``; max_admit alone of ``admit``
-    forecast: Forecast
 
 
 def _as_integers(action: Any, width: int, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import hashlib
 import os
 import pickle
@@ -33,8 +34,9 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core import sigutils
-from numba.core.compiler import CompileResult
+from numba.core import sigutils, types
+from numba.core.compiler import CompilerBase, CompileResult, DefaultPassBuilder
+from numba.core.dispatcher import _FunctionCompiler
 from numba.core.serialize import dumps
 
 _PACKAGE = __name__.partition(".")[0]
@@ -309,13 +311,59 @@ def _remove(path: Path) -> None:
 
 
 # --- the decorators ---------------------------------------------------------------------------------
-def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    if numba.config.DISABLE_JIT:
-        return function
-    dispatcher: Any = numba.njit(nogil=True, **options)(function)  # machine code touches no Python object
-    dispatcher._cache = _Cache(dispatcher.py_func)
-    result: Callable[..., Any] = dispatcher
-    return result
+class _InnerPipeline(CompilerBase):  # type: ignore[misc]
+    """numba's own pipeline, but for the machine code: what is called from compiled code alone is only ever linked into its callers."""
+
+    def define_pipelines(self) -> list[Any]:
+        self.state.flags.no_compile = True
+        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
+
+
+class _InnerCompiler(_FunctionCompiler):  # type: ignore[misc]
+    def _compile_core(self, args: Any, return_type: Any) -> Any:
+        # numba finds the code of a callee by its entry point, which these do not have: any builtin of its own will do.
+        found = super()._compile_core(args, return_type)._replace(entry_point=[].append)
+        self.targetdescr.target_context.insert_user_function(found.entry_point, found.fndesc, [found.library])
+        return found
+
+
+class Compiled:
+    """A function that is machine code when it is called: from Python, by address, or from other compiled functions.
+
+    For compiled callers it has neither machine code nor wrappers of its own, which are more than half of what compiling
+    takes; where Python or an address needs them they are made then, and kept on disk.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        functools.update_wrapper(self, function)
+        self.py_func, self._options = function, options
+        inner: Any = numba.njit(nogil=True, pipeline_class=_InnerPipeline, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+        inner._compiler.__class__ = _InnerCompiler
+        self._inner = inner
+        self._outer: Any = None
+
+    @property
+    def dispatcher(self) -> Any:
+        """numba's dispatcher with all that a call from Python needs."""
+        if self._outer is None:
+            self._outer = numba.njit(nogil=True, **self._options)(self.py_func)  # machine code touches no Python object
+            self._outer._cache = _Cache(self.py_func)
+        return self._outer
+
+    def __call__(self, *args: Any) -> Any:
+        return (self._outer or self.dispatcher)(*args)
+
+    @property
+    def _numba_type_(self) -> Any:
+        return types.Dispatcher(self._inner)
+
+    @property
+    def signatures(self) -> Any:
+        """Types of the arguments for which there is machine code of its own."""
+        return self.dispatcher.signatures
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (sys.modules[self.py_func.__module__], self.py_func.__name__)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -323,14 +371,4 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Other threads of Python run while the function does.
     """
-    return _compile(function)
-
-
-def parallel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, with ``numba.prange`` loops spread over threads."""
-    return _compile(function, parallel=True)
-
-
-def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, for a function of the hot path: an array costs a dozen machine words to pass, so it is merged into its callers."""
-    return _compile(function, forceinline=True)
+    return function if numba.config.DISABLE_JIT else Compiled(function)

@@ -12,11 +12,11 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.action import THETAS, ActionCodec
+from llmsched_env.action import THETAS, ActionCodec, link_codec
 from llmsched_env.backend import View, make_backend
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import END_FINISHED, END_STUCK, RUNNING, Engine
-from llmsched_env.env_step import ILLEGAL, EnvRecord, env_decode, env_mask, env_observe, env_step
+from llmsched_env.env_step import ILLEGAL, LOOK, EnvRecord, env_decode, env_mask, env_step
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.observation import ObservationLayout
@@ -227,8 +227,12 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
                 self._records.popitem(last=False)
         self._records.move_to_end(rate)
         record = self._records[rate]
-        record.reward = 0 if self._compiled_reward is None else self._compiled_reward.address
+        self._link(record)
         return record
+
+    def _link(self, record: EnvRecord) -> None:
+        link_codec(record.codec)
+        record.reward = 0 if self._compiled_reward is None else self._compiled_reward.address
 
     @property
     def forecast(self) -> Any:
@@ -341,7 +345,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     def _observe(self) -> tuple[Observation, dict[str, Any]]:
         flat = np.empty(self._size, dtype=np.float32)
         legal = np.empty(self._mask_size, dtype=np.bool_)
-        env_observe(*self._handles[:2], flat, legal)
+        env_step(*self._handles, LOOK, flat, legal)
         observation = dict(zip(self._names, self._parts(flat), strict=True))
         return observation, {"clock": self.backend.record.clock, "action_mask": legal, "summary": {}}
 
@@ -352,7 +356,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         vars(self).update(state)
         self._viewer = None
         if self._started:  # handles are good in their own process only
-            self._env.reward = 0 if self._compiled_reward is None else self._compiled_reward.address
+            self._link(self._env)
             self._bind()
 
     def render(self) -> npt.NDArray[np.uint8] | None:

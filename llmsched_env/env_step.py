@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from llmsched_env.action import CodecRecord, decode, is_legal, mask
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.state import RUNNING
@@ -14,6 +16,9 @@ from llmsched_env.engine.step import decision_at, engine_at, reset
 from llmsched_env.observation import encode
 from llmsched_env.pointers import call, call_float
 from llmsched_env.records import Numbers, Record, reader
+
+LOOK = np.empty(0, dtype=np.int64)
+"""Instead of an action: nothing is done."""
 
 ILLEGAL = -1
 """Instead of how the episode stands: the action is outside its space, nothing has been done."""
@@ -34,11 +39,11 @@ env_at = reader(EnvRecord)
 
 @compiled
 def env_step(engine, env, decision, action, observation, legal):  # type: ignore[no-untyped-def]
-    """One step.
+    """One step; with an empty action a look alone.
 
     Args:
         engine, env, decision: handles of ``Engine``, ``EnvRecord``, ``Decision``.
-        action: (W,) int64.
+        action: (W,) int64, or (0,).
         observation: (size,) float32, written.
         legal: (mask size,) bool, written.
 
@@ -46,15 +51,16 @@ def env_step(engine, env, decision, action, observation, legal):  # type: ignore
         (reward, how the episode stands: END_* or ``ILLEGAL``, clock in seconds).
     """
     e, own, d = engine_at(engine), env_at(env), decision_at(decision)
-    if not is_legal(own.codec.kind, action, e.settings.num_queues, own.codec.levels):
-        return 0.0, ILLEGAL, e.clock
-    decode(e, own.codec, action, d)
-    call(e.code.step, e, d)
+    reward = 0.0
+    if action.shape[0] > 0:
+        if not is_legal(own.codec.kind, action, e.settings.num_queues, own.codec.levels):
+            return 0.0, ILLEGAL, e.clock
+        decode(e, own.codec, action, d)
+        call(e.code.step, e, d)
+        if own.reward != 0:
+            reward = call_float(own.reward, e, own.reward_numbers)
     encode(e, own.codec.forecast, observation)
     mask(e, own.codec, legal)
-    reward = 0.0
-    if own.reward != 0:
-        reward = call_float(own.reward, e, own.reward_numbers)
     return reward, e.end, e.clock
 
 
@@ -66,14 +72,6 @@ def env_decode(engine, env, decision, action):  # type: ignore[no-untyped-def]
         return False
     decode(e, own.codec, action, decision_at(decision))
     return True
-
-
-@compiled
-def env_observe(engine, env, observation, legal):  # type: ignore[no-untyped-def]
-    """Observation and mask as they are."""
-    e, own = engine_at(engine), env_at(env)
-    encode(e, own.codec.forecast, observation)
-    mask(e, own.codec, legal)
 
 
 @compiled

@@ -20,6 +20,7 @@ from numba.core import cgutils, types
 from numba.experimental.function_type import _get_wrapper_address
 from numba.extending import intrinsic
 
+from llmsched_env.compiled import Compiled
 from llmsched_env.records import Level, Record, RecordType, Rows
 
 _KEPT: dict[int, Any] = {}  # an address is good as long as its function lives
@@ -53,13 +54,13 @@ def address_of(function: Callable[..., Any], arguments: tuple[Argument, ...], re
         _ADDRESSES[key] = len(_KEPT) + 1
         _KEPT[_ADDRESSES[key]] = (function, shown)
         return _ADDRESSES[key]
-    dispatcher: Any = function
-    if not hasattr(dispatcher, "get_compile_result"):
+    if not isinstance(function, Compiled):
         raise TypeError(f"{function!r}: must be a function decorated with llmsched_env.compiled.compiled")
+    dispatcher = function.dispatcher
     returned = {None: types.none, int: types.int64, float: types.float64}[result]
     signature = returned(*map(_numba_type, arguments))
     dispatcher.compile(signature)
-    address = int(_get_wrapper_address(function, signature))
+    address = int(_get_wrapper_address(dispatcher, signature))
     _KEPT[address] = function
     _ADDRESSES[key] = address
     return address

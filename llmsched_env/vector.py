@@ -14,6 +14,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from llmsched_env.action import link_codec
 from llmsched_env.engine.fleet import Fleet
 from llmsched_env.engine.state import END_FINISHED, END_STUCK
 from llmsched_env.env import StepOutcome
@@ -140,6 +141,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         """(num_envs, 3) handles of engine, environment and decision; good in this process only."""
         self._handles = np.empty((self.num_envs, 3), dtype=object if numba.config.DISABLE_JIT else np.int64)
         for i, (engine, env, decision) in enumerate(zip(self.fleet.records, self._envs, self._decisions, strict=True)):
+            link_codec(env.codec)
             env.reward = 0 if self._compiled_reward is None else self._compiled_reward.address
             self._handles[i] = engine.handle, env.handle, decision.handle
 

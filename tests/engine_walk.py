@@ -5,6 +5,7 @@ Independent of the compiled functions that keep the record: lists are followed b
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,22 @@ def chain(first: int, following: Any, most: int) -> list[int]:
     return found
 
 
+class Columns:
+    """The columns of a table as they are now."""
+
+    def __init__(self, table: Rows) -> None:
+        for name in type(table).FIELDS:
+            setattr(self, name, getattr(table, name).copy())
+
+    def __getattr__(self, name: str) -> Any:  # for type checkers alone
+        raise AttributeError(name)
+
+
 def check_engine(backend: RecordBackend) -> None:
-    """Everything that must hold of the record between two steps (``crossed`` iterations of the horizon aside)."""
+    """Everything that must hold of the record between two steps (an iteration that the horizon cuts short aside)."""
     e = backend.record
-    s, requests, queues, hidden = e.settings, e.requests, e.queues, e.hidden
+    s = SimpleNamespace(**{name: getattr(e.settings, name) for name in st.Settings.FIELDS})
+    requests, queues, hidden = Columns(e.requests), Columns(e.queues), Columns(e.hidden)
     n, alone = e.num_requests, s.num_queues
     status = requests.status[:n]
     residents = chain(e.oldest, requests.next, n)
@@ -152,16 +165,18 @@ def check_engine(backend: RecordBackend) -> None:
 
     # members by the place of their last token within a block
     if s.paper == 0:
+        counts = e.phases.count.reshape(alone, s.block_size)
         for q in range(alone):
             assert queues.phase[q] == -int(steps[q]) % s.block_size
             counted = np.bincount([int(computed[r] - steps[q]) % s.block_size for r in members[q]], minlength=s.block_size)
-            assert e.phases.count[q * s.block_size : (q + 1) * s.block_size].tolist() == counted.tolist()
+            assert counts[q].tolist() == counted.tolist()
 
     # the wheel has each member once, where something happens to it next
+    first = e.wheel.first.reshape(alone, s.wheel_size)
     for q in range(alone):
         on_wheel: list[int] = []
-        for place in range(s.wheel_size):
-            listed = chain(e.wheel.first[q * s.wheel_size + place], hidden.next_due, n)
+        for place in np.flatnonzero(first[q] >= 0):
+            listed = chain(first[q, place], hidden.next_due, n)
             assert [int(hidden.previous_due[r]) for r in listed] == [-1, *listed[:-1]][: len(listed)]
             assert all(hidden.due[r] % s.wheel_size == place for r in listed)
             on_wheel += listed

@@ -1,4 +1,4 @@
-"""Compiled rules: the plain-Python decision at every step, the same episodes, nothing hidden read, many engines at once."""
+"""Compiled rules: the plain-Python decision at every step, the same episodes, nothing hidden read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,15 +19,15 @@ from hypothesis import strategies as hst
 
 from baselines import Policy, Setting, make_policy, policy_class, policy_names
 from llmsched_env.backend import View, make_backend
-from llmsched_env.batch_runner import BatchPolicy, Run, run_batch
-from llmsched_env.engine import fleet, moves
+from llmsched_env.batch_runner import Run, run_batch
+from llmsched_env.engine import queues as outside_queues
+from llmsched_env.engine import rules
 from llmsched_env.engine import state as st
-from llmsched_env.engine.backend import SimBackend
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import rotation_quota
 from llmsched_env.runner import EpisodeResult, rule_of, run_episode
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
-from llmsched_env.vector import LLMSchedVectorEnv
 from llmsched_env.workload import Scenario, load_scenario
 from tests.reference_policies import REFERENCES, in_order
 
@@ -102,6 +101,10 @@ def assert_same(a: EpisodeResult, b: EpisodeResult) -> None:
         one, other = getattr(a.log, field), getattr(b.log, field)
         assert one.tobytes() == other.tobytes() if isinstance(one, np.ndarray) else one == other, field
     assert repr(a.summary) == repr(b.summary)  # NaN is not equal to itself
+
+
+def same(one: Decision, other: Decision) -> bool:
+    return bool(np.array_equal(one.rows, other.rows))
 
 
 def start(policy: Policy, workload: Workload) -> tuple[SimBackend, Any]:
@@ -181,7 +184,7 @@ def follow(policy: Policy, setting: Setting, workload: Workload, limit: int = 30
     while not backend.done and steps < limit:
         expected = reference(facts, view, launched)
         decision = policy.decide(view)
-        assert decision.array.tolist() == expected.array.tolist(), f"step {steps}: {decision}, expected {expected}"
+        assert same(decision, expected), f"step {steps}: {decision}, expected {expected}"
         evicted += int(decision.evict.sum())
         backend.advance(decision)
         steps += 1
@@ -215,7 +218,7 @@ def test_any_small_episode_is_decided_alike(
     facts, launched = known_to(policy, Setting(statistics, rate, engine)), [0] * policy.layout.num_queues
     while not backend.done:
         expected = REFERENCES[name](facts, view, launched)
-        assert policy.decide(view).array.tolist() == expected.array.tolist()
+        assert same(policy.decide(view), expected)
         backend.advance(expected)
     assert_same(*run_batch([Run(policy, workload), Run(Asked(policy), workload)]))
 
@@ -282,7 +285,7 @@ def test_a_request_that_can_never_be_served_is_refused_when_its_turn_comes() -> 
 def test_an_episode_cut_into_many_calls_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, _, workload = made("nested-wait", "evictions")
     whole = run_episode(policy, workload)
-    monkeypatch.setattr(fleet, "STEPS_PER_CALL", 7)
+    monkeypatch.setattr(rules, "STEPS_PER_CALL", 7)
     assert_same(whole, run_episode(policy, workload))
 
 
@@ -319,6 +322,34 @@ def test_rules_are_ordinary_python_without_the_compiler() -> None:
 
 
 # --- the information boundary -----------------------------------------------------------------------
+def scrambled(record: st.Engine, rng: np.random.Generator, *, lengths: int | None = None) -> Any:
+    """A copy as ``View`` holds it, with other numbers where a policy may not look: hidden tables, requests to come, lengths."""
+    copied = copy.deepcopy(record)
+    future = copied.requests.status == st.FUTURE
+    for table in (copied.hidden, copied.phases, copied.wheel):
+        for name in table.rows.dtype.names:
+            table.rows[name] = rng.integers(1, 5000, len(table))
+    for name in copied.requests.rows.dtype.names:
+        if name != "status":
+            copied.requests.rows[name][future] = rng.integers(1, 5000, int(future.sum()))
+    copied.requests.output[:] = rng.integers(1, 5000, len(copied.requests)) if lengths is None else lengths
+    copied.events.due[:] = rng.integers(0, 5000, len(copied.events))
+    copied.num_requests, copied.next_arrival = (int(x) for x in rng.integers(1, 5000, 2))
+    return SimpleNamespace(record=copied)
+
+
+def everything(record: st.Engine) -> bytes:
+    """All of an engine that is not scratch."""
+    copied = copy.deepcopy(record)
+    copied.queues.left[:] = 0
+    for name, field in st.Engine.FIELDS.items():  # addresses differ from copy to copy
+        if field.kind == "rows":
+            copied._memory[name]["address"] = 0
+    copied._memory["batch"]["model"]["address"] = 0
+    tables = [table.rows for table in (copied.requests, copied.hidden, copied.queues, copied.events, copied.phases, copied.wheel)]
+    return b"".join(part.tobytes() for part in (copied._memory, *tables, copied.batch.model))
+
+
 @pytest.mark.parametrize(("case", "name"), [(case, name) for case, name in ALL if not policy_class(name).known_lengths])
 def test_hidden_lengths_and_future_requests_are_never_read(case: str, name: str) -> None:
     """Whatever stands there, the decision is the same: hidden rows and future requests are overwritten before asking."""
@@ -330,19 +361,12 @@ def test_hidden_lengths_and_future_requests_are_never_read(case: str, name: str)
     rng = np.random.default_rng(0)
     steps = 0
     while not backend.done and steps < 1500:
-        engine_settings, requests, slots, queues, queue_f, scalars, clocks = (array.copy() for array in view.arrays)
-        requests[st.R_OUTPUT] = rng.integers(1, 5000, requests.shape[1])
-        future = requests[st.R_STATUS] == st.STATUS_FUTURE
-        requests[:, future] = rng.integers(1, 5000, (st.R_ROWS, int(future.sum())))
-        slots[st.S_OUTPUT] = rng.integers(1, 5000, slots.shape[1])
-        slots[st.S_STOP] = rng.integers(1, 5000, slots.shape[1])
-        blind, memory = Decision(policy.layout.num_queues), rule.memory.copy()
-        blind.array[:] = rule.decision.array
-        arrays = (engine_settings, requests, slots, queues, queue_f, scalars, clocks)
-        rule.function(rule.parameters, memory, *arrays, blind.array)
+        blind = copy.deepcopy(rule)  # with what it remembers and its last decision
+        blind.decide(scrambled(backend.record, rng))
         decision = policy.decide(view)
-        assert blind.array.tolist() == decision.array.tolist()
-        assert memory.tolist() == rule.memory.tolist()
+        assert same(blind.decision, decision)
+        if hasattr(rule.policy, "memory"):
+            assert blind.policy.memory.tolist() == rule.policy.memory.tolist()
         backend.advance(decision)
         steps += 1
     assert steps > 20
@@ -351,15 +375,14 @@ def test_hidden_lengths_and_future_requests_are_never_read(case: str, name: str)
 def test_the_test_above_sees_a_policy_that_reads_output_lengths() -> None:
     policy, _, workload = made("mc-sf", "evictions")
     backend, view = start(policy, workload)
-    assert policy.rule is not None
+    rule = rule_of(policy)
+    assert rule is not None and rule.known_lengths
     differs = False
     while not backend.done:
-        engine_settings, requests, slots, *others = (array.copy() for array in view.arrays)
-        requests[st.R_OUTPUT] = slots[st.S_OUTPUT] = 3000
-        blind = Decision(policy.layout.num_queues)
-        policy.rule.function(policy.rule.parameters, policy.rule.memory, engine_settings, requests, slots, *others, blind.array)
+        blind = copy.deepcopy(rule)
+        blind.decide(scrambled(backend.record, np.random.default_rng(0), lengths=3000))
         decision = policy.decide(view)
-        differs = differs or blind.array.tolist() != decision.array.tolist()
+        differs = differs or not same(blind.decision, decision)
         backend.advance(decision)
     assert differs
 
@@ -369,18 +392,16 @@ def test_a_rule_writes_nothing_but_decision_memory_and_scratch(name: str) -> Non
     policy, _, workload = made(name, "evictions")
     backend, view = start(policy, workload)
     for _ in range(600):
-        before = [array.copy() for array in view.arrays]
+        before = everything(backend.record)
         decision = policy.decide(view)
-        queues = view.arrays[3].copy()
-        before[3][st.Q_LEFT] = queues[st.Q_LEFT]
-        assert [a.tobytes() for a in before] == [a.tobytes() for a in view.arrays]
+        assert before == everything(backend.record)
         backend.advance(decision)
 
 
 # --- pieces that rules share ------------------------------------------------------------------------
 def test_rotation_is_that_of_the_fluid_model() -> None:
     rng = np.random.default_rng(1)
-    rotated = getattr(fleet.rotated, "py_func", fleet.rotated)
+    rotated = getattr(rules.rotated, "py_func", rules.rotated)
     for threshold in (*rng.uniform(0, 3, 200), 1 / 3, 0.1, 2.0, 7.0, 1e-4):
         for i in (*range(40), 999, 10**6):
             assert rotated(threshold, i) == rotation_quota(threshold, i)
@@ -403,86 +424,15 @@ def test_the_walk_over_the_queues_is_the_admission_order(engine: dict[str, Any])
     view = backend.reset(AZURE.generate(0, rate=20.0, num_requests=200), layout, config, EpisodeLimits())
     evictions = late = 0
     for _ in range(2500):
-        queues = backend.queues.copy()
-        starts = getattr(moves.start_of_queues, "py_func", moves.start_of_queues)
-        starts(backend.settings, queues)
+        record = backend.record
+        outside_queues.start_of_queues(record)
         walked = []
-        while (q := moves.next_in_order(backend.settings, backend.requests, queues)) >= 0:
-            walked.append(int(queues[st.Q_LEFT, q]))
-            queues[st.Q_LEFT, q] = backend.requests[st.R_NEXT, walked[-1]]
+        while (q := outside_queues.next_in_order(record)) >= 0:
+            walked.append(int(record.queues.left[q]))
+            record.queues.left[q] = record.requests.next[walked[-1]]
         assert walked == [r for *_, r in in_order(view)]
         late += int(view.late.sum())
         backend.advance(Decision.greedy(3))
         evictions = view.evictions
     assert evictions > 0
     assert (late > 0) == ("late_after" in engine)
-
-
-# --- many engines at once ---------------------------------------------------------------------------
-def vector(num_envs: int = 4, **kwargs: Any) -> LLMSchedVectorEnv:
-    env = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=num_envs, scenario="azure-conv", num_requests=8, **kwargs)
-    assert isinstance(env, LLMSchedVectorEnv)
-    return env
-
-
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("nested-wait", "NextStep"), *((name, "SameStep") for name in ("vllm", "vllm-v0", "nested-wait", "reserve", "shortest-prompt"))],
-)
-def test_many_engines_at_once_as_one_by_one(name: str, mode: str) -> None:
-    rates = [4.0, 9.0]
-    engine = AZURE.engine.replace(num_blocks=700)
-    policies = [make_policy(name, Setting(AZURE.statistics, rate, engine), overload=True, **OPTIONS.get(name, {})) for rate in rates]
-    layout, own = policies[0].layout, policies[0].engine
-    if name == "nested-wait":  # the rates lead to different designs, environments of one kind have the same segments
-        ends = (50, 200)
-        policies = [make_policy(name, Setting(AZURE.statistics, r, engine), overload=True, segment_ends=ends) for r in rates]
-        layout = policies[0].layout
-    edges = {"class_by": layout.by, "class_edges": layout.edges} if layout.by == "prompt" else {}
-    envs = vector(rate=rates, engine=own, segment_ends=layout.segment_ends, autoreset_mode=mode, **edges)
-    envs.reset(seed=3)
-    batch = BatchPolicy(policies, envs)
-    alone = [copy.deepcopy(policies[i % 2]) for i in range(envs.num_envs)]
-    fresh = [True] * envs.num_envs
-    episodes = 0
-    q = layout.num_queues
-    steps = 0
-    while episodes < envs.num_envs + 2:
-        steps += 1
-        assert steps < 5000
-        decisions = batch.decide()
-        for i, policy in enumerate(alone):
-            if envs._scalars[i, st.I_DONE] != st.END_NOT:
-                continue
-            if fresh[i]:
-                policy.reset()
-            arrays = (envs._settings, envs._requests, envs._slots, envs._queues, envs._queue_f, envs._scalars, envs._clocks)
-            expected = policy.decide(SimpleNamespace(arrays=tuple(a[i] for a in arrays)))
-            assert decisions[i].tolist() == expected.array.tolist()
-            fresh[i] = False
-        actions = np.concatenate([decisions[:, 0] != 0, np.minimum(decisions[:, 1], 16)], axis=1).astype(np.int64)
-        assert actions.shape == (envs.num_envs, 2 * q)
-        _, _, terminated, truncated, _ = envs.step(actions)
-        for i in np.flatnonzero(terminated | truncated):
-            fresh[i] = True
-            episodes += 1
-    envs.close()
-
-
-def test_policies_for_other_environments_are_refused() -> None:
-    envs = vector(segment_ends=())
-    setting = Setting(AZURE.statistics, 6.0, AZURE.engine)
-    BatchPolicy(make_policy("reserve", setting), envs)
-    refused: list[tuple[Any, str]] = [
-        (make_policy("nested-wait", setting, overload=True, num_segments=3), "decides on"),
-        (make_policy("sarathi", setting), "stands for"),
-        (Asked(make_policy("reserve", setting)), "no compiled rule"),
-        ([make_policy("reserve", setting), make_policy("vllm", setting)], "of one kind"),
-    ]
-    for policy, match in refused:
-        with pytest.raises(ConfigError, match=match):
-            BatchPolicy(policy, envs)
-    known = make_policy("mc-sf", setting, num_classes=1)
-    own = vector(segment_ends=(), engine=known.engine)
-    with pytest.raises(ConfigError, match="known lengths"):
-        BatchPolicy(known, own)

@@ -17,7 +17,6 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 
 import llmsched_env
 from llmsched_env import AdmitOnly, ConfigError, Decision, LLMSchedEnv, Workload
-from llmsched_env.engine import state as st
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.workload import scenario_names
 
@@ -26,6 +25,11 @@ IDS = ["LLMSched-v0", "LLMSchedKnown-v0"]
 
 def make(env_id: str = "LLMSched-v0", **kwargs: Any) -> gym.Env[Any, Any]:
     return gym.make(env_id, **{"num_requests": 40, **kwargs})
+
+
+def arrivals(env: gym.Env[Any, Any]) -> np.ndarray:
+    """Arrival times of the episode, those to come included."""
+    return env.unwrapped.backend.record.hidden.arrival.copy()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -76,7 +80,7 @@ def test_same_seed_gives_the_same_bytes(env_id: str) -> None:
         done = a[2] or a[3]
     again, other = envs[0].reset(seed=5), envs[1].reset(seed=6)
     assert data_equivalence(again, first[0], exact=True)
-    assert envs[1].unwrapped.backend.times.tobytes() != envs[0].unwrapped.backend.times.tobytes()
+    assert arrivals(envs[1]).tobytes() != arrivals(envs[0]).tobytes()
     assert not math.isnan(float(other[0]["kv"][0]))
 
 
@@ -92,12 +96,12 @@ def sample_masked(env: LLMSchedEnv, mask: np.ndarray, rng: np.random.Generator) 
 def test_reset_without_a_seed_continues_the_stream() -> None:
     env = make()
     env.reset(seed=1)
-    first = env.unwrapped.backend.times[st.T_ARRIVAL].copy()
+    first = arrivals(env)
     env.reset()
-    second = env.unwrapped.backend.times[st.T_ARRIVAL].copy()
+    second = arrivals(env)
     env.reset(seed=1)
     assert not np.array_equal(first, second)
-    assert np.array_equal(first, env.unwrapped.backend.times[st.T_ARRIVAL])
+    assert np.array_equal(first, arrivals(env))
 
 
 @pytest.mark.parametrize("env_id", IDS)
@@ -149,6 +153,7 @@ def test_observations_stay_in_their_space_and_masks_are_legal() -> None:
             legal = mask[2 * q + i * (n + 1) : 2 * q + (i + 1) * (n + 1)]
             assert legal[:-1].sum() == min(waiting, n - 1) + 1
             assert legal[-1] == (waiting > 0)
+        assert info["summary"] == {}
         observation, _, terminated, truncated, info = env.step(sample_masked(env, mask, rng))
         done = terminated or truncated
     assert terminated
@@ -230,7 +235,7 @@ def test_episode_ends() -> None:
 def test_options_of_reset() -> None:
     env = make().unwrapped
     env.reset(seed=0, options={"rate": 50.0, "num_requests": 9})
-    assert env.backend.times.shape[1] == 9
+    assert len(env.backend.record.hidden) == env.backend.record.num_requests == 9
     w = Workload.of([0.0, 1.0], [5, 6], [7, 8])
     env.reset(seed=0, options={"workload": w})
     assert env.backend.log().output_tokens.tolist() == [7, 8]
@@ -269,6 +274,36 @@ def test_action_of_the_wrong_shape_is_refused() -> None:
     env.reset(seed=0)
     with pytest.raises(ConfigError, match=r"action: shape \(3,\)"):
         env.step(np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("action", "match"),
+    [
+        ([1] * 4 + [17] + [0] * 3, "component 4 is 17, must be from 0 to 16"),
+        ([1] * 4 + [0] * 3 + [-1], "component 7 is -1, must be from 0 to 16"),
+        ([1, 1, 2, 1] + [0] * 4, "component 2 is 2, must be from 0 to 1"),
+        ([-1, 1, 1, 1] + [0] * 4, "component 0 is -1, must be from 0 to 1"),
+        ([1] * 4 + [0.5] + [0] * 3, "whole numbers"),
+        ([1] * 4 + [math.nan] + [0] * 3, "whole numbers"),
+    ],
+)
+@pytest.mark.parametrize("reward", ["latency", lambda outcome: 0.0])
+def test_an_action_outside_the_space_is_refused_and_changes_nothing(action: list[float], match: str, reward: Any) -> None:
+    env, other = make(reward=reward).unwrapped, make(reward=reward).unwrapped
+    env.reset(seed=0)
+    other.reset(seed=0)
+    with pytest.raises(ConfigError, match=match):
+        env.step(np.array(action))
+    legal = np.array([1] * 4 + [16] * 4)
+    assert data_equivalence(env.step(legal), other.step(legal), exact=True)
+
+
+@pytest.mark.parametrize("action", [-1, 10, 0.5, [1, 2]])
+def test_an_action_outside_the_reserve_set_is_refused(action: Any) -> None:
+    env = make(action_set="reserve").unwrapped
+    env.reset(seed=0)
+    with pytest.raises(ConfigError, match="action"):
+        env.step(action)
 
 
 def test_codec_round_trip() -> None:

@@ -87,6 +87,6 @@ def evict_boundaries(engine: Engine, decision: Decision) -> None:
                 newest = last
         queues.left[engine.requests.queue[newest]] -= 1
         wanted -= 1
-        evict(engine, newest)
+        evict(engine, int(newest))  # a variable that begins as a constant is a type of its own to numba
         engine.events.evicted[engine.report.evicted] = newest
         engine.report.evicted += 1

@@ -10,37 +10,22 @@ from typing import Any
 
 import pytest
 
-from hardware.real_engine import prepare_environment
+from hardware.versions import prepare_environment
 
 prepare_environment()  # vLLM reads it when it is imported
 
 import serve_policies
-import torch
 from vllm import SamplingParams
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
 
 from hardware.serve import PolicyScheduler
-from hardware.vllm_scheduler import VllmSchedulerBackend
+from hardware.vllm_scheduler import VllmSchedulerBackend, faked_scheduler
 from llmsched_env.types import Decision, EngineConfig, QueueLayout
 
 TOKEN = 7
 END_OF_TEXT = 2
 LENGTHS = {"prompt": [8], "output": [8], "weight": [1]}
-
-
-def faked_scheduler(scheduler_cls: Any, vllm_config: Any, engine: EngineConfig) -> Any:
-    """A scheduler without an engine around it."""
-    spec = FullAttentionSpec(block_size=engine.block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
-    return scheduler_cls(
-        vllm_config=vllm_config,
-        kv_cache_config=KVCacheConfig(engine.num_blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)]),
-        structured_output_manager=StructuredOutputManager(vllm_config),
-        block_size=engine.block_size,
-        log_stats=False,
-    )
 
 
 class Server:
@@ -55,7 +40,7 @@ class Server:
         self.clock = 0.0
         self.slept: list[float] = []
         with contextlib.closing(VllmSchedulerBackend()) as backend:
-            self.scheduler = faked_scheduler(PolicyScheduler, backend._config(engine), engine)
+            self.scheduler = faked_scheduler(PolicyScheduler, backend.vllm_config(engine), engine)
         s = self.scheduler
         s.monotonic = s.wall = lambda: self.clock
         s._epoch = 0.0

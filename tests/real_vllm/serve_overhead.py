@@ -21,10 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from serve_inprocess import Server, faked_scheduler
+from serve_inprocess import Server
 from serve_policies import random_agent
 
-from hardware.vllm_scheduler import VllmSchedulerBackend
+from hardware.vllm_scheduler import VllmSchedulerBackend, faked_scheduler
 from llmsched_env.types import Decision, EngineConfig
 
 ENGINE = EngineConfig.vllm(max_num_batched_tokens=32_768)
@@ -41,7 +41,7 @@ def server_of(policy: str, folder: Path) -> Server:
         server = Server.__new__(Server)
         server.clock, server.slept = 0.0, []
         with contextlib.closing(VllmSchedulerBackend()) as backend:
-            server.scheduler = faked_scheduler(Scheduler, backend._config(ENGINE), ENGINE)
+            server.scheduler = faked_scheduler(Scheduler, backend.vllm_config(ENGINE), ENGINE)
         return server
     options = {"segment_ends": [200]} if policy == "nested-wait" else {}
     name = str(random_agent(folder / "agent", action_set="peak", features=True)) if policy == "agent" else policy

@@ -23,8 +23,9 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
 
 import gymnasium as gym
 
-from hardware.real_engine import EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks, prepare_environment
+from hardware.real_engine import EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks
 from hardware.shapes import model_shape, write_shape
+from hardware.versions import prepare_environment
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, TableTime, load_calibration
 from scripts import calibrate

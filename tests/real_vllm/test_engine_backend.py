@@ -536,5 +536,5 @@ def test_requests_refused_on_arrival_never_reach_the_engine(shared: VllmEngineBa
     shared.reset(together((5, 5), (150, 50), (6, 5)), QueueLayout(), engine, EpisodeLimits())
     while not shared.done:
         shared.advance(Decision.greedy(1))
-    assert shared.requests[st.R_STATUS].tolist() == [st.STATUS_FINISHED, st.STATUS_REJECTED, st.STATUS_FINISHED]
+    assert shared.record.requests.status.tolist() == [st.FINISHED, st.REJECTED, st.FINISHED]
     assert sorted(shared.tokens) == [0, 2]

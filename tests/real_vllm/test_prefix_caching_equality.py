@@ -20,7 +20,10 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
 
 from hardware import vllm_scheduler as hw
 from hardware.gated_scheduler import Admission, GatedScheduler
-from llmsched_env.engine.prefix_backend import PrefixCachingBackend, SharedPrompts
+from hardware.options import engine_arguments
+from hardware.real_engine import write_tiny_llama
+from llmsched_env.engine.prefix_cache import SharedPrompts
+from llmsched_env.engine.simulator import PrefixCachingBackend
 from llmsched_env.perf import LinearTime
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 
@@ -31,41 +34,14 @@ class VllmScheduler:
     """vLLM's scheduler with prefix caching on faked tokens that never repeat but in common heads."""
 
     def __init__(self, engine: EngineConfig, folder: Any) -> None:
-        from vllm import EngineArgs
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
-        config = EngineArgs(
-            model=str(hw.write_tiny_llama(folder / str(engine.max_model_len), engine.max_model_len)),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=engine.max_model_len,
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
-            enable_chunked_prefill=engine.enable_chunked_prefill,
-            enable_prefix_caching=True,
-            async_scheduling=False,
-            block_size=engine.block_size,
-            watermark=engine.watermark,
-            scheduler_reserve_full_isl=engine.scheduler_reserve_full_isl,
-            disable_log_stats=True,
-        ).create_engine_config()
-        config.cache_config.num_gpu_blocks = engine.num_blocks + 1
-        spec = hw.FullAttentionSpec(block_size=engine.block_size, num_kv_heads=1, head_size=32, dtype=hw.torch.float32)
-        cache = hw.KVCacheConfig(
-            num_blocks=engine.num_blocks + 1, kv_cache_tensors=[], kv_cache_groups=[hw.KVCacheGroupSpec(["layer"], spec)]
-        )
+        model = write_tiny_llama(folder / str(engine.max_model_len), engine.max_model_len)
+        config = hw.faked_config(model, engine, engine_arguments(engine) | {"enable_prefix_caching": True})
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(engine.block_size, sha256)
-        self.scheduler = GatedScheduler(
-            vllm_config=config,
-            kv_cache_config=cache,
-            structured_output_manager=hw.StructuredOutputManager(config),
-            block_size=engine.block_size,
-            log_stats=False,
-        )
+        self.scheduler = hw.faked_scheduler(GatedScheduler, config, engine)
 
     def add(self, request: int, prompt: list[int], output: int) -> None:
         self.scheduler.add_request(

@@ -173,7 +173,7 @@ def state(sim: Any, vllm: Any) -> list[tuple[str, np.ndarray, np.ndarray]]:
 
 
 def equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return a is None and b is None or np.array_equal(a, b, equal_nan=np.asarray(a).dtype.kind == "f")
+    return (a is None and b is None) or np.array_equal(a, b, equal_nan=np.asarray(a).dtype.kind == "f")
 
 
 def shrink(case: Case, sim: Any, vllm: Any) -> tuple[Case, str]:

@@ -14,7 +14,6 @@ from hardware import live
 from hardware.live import LiveMirror
 from hardware.live_config import LiveConfig, build_policy
 from hardware.live_rehearsal import rehearse
-from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.types import EngineConfig, QueueLayout
 
@@ -160,7 +159,7 @@ def test_renumbered_keys_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> No
     order: list[str] = []
 
     def check() -> None:
-        keys = mirror.requests[st.R_KEY]
+        keys = mirror.record.requests.key
         assert sorted(order, key=lambda name: int(keys[mirror.index(name)])) == order
 
     for i in range(6):
@@ -179,8 +178,8 @@ def test_renumbered_keys_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> No
     mirror.note(6.0, [], [], ["1"])
     order[:] = ["1", "2", *map(str, range(6, 12)), "4", "5"]
     check()
-    assert int(mirror.requests[st.R_KEY, mirror.index("11")]) <= 9
-    assert mirror.queues[st.Q_LATE].tolist() == [0, 2]
+    assert int(mirror.record.requests.key[mirror.index("11")]) <= 9
+    assert mirror.view.late.tolist() == [0, 2]
 
 
 def test_layouts_a_server_cannot_classify_by_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""The live server's mirror of vLLM's queues against the arrays of backend ``vllm-scheduler``.
+"""The live server's mirror of vLLM's queues against the record of backend ``vllm-scheduler``.
 
 The same workload and the same decisions on both: before every decision the policy must see the same
 queues, requests and observation, though one side is told everything beforehand and the other learns
@@ -24,8 +24,8 @@ from serve_inprocess import make_server
 
 from hardware.vllm_scheduler import VllmSchedulerBackend
 from llmsched_env.action import fill_mask
-from llmsched_env.engine import state as st
-from llmsched_env.observation import ObservationLayout, encode, static_context
+from llmsched_env.forecast import Forecast, make_forecast
+from llmsched_env.observation import ObservationLayout, encode
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
 
 CASES = int(os.environ.get("LLMSCHED_SERVE_CASES", "24"))
@@ -84,45 +84,63 @@ class Case:
         return Decision.of(g.random(q) < 0.8, g.choice([0, 1, 2, ADMIT_ALL], q), evict)
 
 
-_SCALARS = (
-    st.I_RESIDENTS, st.I_WAITING, st.I_BOUNDARY, st.I_LOW_KEY, st.I_KV_TOKENS, st.I_KV_BLOCKS, st.I_EVICTIONS, st.I_FORCED_EVICTIONS,
-    st.I_STEP_EVICTED, st.I_STEP_PREEMPTED, st.I_PREFILLING,
+ENGINE = (
+    "clock", "rate_seconds", "last_iteration", "num_residents", "num_waiting", "num_boundary", "num_prefilling", "kv_tokens", "kv_blocks",
+    "lowest_key", "evictions", "forced_evictions", "iterations", "run_all",
 )  # fmt: skip
-_QUEUES = (
-    st.Q_WAITING, st.Q_RESIDENTS, st.Q_RESIDENT_KV, st.Q_BOUNDARY_KV, st.Q_HEAD_TOKENS, st.Q_HEAD_KEY, st.Q_LATE
+REPORT = ("evicted", "preempted", "admitted")
+QUEUES = (
+    "waiting", "residents", "resident_kv", "boundary_kv", "head_tokens", "head_key", "late", "rank", "segment_end", "runs", "steps",
+    "members",
 )  # fmt: skip
-_SLOTS = (st.S_QUEUE, st.S_STATE, st.S_COMPUTED, st.S_GENERATED, st.S_TARGET, st.S_BLOCKS, st.S_PROMPT)
-_CLOCKS = (st.F_CLOCK, st.F_RATE_SECONDS, st.F_LAST_ITERATION)
+ENDS_OF_LISTS = ("head", "tail", "timely", "first_peer", "last_peer")
+RESIDENTS = ("queue", "status", "base_computed", "base_generated", "target", "prompt", "outside", "group", "output")
 
 
-def seen(view: Any, names: Callable[[int], str], context: np.ndarray) -> dict[str, Any]:
+def seen(view: Any, name: Callable[[int], str], forecast: Forecast) -> dict[str, Any]:
     """Everything a policy can read, requests by name."""
-    b = view._backend
-    n = int(b.scalars[st.I_RESIDENTS])
+    record = view.record
+    requests, queues = record.requests, record.queues
+
+    def names(listed: Any) -> list[str]:
+        return [name(int(r)) if r >= 0 else "-" for r in listed]
+
     observation = np.zeros(ObservationLayout.of(view.layout).size, np.float32)
-    encode(b.settings, context, b.queues, b.queue_f, b.scalars, b.clocks, observation)
+    encode(record, forecast, observation)
     mask = np.zeros(view.layout.num_queues * 7, np.bool_)
-    fill_mask(b.queues, 4, mask)
-    out = {f"scalar {row}": int(b.scalars[row]) for row in _SCALARS}
-    out |= {f"clock {row}": float(b.clocks[row]) for row in _CLOCKS}
-    out |= {f"queue {row}": b.queues[row].tolist() for row in _QUEUES}
-    out |= {f"slot {row}": b.slots[row, :n].tolist() for row in _SLOTS}
-    out["residents"] = [names(r) for r in view.resident_requests().id]
+    fill_mask(record, 4, mask)
+    outside = slice(0, view.layout.num_queues, view.layout.num_segments)
+    residents = view.resident_requests()
+    at = residents.id
+    out: dict[str, Any] = {f"engine {field}": getattr(record, field) for field in ENGINE}
+    out |= {f"report {field}": getattr(record.report, field) for field in REPORT}
+    out |= {f"queue {field}": getattr(queues, field).tolist() for field in QUEUES}
+    for field in ENDS_OF_LISTS:
+        listed = getattr(queues, field)
+        out[f"queue {field}"] = names(listed if "peer" in field else listed[outside])
+    out |= {f"resident {field}": getattr(requests, field)[at].tolist() for field in RESIDENTS}
+    out["resident blocks"] = [-(-int(c) // view.engine.block_size) for c in residents.computed]
+    out["resident order"] = np.argsort(requests.sequence[at]).tolist()
+    out["residents"] = names(at)
+    for field in ("next", "previous", "next_peer", "previous_peer"):
+        out[f"resident {field}"] = names(getattr(requests, field)[at])
     out["observation"], out["mask"] = observation, mask.tolist()
     out["arrival_rate"] = view.arrival_rate
     out["head_arrival"] = view.head_arrival.tolist()
     for j in range(view.layout.num_classes):
         w = view.waiting_requests(j, 10**6)
-        out[f"waiting {j}"] = [names(r) for r in w.id]
-        for name in ("prompt_tokens", "generated", "key", "arrival"):
-            out[f"waiting {j} {name}"] = getattr(w, name).tolist()
+        out[f"waiting {j}"] = names(w.id)
+        for field in ("prompt_tokens", "generated", "key", "arrival"):
+            out[f"waiting {j} {field}"] = getattr(w, field).tolist()
+        for field in ("status", "queue", "outside", "group"):
+            out[f"waiting {j} {field}"] = getattr(requests, field)[w.id].tolist()
     return out
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any], where: str) -> None:
     for name in theirs:
         a, b = ours[name], theirs[name]
-        if name.startswith(("observation", "arrival_rate", "clock", "head_arrival")) or name.endswith("arrival"):
+        if name.startswith(("observation", "arrival_rate", "engine", "head_arrival")) or name.endswith("arrival"):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9, err_msg=f"{where}: {name}")
         else:
             assert a == b, f"{where}: {name}: server {a}, backend {b}"
@@ -141,12 +159,12 @@ def follow(case: Case, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Tally:
     backend = VllmSchedulerBackend(trace=True)
     workload = case.workload
     view = backend.reset(workload, case.layout, case.engine, EpisodeLimits(drain=False, max_iterations=20_000))
-    context = static_context_of(case)
+    forecast = forecast_of(case)
     shown: list[dict[str, Any]] = []
     asked = {"step": 0}
 
     def script(live: Any) -> Decision:
-        shown.append(seen(live, lambda r: live._backend.names[r], context))
+        shown.append(seen(live, lambda r: server.scheduler.mirror.names[r], forecast))
         return case.decision(asked["step"])
 
     changes = {name: getattr(case.engine, name) for name in ("admission_order", "class_rank", "late_after")}
@@ -155,8 +173,8 @@ def follow(case: Case, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Tally:
 
     def submit() -> None:
         nonlocal submitted
-        server.clock = float(backend.clocks[st.F_CLOCK])
-        while submitted < backend.scalars[st.I_NEXT_ARRIVAL]:
+        server.clock = backend.record.clock
+        while submitted < backend.record.next_arrival:
             i = submitted
             server.add(str(i), int(workload.prompt_tokens[i]), int(workload.output_tokens[i]), float(workload.arrival[i]), ignore_eos=True)
             submitted += 1
@@ -166,7 +184,7 @@ def follow(case: Case, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Tally:
         if backend.done:
             break
         asked["step"] = step
-        expected = seen(view, str, context)
+        expected = seen(view, str, forecast)
         report = backend.step(case.decision(step))
         output = server.scheduler.schedule()
         assert len(shown) == step + 1, f"step {step}: the policy was asked {len(shown)} times"
@@ -189,9 +207,9 @@ def follow(case: Case, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Tally:
     return tally
 
 
-def static_context_of(case: Case) -> np.ndarray:
+def forecast_of(case: Case) -> Forecast:
     w = case.workload
-    return static_context(LengthStatistics.of(w.prompt_tokens, w.output_tokens, np.ones(len(w))), 5.0, case.engine, case.layout)
+    return make_forecast(LengthStatistics.of(w.prompt_tokens, w.output_tokens, np.ones(len(w))), 5.0, case.engine, case.layout)
 
 
 def test_the_mirror_equals_the_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

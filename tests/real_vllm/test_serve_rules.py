@@ -25,9 +25,10 @@ from vllm.v1.request import RequestStatus
 from hardware import live, serve
 from hardware.live import LiveMirror
 from hardware.live_rehearsal import rehearse
-from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError
+from llmsched_env.records import Level
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, QueueLayout
+from tests.engine_walk import shown
 
 ENGINE = EngineConfig.vllm(num_blocks=64, block_size=4, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=128)
 HALVES = QueueLayout(segment_ends=(4,))
@@ -108,7 +109,7 @@ def test_memory_full_of_frozen_requests_comes_free(make: Make) -> None:
     for _ in range(30):
         server.step()
     mirror = server.scheduler.mirror
-    assert mirror.scalars[st.I_BOUNDARY] > 8 and mirror.view.kv_free < 6
+    assert mirror.record.num_boundary > 8 and mirror.view.kv_free < 6
     assert server.step() == {}
     server.run_until_empty(seconds=0.05)
     assert server.scheduler.gatekeeper.releases["boundary"] > 8
@@ -122,7 +123,7 @@ def test_a_released_request_that_is_preempted_goes_first(make: Make) -> None:
         server.add(f"{i}", 16, 40)
     server.clock = 1.5
     server.run_until_empty()
-    assert server.scheduler.mirror.scalars[st.I_FORCED_EVICTIONS] > 0
+    assert server.scheduler.mirror.record.forced_evictions > 0
     assert server.scheduler.gatekeeper.releases == {"outside": 6, "boundary": 0, "held": 0}
 
 
@@ -226,9 +227,10 @@ def test_arrivals_aborts_stops_preemptions_in_any_order(make: Make, monkeypatch:
     mirror = scheduler.mirror
     assert made > 150 and len(checked) > 500
     assert scheduler.policy_metrics.errors == 0 and mirror.resyncs == 0
-    assert scheduler.policy_metrics.evictions > 0 and mirror.scalars[st.I_FORCED_EVICTIONS] > 0
+    assert scheduler.policy_metrics.evictions > 0 and mirror.record.forced_evictions > 0
     assert len(mirror) == 0 and not mirror.overdue
-    assert mirror.scalars[st.I_WAITING] == 0 and mirror.queues[st.Q_WAITING].sum() == 0
+    assert mirror.record.num_waiting == mirror.record.num_residents == 0
+    assert mirror.view.waiting.sum() == mirror.view.residents.sum() == mirror.view.resident_kv.sum() == 0
 
 
 def test_memory_follows_the_requests_present_not_those_served(make: Make) -> None:
@@ -242,12 +244,12 @@ def test_memory_follows_the_requests_present_not_those_served(make: Make) -> Non
             if i % 80 == 79:
                 server.scheduler.finish_requests([f"{i}"], RequestStatus.FINISHED_ABORTED)
     server.run_until_empty()
-    assert mirror.requests.shape[1] == 256 and len(mirror.names) == 256
+    assert len(mirror.record.requests) == 256 and len(mirror.names) == 256
     assert len(mirror) == 0 and len(mirror.queued) <= 1
     for i in range(600):  # more than there is room for at first
         server.add(f"more-{i}", 4, 2)
     server.run_until_empty()
-    assert mirror.requests.shape[1] == 1024 and len(mirror) == 0 and mirror.resyncs == 0
+    assert len(mirror.record.requests) == 1024 and len(mirror) == 0 and mirror.resyncs == 0
 
 
 def test_max_tokens_reaches_no_byte_a_policy_can_read(make: Make) -> None:
@@ -257,9 +259,7 @@ def test_max_tokens_reaches_no_byte_a_policy_can_read(make: Make) -> None:
         states: list[bytes] = []
 
         def script(view: Any, states: list[bytes] = states) -> Decision:
-            b = view._backend
-            for array in (b.requests, b.times, b.slots[:, : view.num_residents], b.queues, b.queue_f, b.scalars, b.clocks, b.settings):
-                states.append(array.tobytes())
+            states.extend((*shown(view.record, Level.KNOWN).values(), view.record.hidden.rows.tobytes()))
             return Decision.greedy(2)
 
         server = make(ENGINE, HALVES, script)
