@@ -3,7 +3,7 @@
 numba recompiles a cached function when its own file changes, but not when a function it calls changes
 in another file: after an upgrade or an edit it would go on running old code. Two things keep that from
 happening. The cache folder, in ``NUMBA_CACHE_DIR`` or the user's cache folder, is named after a digest of
-this package; folders of other versions that nobody has used for a month are removed. And a file in it is
+this package; folders of other versions that nobody uses are removed. And a file in it is
 named after a digest of its function and of all that numba freezes into the machine code: the functions it
 reaches, in whatever file or package they are, and the constants they read.
 
@@ -42,6 +42,8 @@ from numba.core.serialize import dumps
 _PACKAGE = __name__.partition(".")[0]
 _PREFIX = f"{_PACKAGE}-"
 _KEEP_SECONDS = 30 * 24 * 3600.0
+_DAY_SECONDS = 24 * 3600.0
+_KEEP_FOLDERS = 10
 _KEEP_VERSIONS = 64
 """Files a function keeps: one for each types of its arguments and state of the user's sources; the oldest go first."""
 
@@ -90,12 +92,17 @@ def _folder() -> Path:
 
 
 def _remove_stale(folder: Path) -> None:
-    limit = time.time() - _KEEP_SECONDS
+    """Folders of other versions: those unused for a month, and of those unused for a day all but the newest (every edit makes one)."""
+    now = time.time()
+    found = []
     with contextlib.suppress(OSError):
         for other in folder.parent.glob(f"{_PREFIX}*"):
             with contextlib.suppress(OSError):  # another process may be removing it, too
-                if other != folder and other.is_dir() and other.stat().st_mtime < limit:
-                    shutil.rmtree(other, ignore_errors=True)
+                if other != folder and other.is_dir():
+                    found.append((now - other.stat().st_mtime, other))
+    for i, (age, other) in enumerate(sorted(found)):
+        if age > _KEEP_SECONDS or (age > _DAY_SECONDS and i >= _KEEP_FOLDERS):
+            shutil.rmtree(other, ignore_errors=True)
 
 
 CACHE_FOLDER = _folder()

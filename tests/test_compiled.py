@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -327,3 +328,13 @@ def test_old_versions_go_and_the_own_stays(tmp_path: Path) -> None:
     module._remove_stale(mine)
     assert mine.is_dir() and new.is_dir() and not old.exists()
     module._remove_stale(tmp_path / "nowhere" / "x")
+
+
+def test_edits_leave_a_bounded_number_of_folders(tmp_path: Path) -> None:
+    now = time.time()
+    for i in range(30):
+        folder = tmp_path / f"llmsched_env-{i}"
+        folder.mkdir()
+        os.utime(folder, (now - i * 6 * 3600, now - i * 6 * 3600))
+    module._remove_stale(tmp_path / "llmsched_env-0")
+    assert sorted(int(path.name.rpartition("-")[2]) for path in tmp_path.iterdir()) == list(range(11))
