@@ -129,7 +129,7 @@ class AgentVecEnv(SB3VecEnv):
             handles[i, 3] = agent.handle
         self._handles = handles
 
-    def _records(self, placed: Sequence[EnvSetting]) -> list[AgentRecord]:
+    def _records(self, placed: Sequence[Any]) -> list[AgentRecord]:
         """One record for each setting."""
         made = []
         for i in range(len(placed)):

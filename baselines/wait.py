@@ -165,11 +165,11 @@ class Wait(RulePolicy):
             )
         self.notes = "; ".join(self.parameters.notes)
         if variant == "paper":
-            thresholds, caps = self.parameters.thresholds, np.empty(0)
+            quotas, caps = self.parameters.thresholds, np.empty(0)
         else:
-            thresholds, caps = self._quotas_and_caps(setting)
+            quotas, caps = self._quotas_and_caps(setting)
         record = WaitRecord(
-            thresholds=np.array(thresholds, dtype=np.float64), caps=caps, launched=np.zeros(self.layout.num_classes, dtype=np.int64)
+            thresholds=np.array(quotas, dtype=np.float64), caps=caps, launched=np.zeros(self.layout.num_classes, dtype=np.int64)
         )
         record.any_trigger = variant in ("any-trigger", "implemented")
         record.cap_releases = variant in ("cap-releases", "implemented")

@@ -30,7 +30,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -318,7 +318,7 @@ def _remove(path: Path) -> None:
 
 
 # --- the decorators ---------------------------------------------------------------------------------
-class _InnerPipeline(CompilerBase):  # type: ignore[misc]
+class _InnerPipeline(CompilerBase):
     """numba's own pipeline, but for the machine code: what is called from compiled code alone is only ever linked into its callers."""
 
     def define_pipelines(self) -> list[Any]:
@@ -326,7 +326,7 @@ class _InnerPipeline(CompilerBase):  # type: ignore[misc]
         return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
 
 
-class _InnerCompiler(_FunctionCompiler):  # type: ignore[misc]
+class _InnerCompiler(_FunctionCompiler):
     def _compile_core(self, args: Any, return_type: Any) -> Any:
         # numba finds the code of a callee by its entry point, which these do not have: any builtin of its own will do.
         found = super()._compile_core(args, return_type)._replace(entry_point=[].append)
@@ -344,7 +344,8 @@ class Compiled:
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         functools.update_wrapper(self, function)
         self.py_func, self._options = function, options
-        inner: Any = numba.njit(nogil=True, pipeline_class=_InnerPipeline, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
+        alone = {"pipeline_class": _InnerPipeline, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        inner: Any = numba.njit(nogil=True, **alone, **options)(function)
         inner._compiler.__class__ = _InnerCompiler
         self._inner = inner
         self._outer: Any = None
@@ -354,7 +355,7 @@ class Compiled:
         """numba's dispatcher with all that a call from Python needs."""
         if self._outer is None:
             self._outer = numba.njit(nogil=True, **self._options)(self.py_func)  # machine code touches no Python object
-            self._outer._cache = _Cache(self.py_func)
+            self._outer._cache = _Cache(cast(FunctionType, self.py_func))
         return self._outer
 
     def __call__(self, *args: Any) -> Any:
@@ -373,9 +374,12 @@ class Compiled:
         return getattr, (sys.modules[self.py_func.__module__], self.py_func.__name__)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
     """Compile to machine code at the first call, or load it from the cache; ordinary Python under ``NUMBA_DISABLE_JIT=1``.
 
     Other threads of Python run while the function does.
     """
-    return function if numba.config.DISABLE_JIT else Compiled(function)
+    return function if numba.config.DISABLE_JIT else cast(Function, Compiled(function))

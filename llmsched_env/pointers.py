@@ -57,7 +57,7 @@ def address_of(function: Callable[..., Any], arguments: tuple[Argument, ...], re
     if not isinstance(function, Compiled):
         raise TypeError(f"{function!r}: must be a function decorated with llmsched_env.compiled.compiled")
     dispatcher = function.dispatcher
-    returned = {None: types.none, int: types.int64, float: types.float64}[result]
+    returned = types.none if result is None else types.float64 if result is float else types.int64
     signature = returned(*map(_numba_type, arguments))
     dispatcher.compile(signature)
     address = int(_get_wrapper_address(dispatcher, signature))

@@ -196,7 +196,8 @@ class Record(_Declared):
         marked = {n: _marks(h) for n, h in hints.items() if n in cls.__annotations__}
         for name, (declared, *_) in marked.items():
             if declared in _SCALARS:
-                kinds[name], form = "scalar", _SCALARS[declared]
+                kinds[name] = "scalar"
+                form: Any = _SCALARS[declared]
             elif declared in _ARRAYS:
                 kinds[name], form = "array", [("address", "<i8"), ("shape", "<i8", (3,))]
             elif issubclass(declared, Rows):
@@ -393,7 +394,8 @@ def _array(context: Any, builder: Any, array: Any, place: Any, address: Any) -> 
     words = builder.bitcast(place, ir.IntType(64).as_pointer())
     shape = [builder.load(builder.gep(words, [ir.Constant(ir.IntType(64), 1 + d)])) for d in range(array.ndim)]
     item = context.get_abi_sizeof(context.get_data_type(array.dtype))
-    strides, stride = [], ir.Constant(ir.IntType(64), item)
+    strides: list[Any] = []
+    stride = ir.Constant(ir.IntType(64), item)
     for size in reversed(shape):
         strides.insert(0, stride)
         stride = builder.mul(stride, size)

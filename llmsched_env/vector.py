@@ -206,8 +206,8 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             self._call_reward()
         terminated, truncated = self._ends == END_FINISHED, self._ends > END_FINISHED
         if count and (self._ends == END_STUCK).any():
-            i = int(np.flatnonzero(self._ends == END_STUCK)[0])
-            raise RuntimeError(f"environment {i}: the engine can schedule nothing at {self.fleet.records[i].clock:.6f} s")
+            stuck = int(np.flatnonzero(self._ends == END_STUCK)[0])
+            raise RuntimeError(f"environment {stuck}: the engine can schedule nothing at {self.fleet.records[stuck].clock:.6f} s")
         infos: dict[str, Any] = {}
         if not self._same_step and self._any_ended:
             for i in np.flatnonzero(self._ended):  # NEXT_STEP: this step was the reset, its action was ignored

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmsched_env.engine import prefix_cache, segments
 from llmsched_env.engine.schedule_paper import schedule_paper
 from llmsched_env.engine.schedule_vllm import schedule_vllm
 from llmsched_env.engine.state import Code, Engine, Pool
 from llmsched_env.engine.step import step
-from llmsched_env.pointers import address_of
+from llmsched_env.pointers import Argument, address_of
 from llmsched_env.types import Decision, EngineConfig, QueueLayout
 
-_BOUNDARIES = {
+_Functions = dict[str, tuple[Any, tuple[Argument, ...]]]
+
+_BOUNDARIES: _Functions = {
     "enter_boundaries": (segments.enter_boundaries, (Engine, Decision)),
     "evict_boundaries": (segments.evict_boundaries, (Engine, Decision)),
     "place": (segments.place, (Engine, int, int)),
 }
-_POOL = {
+_POOL: _Functions = {
     "open_seat": (prefix_cache.open_seat, (Pool, int, int)),
     "grow": (prefix_cache.grow, (Pool, int, int, int)),
     "close_seat": (prefix_cache.close_seat, (Pool, int)),
 }
-_POOL_COUNTS = {
+_POOL_COUNTS: _Functions = {
     "cached_blocks": (prefix_cache.cached_blocks, (Pool, int, int)),
     "free_among": (prefix_cache.free_among, (Pool, int, int)),
 }
@@ -36,7 +40,7 @@ def link(code: Code, engine: EngineConfig, layout: QueueLayout, schedule: int | 
     if schedule is None:
         schedule = address_of(schedule_paper if engine.preset == "paper" else schedule_vllm, (Engine,))
     code.schedule = schedule
-    code.seconds, code.valid = engine.time_model.addresses()
+    code.seconds = engine.time_model.address()
     if layout.num_segments > 1:
         for name, (function, arguments) in _BOUNDARIES.items():
             setattr(code, name, address_of(function, arguments))

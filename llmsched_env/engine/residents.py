@@ -242,6 +242,7 @@ def evict(engine: Engine, r: int) -> None:
     requests = engine.requests
     release(engine, r)
     requests.status[r] = WAITING
+    requests.base_computed[r] = 0
     requests.queue[r] = requests.outside[r]
     if engine.settings.lose_progress != 0:
         requests.base_generated[r] = 0

@@ -252,7 +252,6 @@ class Code(Record):
     step: int  # (engine, decision)
     schedule: int  # (engine)
     seconds: int  # (batch) -> float
-    valid: int  # (batch) -> int
     enter_boundaries: int  # (engine, decision)
     evict_boundaries: int  # (engine, decision)
     place: int  # (engine, r, tokens)

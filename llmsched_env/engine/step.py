@@ -36,7 +36,7 @@ from llmsched_env.engine.state import (
     RUNNING,
     Engine,
 )
-from llmsched_env.pointers import call, call_float, call_int
+from llmsched_env.pointers import call, call_float
 from llmsched_env.records import reader
 from llmsched_env.types import Decision
 
@@ -201,9 +201,10 @@ def model_seconds(engine: Engine) -> float:
         return 0.0
     if engine.measured_seconds >= 0.0:
         return engine.measured_seconds
-    if call_int(engine.code.valid, engine.batch) == 0:
-        engine.report.out_of_range = 1
-    return call_float(engine.code.seconds, engine.batch)
+    engine.batch.out_of_range = 0
+    seconds = call_float(engine.code.seconds, engine.batch)
+    engine.report.out_of_range = engine.batch.out_of_range
+    return seconds
 
 
 @compiled

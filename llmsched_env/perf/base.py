@@ -15,7 +15,7 @@ from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.batch import Batch, BatchSums
-from llmsched_env.pointers import address_of, call_float, call_int
+from llmsched_env.pointers import address_of, call_float
 from llmsched_env.records import reader
 
 FloatArray = npt.NDArray[np.float64]
@@ -68,13 +68,7 @@ _batch_at = reader(BatchSums)
 
 
 @compiled
-def always_valid(batch: BatchSums) -> int:
-    """Of a model without limits."""
-    return 1
-
-
-@compiled
-def _evaluate(seconds_address, valid_address, handle, rows, seconds, valid):  # type: ignore[no-untyped-def]
+def _evaluate(address, handle, rows, seconds, valid):  # type: ignore[no-untyped-def]
     """Seconds and validity of each row of (n, BATCH_FIELDS)."""
     batch = _batch_at(handle)
     for i in range(rows.shape[0]):
@@ -89,8 +83,9 @@ def _evaluate(seconds_address, valid_address, handle, rows, seconds, valid):  # 
         batch.sampled = rows[i, 8]
         batch.load = rows[i, 9]
         batch.batch_size = rows[i, 10]
-        seconds[i] = call_float(seconds_address, batch)
-        valid[i] = call_int(valid_address, batch)
+        batch.out_of_range = 0
+        seconds[i] = call_float(address, batch)
+        valid[i] = 1.0 - batch.out_of_range
 
 
 _warned: set[str] = set()
@@ -123,14 +118,13 @@ class IterationTimeModel(ABC):
             return batch.model[0] + batch.model[1] * batch.decode_kv
 
     Attributes:
-        compiled_seconds: compiled function ``(batch) -> float``, seconds > 0; ``batch.model`` is what ``pack`` returned.
-        compiled_valid: compiled function ``(batch) -> int``, 1 where the batch lies inside the data behind the model.
+        compiled_seconds: compiled function ``(batch) -> float``, seconds > 0; ``batch.model`` is what ``pack`` returned. It
+            sets ``batch.out_of_range`` to 1 where it has to go beyond the data behind it.
     """
 
     __slots__ = ()
 
     compiled_seconds: ClassVar[Any]
-    compiled_valid: ClassVar[Any] = always_valid
     provenance: Provenance = Provenance()
 
     @abstractmethod
@@ -138,23 +132,20 @@ class IterationTimeModel(ABC):
         """(n,) float64, the numbers of the model. Not to be written to."""
 
     @classmethod
-    def addresses(cls) -> tuple[int, int]:
-        """Where the engine calls ``compiled_seconds`` and ``compiled_valid``.
+    def address(cls) -> int:
+        """Where the engine calls ``compiled_seconds``.
 
         Raises:
-            ConfigError: the class has no such functions, or they cannot be compiled.
+            ConfigError: the class has no such function, or it cannot be compiled.
         """
-        found = []
-        for name, result in (("compiled_seconds", float), ("compiled_valid", int)):
-            owner = f"engine.time_model: {cls.__name__}.{name}"
-            function = getattr(cls, name, None)
-            if function is None:
-                raise ConfigError(f"{owner}: missing, must be a compiled function of the batch")
-            try:
-                found.append(address_of(function, (BatchSums,), result))
-            except (TypeError, AttributeError, numba.core.errors.NumbaError) as error:
-                raise ConfigError(f"{owner}: cannot be compiled as (batch) -> {result.__name__}: {error}") from error
-        return found[0], found[1]
+        owner = f"engine.time_model: {cls.__name__}.compiled_seconds"
+        function = getattr(cls, "compiled_seconds", None)
+        if function is None:
+            raise ConfigError(f"{owner}: missing, must be a compiled function of the batch")
+        try:
+            return address_of(function, (BatchSums,), float)
+        except (TypeError, AttributeError, numba.core.errors.NumbaError) as error:
+            raise ConfigError(f"{owner}: cannot be compiled as (batch) -> float: {error}") from error
 
     def seconds(self, batch: Batch) -> float:
         """Seconds of one iteration."""
@@ -173,7 +164,7 @@ class IterationTimeModel(ABC):
         """(n,) seconds of (n, BATCH_FIELDS) batches by a model of this kind with these numbers, and (n,) 1.0 where it is valid."""
         record = BatchSums(model=numbers)
         seconds, valid = np.empty(len(batches)), np.empty(len(batches))
-        _evaluate(*cls.addresses(), record.handle, np.ascontiguousarray(batches, dtype=np.float64), seconds, valid)
+        _evaluate(cls.address(), record.handle, np.ascontiguousarray(batches, dtype=np.float64), seconds, valid)
         return seconds, valid
 
 

@@ -32,6 +32,7 @@ class BatchSums(Record):
     sampled: float
     load: float
     batch_size: float
+    out_of_range: int  # set to 1 by a model that had to go beyond the data behind it
 
     def array(self) -> npt.NDArray[np.float64]:
         """(BATCH_FIELDS,) float64 without the model's numbers."""

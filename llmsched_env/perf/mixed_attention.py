@@ -90,20 +90,12 @@ def _attention(model, chunk, context, n, kv):  # type: ignore[no-untyped-def]
 
 @compiled
 def mixed_attention_seconds(batch: BatchSums) -> float:
-    """Seconds of one iteration by ``MixedAttentionTime``."""
+    """Seconds of one iteration by ``MixedAttentionTime``; out of range where a table is read outside what was measured."""
     model = batch.model
     chunk, context, n, kv = coordinates(batch)
     seconds = value_1d(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), int(model[H_LINEAR]), n + chunk, False)
     requests = n + batch.prefills
     seconds += value_1d(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), int(model[H_PER_SEQUENCE]), requests, False)
-    return seconds + _attention(model, chunk, context, n, kv)
-
-
-@compiled
-def mixed_attention_valid(batch: BatchSums) -> int:
-    """1 where every table of a ``MixedAttentionTime`` is read inside what was measured."""
-    model = batch.model
-    chunk, context, n, kv = coordinates(batch)
     good = inside(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), n + chunk)
     good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), n + batch.prefills)
     if n > 0.0:
@@ -113,7 +105,9 @@ def mixed_attention_valid(batch: BatchSums) -> int:
         good = good and chunk <= model[int(model[H_CHUNK]) + int(model[H_CHUNK + 1]) - 1]
         good = good and context <= model[int(model[H_CONTEXT]) + int(model[H_CONTEXT + 1]) - 1]
         good = good and n <= model[H_MIXED_DECODES]
-    return 1 if good else 0
+    if not good:
+        batch.out_of_range = 1
+    return seconds + _attention(model, chunk, context, n, kv)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -154,7 +148,6 @@ class MixedAttentionTime(IterationTimeModel):
     """
 
     compiled_seconds: ClassVar[Any] = mixed_attention_seconds
-    compiled_valid: ClassVar[Any] = mixed_attention_valid
 
     tokens: FloatArray
     linear: FloatArray

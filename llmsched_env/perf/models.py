@@ -32,16 +32,9 @@ def formula_seconds(batch: BatchSums) -> float:
     seconds += model[5] * kv + model[7] * batch.prefill_work + model[8] * n
     if n > 0.0:
         seconds += model[6] * kv / math.sqrt(n)
+    if tokens > model[9] or n > model[10] or kv > model[11] * n:
+        batch.out_of_range = 1
     return seconds
-
-
-@compiled
-def formula_valid(batch: BatchSums) -> int:
-    """1 where the batch lies inside the range of the data that a ``FormulaTime`` was fitted to."""
-    model, n = batch.model, batch.decodes
-    if n + batch.prefill_tokens > model[9] or n > model[10]:
-        return 0
-    return 1 if n == 0.0 or batch.decode_kv <= model[11] * n else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +71,6 @@ class FormulaTime(IterationTimeModel):
     """
 
     compiled_seconds: ClassVar[Any] = formula_seconds
-    compiled_valid: ClassVar[Any] = formula_valid
 
     a: float
     b: float

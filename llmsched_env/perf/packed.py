@@ -56,7 +56,7 @@ def check_model(model: object) -> None:
     check_provenance(model.provenance)
     packed_of(model)
     if type(model) not in _CHECKED:
-        model.addresses()
+        model.address()
 
 
 def packed_of(model: IterationTimeModel) -> FloatArray:

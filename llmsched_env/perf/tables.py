@@ -80,15 +80,20 @@ def _decode_attention(model, n, kv, clip):  # type: ignore[no-untyped-def]
 
 @compiled
 def table_seconds(batch: BatchSums) -> float:
-    """Seconds of one iteration by ``TableTime``."""
+    """Seconds of one iteration by ``TableTime``; out of range where a table is read outside its axes."""
     model = batch.model
     clip = model[H_CLIP] != 0.0
     tokens, kv, context, chunk = coordinates(batch)
+    good = inside(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), tokens)
     seconds = model[H_CONSTANT] + model[H_PER_REQUEST] * batch.batch_size
     seconds += value_1d(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), int(model[H_LINEAR]), tokens, clip)
     if batch.decodes > 0.0:
+        good = good and inside(model, int(model[H_DECODES]), int(model[H_DECODES + 1]), batch.decodes)
+        good = good and inside(model, int(model[H_DECODE_KV]), int(model[H_DECODE_KV + 1]), kv)
         seconds += _decode_attention(model, batch.decodes, kv, clip)
     if chunk > 0.0:
+        good = good and inside(model, int(model[H_CONTEXT]), int(model[H_CONTEXT + 1]), context)
+        good = good and inside(model, int(model[H_CHUNK]), int(model[H_CHUNK + 1]), chunk)
         seconds += value_2d(
             model,
             int(model[H_CONTEXT]),
@@ -101,27 +106,13 @@ def table_seconds(batch: BatchSums) -> float:
             clip,
         )
     if model[H_SEQUENCES + 1] > 0.0 and batch.sampled > 0.0:
+        good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), batch.sampled)
         seconds += value_1d(
             model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), int(model[H_PER_SEQUENCE]), batch.sampled, clip
         )
+    if not good:
+        batch.out_of_range = 1
     return seconds
-
-
-@compiled
-def table_valid(batch: BatchSums) -> int:
-    """1 where every table of a ``TableTime`` is read inside its axes."""
-    model = batch.model
-    tokens, kv, context, chunk = coordinates(batch)
-    good = inside(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), tokens)
-    if batch.decodes > 0.0:
-        good = good and inside(model, int(model[H_DECODES]), int(model[H_DECODES + 1]), batch.decodes)
-        good = good and inside(model, int(model[H_DECODE_KV]), int(model[H_DECODE_KV + 1]), kv)
-    if chunk > 0.0:
-        good = good and inside(model, int(model[H_CONTEXT]), int(model[H_CONTEXT + 1]), context)
-        good = good and inside(model, int(model[H_CHUNK]), int(model[H_CHUNK + 1]), chunk)
-    if model[H_SEQUENCES + 1] > 0.0 and batch.sampled > 0.0:
-        good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), batch.sampled)
-    return 1 if good else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -161,7 +152,6 @@ class TableTime(IterationTimeModel):
     """
 
     compiled_seconds: ClassVar[Any] = table_seconds
-    compiled_valid: ClassVar[Any] = table_valid
 
     tokens: FloatArray
     linear: FloatArray

@@ -24,10 +24,12 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.perf.batch import BatchSums
 from llmsched_env.records import Rows
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from tests.engine_walk import check_engine
 
 WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_WORKLOADS", "260"))
 MIN_ITERATIONS = 200_000
 MAX_STEPS = 6_000
+WALK_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def compare(case: Case, sim: Any, vllm: Any) -> Tally:
                 tally.difference = tally.difference or f"step {step}, {decision}: {name}\n{mine}\n{other}"
         if tally.difference:
             return tally
+        if step % WALK_EVERY == 0:  # lists and sums, followed by hand
+            check_engine(vllm)
     return tally
 
 
