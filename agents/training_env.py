@@ -23,6 +23,7 @@ from agents.peak import length_tables
 from agents.recipe import Recipe
 from agents.sb3_vec import SB3VecEnv
 from llmsched_env.action import THETAS
+from llmsched_env.compiled import entry
 from llmsched_env.engine.state import END_FINISHED, RUNNING
 from llmsched_env.errors import ConfigError
 from llmsched_env.records import Level
@@ -176,7 +177,7 @@ class AgentVecEnv(SB3VecEnv):
         self._new_outputs()
         n = self.num_envs
         results, ends = np.empty((n, 2)), np.empty(n, dtype=np.int64)
-        self.vector._workers.run(advance_range, self._handles, actions, self._observations, self._masks, results, ends)
+        self.vector._workers.run(entry(advance_range), self._handles, actions, self._observations, self._masks, results, ends)
         rewards, durations = results[:, 0], results[:, 1]
         self.record.durations[:] = durations / self.record.time_scale
         self.record.truncated[:] = ends > END_FINISHED

@@ -370,7 +370,7 @@ class Compiled:
         """Types of the arguments for which there is machine code of its own."""
         return self.dispatcher.signatures
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy is the function itself
         return getattr, (sys.modules[self.py_func.__module__], self.py_func.__name__)
 
 
@@ -383,3 +383,8 @@ def compiled(function: Function) -> Function:
     Other threads of Python run while the function does.
     """
     return function if numba.config.DISABLE_JIT else cast(Function, Compiled(function))
+
+
+def entry(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What to call where a call counts: numba's dispatcher itself, a tenth of a microsecond sooner."""
+    return function.dispatcher if isinstance(function, Compiled) else function

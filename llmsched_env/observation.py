@@ -57,10 +57,14 @@ def _share(x):  # type: ignore[no-untyped-def]
     return min(max(x, 0.0), 1.0)
 
 
+_COUNTS = np.array([math.log(1.0 + n) * _COUNT_SCALE for n in range(1024)])
+"""A logarithm takes as long as the rest of an element."""
+
+
 @compiled
-def _count(n):  # type: ignore[no-untyped-def]
-    if n == 0.0:  # most counts are, and a logarithm takes as long as the rest of an element
-        return 0.0
+def _count(n: int) -> float:
+    if n < _COUNTS.shape[0]:
+        return float(_COUNTS[n])
     return min(math.log(1.0 + n) * _COUNT_SCALE, 1.0)
 
 
@@ -87,9 +91,9 @@ def encode(engine, forecast, out):  # type: ignore[no-untyped-def]
         if q % num_segments != 0:
             inside += queues.waiting[q]
         final += float(inside) * remaining[q]
-        out[at + q] = _count(float(queues.residents[q]))
+        out[at + q] = _count(queues.residents[q])
         out[at + num_queues + q] = _share(queues.resident_kv[q] / capacity)
-        out[at + 2 * num_queues + q] = _count(float(queues.waiting[q]))
+        out[at + 2 * num_queues + q] = _count(queues.waiting[q])
     out[0] = _share(used / capacity)
     out[1] = _share(held / capacity)
     out[2] = _share((capacity - used - float(settings.watermark_blocks)) / capacity)
@@ -107,11 +111,11 @@ def encode(engine, forecast, out):  # type: ignore[no-untyped-def]
         out[at + 2 * num_classes + j] = _share(rate / (2.0 * forecast.boundary_rate))
     at += 3 * num_classes
     out[at] = _time(engine.last_iteration)
-    out[at + 1] = _count(float(engine.report.evicted + engine.report.preempted))
-    out[at + 2] = _count(float(engine.evictions))
+    out[at + 1] = _count(engine.report.evicted + engine.report.preempted)
+    out[at + 2] = _count(engine.evictions)
     at += 3
     for j in range(num_classes):
-        out[at + j] = _count(float(queues.late[j * num_segments]))
+        out[at + j] = _count(queues.late[j * num_segments])
     at += num_classes
     out[at] = forecast.capacity_share
     out[at + 1] = forecast.rho_share

@@ -118,6 +118,8 @@ class _Declared:
     """What both kinds of declaration share: an attribute above the object's level does not exist."""
 
     FIELDS: ClassVar[dict[str, _Field]]
+    FIXED: ClassVar[bool] = False
+    """A record that compiled code does not write to; only Python does, between two calls."""
     DTYPE: ClassVar[np.dtype[Any]]
     _level: Level
 
@@ -381,6 +383,9 @@ def _load_field(context: Any, builder: Any, record: Any, value: Any, name: str) 
         return place
     word = ir.DoubleType() if field.kind == "scalar" and field.is_float else ir.IntType(64)
     loaded = builder.load(builder.bitcast(place, word.as_pointer()))
+    if field.kind != "scalar" or record.declared.FIXED:
+        # Compiled code never moves a table: one load serves a whole function, whatever is stored meanwhile.
+        loaded.set_metadata("invariant.load", builder.module.add_metadata([]))
     if field.kind == "scalar":
         return loaded
     if field.kind == "rows":
@@ -409,7 +414,7 @@ def _array(context: Any, builder: Any, array: Any, place: Any, address: Any) -> 
 def _store_field(context: Any, builder: Any, sig: Any, args: Any, name: str) -> None:
     record = sig.args[0]
     field = record.field(name)
-    if field.kind != "scalar" or not (record.level == Level.HIDDEN or field.scratch):
+    if field.kind != "scalar" or record.declared.FIXED or not (record.level == Level.HIDDEN or field.scratch):
         raise NumbaTypeError(f"{record.declared.__name__}.{name}: cannot be written here")
     word = ir.DoubleType() if field.is_float else ir.IntType(64)
     builder.store(args[1], builder.bitcast(_address(builder, args[0], field.offset), word.as_pointer()))

@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from llmsched_env.action import link_codec
+from llmsched_env.compiled import entry
 from llmsched_env.engine.fleet import Fleet
 from llmsched_env.engine.state import END_FINISHED, END_STUCK
 from llmsched_env.env import StepOutcome
@@ -196,12 +197,12 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         if not self._generators:
             raise gym.error.ResetNeeded("call reset() before step()")
         chosen = self.codec.as_integers_of(actions, self.num_envs)
-        wrong = first_illegal(self._handles[0, 1], self.spec_of(0).layout.num_queues, chosen)
+        wrong = entry(first_illegal)(self._handles[0, 1], self.spec_of(0).layout.num_queues, chosen)
         if wrong >= 0:
             self.codec.refuse(chosen[wrong], f"environment {wrong}, ")
         self._new_outputs()
         outputs = (self._observations, self._masks, self._rewards, self._ends)
-        count = sum(self._workers.run(step_range, self._handles, chosen, *outputs))
+        count = sum(self._workers.run(entry(step_range), self._handles, chosen, *outputs))
         if self._compiled_reward is None:
             self._call_reward()
         terminated, truncated = self._ends == END_FINISHED, self._ends > END_FINISHED

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -27,17 +30,19 @@ if not __package__:  # run as a program: imports go from the project's root, not
 import gymnasium as gym
 import numba
 import numpy as np
-from llmsched_env.engine.constant import run_constant
-from numba import prange
 
 import llmsched_env
 from baselines import Setting, make_policy
 from llmsched_env import EngineConfig, EpisodeLimits, QueueLayout, Workload
-from llmsched_env.compiled import parallel
-from llmsched_env.engine import state as st
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine.state import Engine
+from llmsched_env.fluid import stability_boundary
 from llmsched_env.perf import load_calibration
+from llmsched_env.records import Numbers
 from llmsched_env.runner import run_episode
+from llmsched_env.threads import Workers, available_threads
 from llmsched_env.types import Decision
 from llmsched_env.vector import LLMSchedVectorEnv
 from llmsched_env.workload import load_scenario
@@ -52,19 +57,30 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table; ``ratio`` is what the bar is about, ``reason`` where the time goes."""
+    """One line of the table.
+
+    Attributes:
+        ours, yardstick: with their units.
+        ratio: ours over the yardstick; None where there is none.
+        bar: what ``ratio``, or ``rate`` where there is one, is held against.
+        rate: the figure that the bar is about, where it is not the ratio.
+        reason: where the time goes.
+    """
 
     what: str
-    value: str
-    yardstick: str
-    ratio: float
-    bar: float
+    ours: str
+    yardstick: str = "-"
+    ratio: float | None = None
+    bar: float = 1.0
+    rate: float | None = None
     higher_is_better: bool = True
     reason: str = ""
 
     @property
     def holds(self) -> bool:
-        return self.ratio >= self.bar if self.higher_is_better else self.ratio <= self.bar
+        measured = self.rate if self.rate is not None else self.ratio
+        assert measured is not None
+        return measured >= self.bar if self.higher_is_better else measured <= self.bar
 
 
 def median_and_best(measure: Callable[[], float], repeats: int) -> tuple[float, float]:
@@ -103,7 +119,7 @@ def scalar_figure(repeats: int) -> Figure:
         f"a step takes {1e6 / a:.2f} us, CartPole's {1e6 / b:.2f} us; without the wrappers that `gym.make` puts around both ours takes "
         f"{1e6 / bare:.2f} us"
     )
-    return Figure(what, f"{a:,.0f}", f"`CartPole-v1`: {b:,.0f}", a / b, 1.0, reason=reason)
+    return Figure(what, f"{a:,.0f}", f"`CartPole-v1`: {b:,.0f}", a / b, 1.4, reason=reason)
 
 
 def cartpole_speed(repeats: int) -> float:
@@ -115,7 +131,7 @@ def cartpole_speed(repeats: int) -> float:
 def vector_figures(repeats: int) -> list[Figure]:
     num, found, rates, best = 256, [], {}, 0.0
     for threads in (1, 2):
-        if threads > numba.config.NUMBA_NUM_THREADS:
+        if threads > available_threads():
             continue
         settings = {"max_num_seqs": 128, "num_blocks": 20_000}
         env = gym.make_vec("LLMSched-v0", num_envs=num, num_requests=4096, rate=30.0, engine=settings, threads=threads)
@@ -133,7 +149,8 @@ def vector_figures(repeats: int) -> list[Figure]:
         rates[threads], fastest = median_and_best(decisions, repeats)
         if threads == 1:
             best = fastest
-            running = float(env.unwrapped._scalars[:, st.I_RESIDENTS].mean())  # type: ignore[attr-defined]
+            fleet = env.unwrapped.fleet  # type: ignore[attr-defined]
+            running = float(np.mean([record.num_residents for record in fleet.records]))
             megabytes = env.unwrapped.nbytes / num / 1e6  # type: ignore[attr-defined]
     cartpole = gym.make_vec("CartPole-v1", num_envs=num, vectorization_mode="vector_entry_point")
     cartpole.reset(seed=0)
@@ -143,24 +160,25 @@ def vector_figures(repeats: int) -> list[Figure]:
         cartpole.step(ones)
     yardstick = 500 * num / (time.perf_counter() - start)
     what = f"vector environment, {num} environments, {running:.0f} running each: decisions/s on one core, observations included"
-    iteration = 1e9 / kernel_rate(round(running), repeats)[0]
+    iteration = 1e9 / kernel_rate(round(running), repeats, constant=True)[0]
     reason = (
         f"a decision takes {1e9 / rates[1]:.0f} ns; an iteration of the kernel alone takes {iteration:.0f} ns with one engine, which stays "
         f"in the processor's cache; the rest is observation, mask, reward and {num} engines of {megabytes:.2f} MB in turn; "
         f"fastest of {repeats} repeats: {best:,.0f}"
     )
-    found.append(Figure(what, f"{rates[1]:,.0f}", f"`CartPoleVectorEnv`: {yardstick:,.0f}", rates[1], 500_000, reason=reason))
+    ours, theirs = f"{rates[1]:,.0f}", f"`CartPoleVectorEnv`: {yardstick:,.0f}"
+    found.append(Figure(what, ours, theirs, rates[1] / yardstick, 1_500_000, rate=rates[1], reason=reason))
     if 2 in rates:
         reason = f"plain arithmetic without memory gains {second_thread(repeats):.2f} times from the second thread on this machine"
         what = "two threads against one, the same"
-        found.append(Figure(what, f"{rates[2]:,.0f}", f"{rates[1]:,.0f}", rates[2] / rates[1], 1.7, reason=reason))
-    found.append(Figure("memory per environment, 4,096-request episodes", f"{megabytes:.2f} MB", "-", megabytes, 1.0, False))
-    return found
+        found.append(Figure(what, f"{rates[2]:,.0f}", f"one thread: {rates[1]:,.0f}", rates[2] / rates[1], 1.7, reason=reason))
+    what = "memory per environment, 4,096-request episodes"
+    return [*found, Figure(what, f"{megabytes:.2f} MB", bar=1.0, rate=megabytes, higher_is_better=False)]
 
 
-@parallel
-def arithmetic(loops, sums):  # type: ignore[no-untyped-def]
-    for thread in prange(sums.shape[0]):
+@compiled
+def arithmetic(first: int, last: int, loops: int, sums: Any) -> None:
+    for thread in range(first, last):
         x = 1.0 + thread
         for _ in range(loops):
             x = x * 0.999999 + 1e-6
@@ -172,49 +190,105 @@ def second_thread(repeats: int) -> float:
     sums, loops = np.zeros(2), 20_000_000
 
     def seconds(threads: int) -> float:
-        numba.set_num_threads(threads)
+        workers = Workers(2, threads)
         start = time.perf_counter()
-        arithmetic(loops, sums)
+        workers.run(arithmetic, loops, sums)
         return time.perf_counter() - start
 
     seconds(2)
     return statistics.median(seconds(1) / seconds(2) for _ in range(repeats))
 
 
-def kernel_rate(running: int, repeats: int) -> tuple[float, float]:
+@compiled
+def everybody(engine: Engine, policy: Numbers, decision: Decision) -> None:
+    """A rule that looks at every queue before every iteration."""
+    for q in range(engine.settings.num_queues):
+        decision.run[q] = 1
+        decision.admit[q] = engine.queues.waiting[q]
+        decision.evict[q] = 0
+
+
+def kernel_rate(running: int, repeats: int, *, constant: bool) -> tuple[float, float]:
     """(iterations per second, simulated over real time) with the batch kept at ``running``."""
     rng = np.random.default_rng(0)
     n = 2000 + 20 * running
     workload = Workload.of(np.zeros(n), rng.integers(50, 200, n), rng.integers(100, 500, n))
     engine = EngineConfig.vllm(max_num_seqs=running, max_num_batched_tokens=max(2048, running), num_blocks=200_000)
+    rule = Rule.constant(Decision.greedy(1)) if constant else Rule(everybody, 1)
     backend, rates, ratios = SimBackend(), [], []
     for _ in range(repeats + 1):
         backend.reset(workload, QueueLayout(), engine, EpisodeLimits())
         start = time.perf_counter()
-        run_constant(backend, Decision.greedy(1))
+        rule.play(backend)
         seconds = time.perf_counter() - start
-        rates.append(int(backend.scalars[st.I_ITERATIONS]) / seconds)
-        ratios.append(float(backend.clocks[st.F_CLOCK]) / seconds)
+        rates.append(backend.record.iterations / seconds)
+        ratios.append(backend.record.clock / seconds)
     return statistics.median(rates[1:]), statistics.median(ratios[1:])
 
 
 def kernel_figures(repeats: int) -> list[Figure]:
     sizes = (32, 128, 256, 512, 1024)
-    measured = {size: kernel_rate(size, repeats) for size in sizes}
+    measured = {size: kernel_rate(size, repeats, constant=True) for size in sizes}
+    asked = {size: kernel_rate(size, repeats, constant=False) for size in (128, 1024)}
     costs = {size: 1e9 / rate for size, (rate, _) in measured.items()}
-    slope = (costs[128] - costs[32]) / 96
-    fixed = costs[32] - 32 * slope
-    reason = f"an iteration takes {costs[128]:.0f} ns: {fixed:.0f} ns whatever runs and {slope:.1f} ns for each running request"
-    what = "kernel alone, 128 running: iterations/s on one core"
-    found = [Figure(what, f"{measured[128][0]:,.0f}", "-", measured[128][0], 1_500_000, reason=reason)]
+    # Whoever leaves after 300 iterations on average is replaced: events in proportion to the batch.
+    pair = (costs[1024] - costs[32]) / ((1024 - 32) / 300)
+    fixed = costs[32] - pair * 32 / 300
+    reason = f"{fixed:.0f} ns whatever runs and {pair:.0f} ns for each request that leaves and the one that takes its place"
+    found = []
+    for size in (128, 1024):
+        rate = measured[size][0]
+        what = f"kernel alone, constant decision, {size:,} running: iterations/s on one core"
+        found.append(Figure(what, f"{rate:,.0f}", bar=5_000_000, rate=rate, reason=f"an iteration takes {costs[size]:.0f} ns: {reason}"))
+    for size in (128, 1024):
+        rate = asked[size][0]
+        what = f"kernel alone, rule asked before every iteration, {size:,} running: iterations/s on one core"
+        found.append(Figure(what, f"{rate:,.0f}", bar=3_000_000, rate=rate, reason=f"an iteration takes {1e9 / rate:.0f} ns: {reason}"))
     for small, large in ((32, 128), (128, 512), (512, 1024)):
-        growth = measured[small][0] / measured[large][0]
-        value = f"{1e9 / measured[small][0]:.0f} -> {1e9 / measured[large][0]:.0f} ns"
-        what = f"kernel, cost of an iteration from {small} to {large} running, over the growth of the batch"
-        found.append(Figure(what, value, f"batch x {large / small:.0f}", growth / (large / small), 1.0, False))
+        growth = costs[large] / costs[small] / (large / small)
+        what = f"kernel, growth of an iteration's cost from {small} to {large} running over the growth of the batch"
+        value = f"{costs[small]:.0f} -> {costs[large]:.0f} ns"
+        found.append(Figure(what, value, f"batch x {large / small:.0f}", growth, 1.0, higher_is_better=False))
     yardstick = f"BLIS {BLIS_REAL_TIME}, Vidur {VIDUR_REAL_TIME} (published)"
-    found.append(Figure("simulated over real time, 256 running", f"{measured[256][1]:,.0f}", yardstick, measured[256][1], 10_000))
+    speed = measured[256][1]
+    found.append(Figure("simulated over real time, 256 running", f"{speed:,.0f}", yardstick, speed / BLIS_REAL_TIME, 10_000, rate=speed))
     return found
+
+
+def replica_day(seed: int, share: float) -> tuple[int, int, float]:
+    """(requests, iterations, CPU seconds) of one replica under ``vllm`` for a share of a day at 0.8 of the boundary."""
+    scenario = load_scenario("azure-conv")
+    rate = 0.8 * stability_boundary(scenario.statistics, scenario.engine)
+    count = round(rate * 86_400 * share)
+    start = time.process_time()
+    policy = make_policy("vllm", Setting(scenario.statistics, rate, scenario.engine))
+    result = run_episode(policy, scenario.generate(seed, rate=rate, num_requests=count), limits=EpisodeLimits(max_iterations=100_000_000))
+    assert result.summary.completed == count
+    return count, result.summary.iterations, time.process_time() - start
+
+
+def fleet_figure(share: float = 0.25, replicas: int = 4) -> Figure:
+    """1,000 replicas for one simulated day on two cores, from a part of it: replicas are independent, so time goes in proportion."""
+    replica_day(0, 0.01)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(replica_day, range(2), [0.001] * 2))
+        start = time.perf_counter()
+        parts = list(pool.map(replica_day, range(replicas), [share] * replicas))
+        seconds = time.perf_counter() - start
+        memory = 2 * max(pool.map(_peak_megabytes, range(2))) / 1e3
+    minutes = seconds / (replicas * share) * 1000 / 60
+    requests, iterations = sum(part[0] for part in parts), sum(part[1] for part in parts)
+    what = "a fleet: 1,000 replicas under `vllm`, one simulated day at 0.8 of the boundary, 2 cores: minutes"
+    reason = (
+        f"measured: {replicas} replicas for {share:g} of a day, {requests:,} requests, {iterations:,} iterations in {seconds:.0f} s with "
+        f"two processes, scaled in proportion; {1e9 * sum(part[2] for part in parts) / iterations:.0f} ns of processor time an iteration, "
+        f"requests drawn and metrics included; memory of both processes {memory:.1f} GB (bar 4)"
+    )
+    return Figure(what, f"{minutes:.1f}", bar=15.0, rate=max(minutes, 15.0 * memory / 4), higher_is_better=False, reason=reason)
+
+
+def _peak_megabytes(_: int) -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
 def trace_figures(repeats: int) -> list[Figure]:
@@ -238,27 +312,25 @@ def trace_figures(repeats: int) -> list[Figure]:
         each = f"{iterations:.2f} iterations a request, {1e9 / ours / iterations:.0f} ns each, metrics included"
         reason = f"{each}; fastest of {repeats} repeats: {best:,.0f}"
         what = f"20,000 requests under `sarathi` at {rate:g} requests/s: requests/s, metrics included"
-        found.append(Figure(what, f"{ours:,.0f}", f"Vidur's event loop: {theirs:,} (another machine)", ours / theirs, 300, reason=reason))
+        found.append(Figure(what, f"{ours:,.0f}", f"Vidur's event loop: {theirs:,} (another machine)", ours / theirs, 1500, reason=reason))
     return found
 
 
 def ppo_figure() -> Figure:
     """The figure of ``ppo_share`` from a process of its own.
 
-    OpenMP reads its wait policy at the start: threads that spin while they wait make the vector environment
-    fast on two cores, and PyTorch's and numba's threads slow each other down where both spin.
+    OpenMP reads its wait policy at the start: PyTorch's threads that spin while they wait slow the environment's down.
     """
     program = "import json; from scripts.benchmark import ppo_share; print(json.dumps(ppo_share()))"
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
     output = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True).stdout
     share, speed = json.loads(output.splitlines()[-1])
     what = "PPO (stable-baselines3, 256 environments, 64 steps, 4 epochs): share of wall time inside the environment"
-    return Figure(what, f"{share:.1%}", f"{speed:,.0f} steps/s end to end", share, 0.2, False)
+    return Figure(what, f"{share:.1%}", f"end to end: {speed:,.0f} steps/s", share, 0.2, higher_is_better=False)
 
 
 def ppo_share() -> tuple[float, float]:
     """Share of the environment in the wall time of stable-baselines3's PPO with 256 environments, and its steps per second."""
-    import torch
     from stable_baselines3 import PPO
 
     from agents.sb3_vec import SB3VecEnv
@@ -272,12 +344,10 @@ def ppo_share() -> tuple[float, float]:
             self.seconds += time.perf_counter() - start
             return result
 
-    threads = torch.get_num_threads()
     inner = gym.make_vec("LLMSched-v0", num_envs=256, num_requests=2000, rate=7.0, engine={"num_blocks": 2816}, backlog=(0, 200))
     env = Timed(cast("LLMSchedVectorEnv", inner.unwrapped))
     model = PPO("MultiInputPolicy", env, n_steps=64, batch_size=4096, n_epochs=4, device="cpu", seed=0)
-    model.learn(256 * 64)  # compiles, and numba's threads start: they change torch's count
-    torch.set_num_threads(threads)
+    model.learn(256 * 64)  # compiles
     env.seconds, start, steps = 0.0, time.perf_counter(), 256 * 64 * 8
     model.learn(steps, reset_num_timesteps=False)
     seconds = time.perf_counter() - start
@@ -306,7 +376,7 @@ def reset_figure(repeats: int) -> Figure:
             break
     episode = time.perf_counter() - start
     what = f"reset of an episode of 4,096 requests over its {steps:,} steps, 64 environments, one thread"
-    return Figure(what, f"{1e3 * seconds / 64:.2f} ms", f"{1e3 * episode / 64:.0f} ms", seconds / episode, 0.05, False)
+    return Figure(what, f"{1e3 * seconds / 64:.2f} ms", f"{1e3 * episode / 64:.1f} ms", seconds / episode, 0.05, higher_is_better=False)
 
 
 def start_figures() -> list[Figure]:
@@ -314,7 +384,7 @@ def start_figures() -> list[Figure]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "PYTHONPATH": str(ROOT)}
-        for name, bar in (("cold", 20.0), ("warm", 2.0)):
+        for name, bar in (("cold", 6.0), ("warm", 2.0)):
             start = time.perf_counter()
             done = subprocess.run([sys.executable, "-c", FIRST_STEP], env=environment, check=True, capture_output=True, text=True)
             seconds = time.perf_counter() - start
@@ -322,7 +392,7 @@ def start_figures() -> list[Figure]:
             compiled = f"numba and LLVM {compiling:.1f} s for {functions} functions, on one core"
             reason = f"imports take {imports:.1f} s, {compiled if functions else 'the rest is loading compiled code'}"
             what = f"first `gym.make` and step in a fresh process, {name} cache"
-            found.append(Figure(what, f"{seconds:.1f} s", "-", seconds, bar, False, reason))
+            found.append(Figure(what, f"{seconds:.1f} s", bar=bar, rate=seconds, higher_is_better=False, reason=reason))
     return found
 
 
@@ -364,15 +434,18 @@ def page(figures: list[Figure], speeds: tuple[float, float]) -> str:
     for f in figures:
         sign = ">=" if f.higher_is_better else "<="
         verdict = "holds" if f.holds else "**missed**"
-        ratio = f"{f.ratio:,.0f}" if f.ratio >= 1000 else f"{f.ratio:.2f}"
-        lines.append(f"| {f.what} | {f.value} | {f.yardstick} | {ratio} | {sign} {f.bar:,g} | {verdict} |")
+        ratio = "-" if f.ratio is None else f"{f.ratio:,.0f}" if f.ratio >= 1000 else f"{f.ratio:.2f}"
+        on = "" if f.rate is not None else "ratio "
+        lines.append(f"| {f.what} | {f.ours} | {f.yardstick} | {ratio} | {on}{sign} {f.bar:,g} | {verdict} |")
     before, after = speeds
     lines += ["", f"How steady the machine was: `CartPole-v1` ran {before:,.0f} steps/s at the start of this run, {after:,.0f} at its end."]
     missed = [f for f in figures if not f.holds]
     if missed:
         lines += ["", "## Bars missed in this run", "", "| what | by how much | where the time goes |", "| --- | ---: | --- |"]
         for f in missed:
-            lines.append(f"| {f.what} | {abs(f.ratio / f.bar - 1):.0%} | {f.reason or '-'} |")
+            measured = f.rate if f.rate is not None else f.ratio
+            assert measured is not None
+            lines.append(f"| {f.what} | {abs(measured / f.bar - 1):.0%} | {f.reason or '-'} |")
     return "\n".join([*lines, ""])
 
 
@@ -391,6 +464,7 @@ def main() -> int:
         reset_figure(args.repeats),
         *kernel_figures(args.repeats),
         *trace_figures(args.repeats),
+        fleet_figure(),
         ppo_figure(),
         *start_figures(),
     ]

@@ -15,10 +15,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from llmsched_env.engine.constant import run_constant
 
 from baselines import Policy, Setting, make_policy
 from llmsched_env.backend import View
+from llmsched_env.engine.rules import run_constant
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import latency, ttft
@@ -403,7 +403,7 @@ def _speed(paths: Paths, runs: Sequence[Run], model: TableTime) -> list[str]:
         "### Speed",
         "",
         "`sarathi` with the tables. Ours: wall time from the first iteration to the last in compiled code "
-        f"(`llmsched_env.engine.constant`), the fastest of {REPEATS} after one to compile, on {machine()}. Vidur's: CPU time of its event "
+        f"(`llmsched_env.engine.rules`), the fastest of {REPEATS} after one to compile, on {machine()}. Vidur's: CPU time of its event "
         "loop alone on the machine that made the runs; its 8 to 10 seconds of start-up are left out.",
         "",
         *check_table(checks),

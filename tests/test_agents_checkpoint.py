@@ -21,7 +21,7 @@ from agents.agent import Agent
 from agents.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_record, save_checkpoint
 from agents.domain import Domain
 from agents.interface import Interface
-from agents.kernel import HELD_ITERATIONS
+from agents.kernel import HELD_ITERATIONS, AgentRecord
 from agents.network import Network
 from agents.recipe import Recipe
 from baselines import make_policy
@@ -81,9 +81,8 @@ def test_one_engine_and_many_decide_alike(kind: str) -> None:
     env = AgentVecEnv([setting], recipe, 1, num_requests=12)
     env.seed(11)
     observed: Any = env.reset()
-    vector = env.vector
-    requests = vector._requests[0, 0].copy(), vector._requests[0, 1].copy(), vector._times[0, 0].copy()
-    workload = Workload.of(requests[2], requests[0], requests[1])
+    rows = env.vector.fleet.records[0].hidden.rows.copy()
+    workload = Workload.of(rows["arrival"], rows["prompt"], rows["output"])
     total, done = 0.0, False
     for _ in range(3000):
         actions = batched.predict(observed, env.action_masks())
@@ -99,6 +98,17 @@ def test_one_engine_and_many_decide_alike(kind: str) -> None:
         assert result.summary.latency_mean == pytest.approx(-total, rel=1e-4)
 
 
+def remembered(agent: Agent) -> dict[str, Any]:
+    """What the agent's rule remembers within an episode."""
+    record = record_of(agent)
+    return {name: np.array(getattr(record, name)) for name, field in AgentRecord.FIELDS.items() if field.memory}
+
+
+def record_of(agent: Agent) -> AgentRecord:
+    assert isinstance(agent.rule.policy, AgentRecord)
+    return agent.rule.policy
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("kind", RECIPES)
 def test_a_whole_episode_in_one_call_equals_single_decisions(kind: str, deterministic: bool) -> None:
@@ -106,7 +116,9 @@ def test_a_whole_episode_in_one_call_equals_single_decisions(kind: str, determin
     workload = setting.scenario.generate(5, rate=setting.rate, num_requests=40)
     agent = Agent(network_for(recipe, 2), recipe, setting.setting, deterministic=deterministic, seed=5)
     whole = run_episode(agent, workload)
-    interventions, memory = agent.interventions, agent.rule.memory.copy()
+    interventions, memory = agent.interventions, remembered(agent)
+    assert memory.keys() == {"action", "held", "left", "draws", "idle", "interventions"}
+    assert (memory["draws"] == 0) == deterministic
     seen = 0
 
     def count(*_: object) -> None:  # with a callback every iteration is decided by ``decide``
@@ -118,29 +130,26 @@ def test_a_whole_episode_in_one_call_equals_single_decisions(kind: str, determin
     np.testing.assert_array_equal(single.log.completed, whole.log.completed)
     np.testing.assert_array_equal(single.log.first_token, whole.log.first_token)
     assert agent.interventions == interventions
-    np.testing.assert_array_equal(agent.rule.memory, memory)
+    again = remembered(agent)
+    for name, values in memory.items():
+        np.testing.assert_array_equal(again[name], values, err_msg=name)
+    agent.reset()
+    assert not any(values.any() for values in remembered(agent).values())
 
 
 # --- the compiled network ------------------------------------------------------------------------------
-def in_kernel(agent: Agent) -> tuple[np.ndarray, int]:
-    """The rule's parameters and where mean and scale begin among them."""
-    parameters = agent.rule.parameters
-    tail = sum(p.size for p in (*agent.network.head, *(q for layer in agent.network.layers for q in layer)))
-    return parameters, parameters.size - tail - len(agent.network.components) - 2 * agent.network.width
-
-
 @pytest.mark.parametrize("kind", RECIPES)
 def test_the_compiled_network_equals_numpy_and_torch(kind: str) -> None:
     recipe, setting = RECIPES[kind], DOMAIN.grid()[0]
     network = network_for(recipe, 3)
     agent = Agent(network, recipe, setting.setting, deterministic=True)
-    parameters, at = in_kernel(agent)
+    record = record_of(agent)
     rng = np.random.default_rng(0)
     observed = rng.uniform(size=(50, network.width)).astype(np.float32)
     masks = rng.random((50, sum(network.components))) < 0.5
     starts = np.cumsum([0, *network.components[:-1]])
     masks[:, starts] |= ~np.stack([part.any(axis=1) for part in np.split(masks, starts[1:], axis=1)], axis=1)
-    ours = np.stack([kernel.network_logits(parameters, at, row) for row in observed])
+    ours = np.stack([kernel.network_logits(record, row) for row in observed])
     double = {name: value.astype(np.float64) for name, value in network.tensors().items()}  # in float32 the sums differ by some 1e-6
     layers = [(double[f"layers.{k}.weight"], double[f"layers.{k}.bias"]) for k in range(len(network.layers))]
     layers.append((double["head.weight"], double["head.bias"]))
@@ -149,8 +158,8 @@ def test_the_compiled_network_equals_numpy_and_torch(kind: str) -> None:
     np.testing.assert_allclose(ours, exact.logits(observed), atol=1e-6)
     chosen = np.empty((50, len(network.components)), dtype=np.int64)
     for row in range(50):
-        kernel.choose_action(parameters, at, agent.rule.memory, ours[row], masks[row])
-        chosen[row] = agent.rule.memory[kernel.M_ACTION : kernel.M_ACTION + chosen.shape[1]]
+        kernel.choose_action(record, ours[row], masks[row])
+        chosen[row] = record.action
     np.testing.assert_array_equal(chosen, exact.choose(observed, masks))
     th = pytest.importorskip("torch", reason="torch is not installed (extra: agents)")
     x = th.clamp((th.as_tensor(observed).double() - th.as_tensor(mean)) * th.as_tensor(scale), -5.0, 5.0)
@@ -162,15 +171,15 @@ def test_the_compiled_network_equals_numpy_and_torch(kind: str) -> None:
 def test_compiled_draws_follow_the_softmax_and_the_mask() -> None:
     recipe = RECIPES["admit"]  # components 2, 2, 4, 4
     agent = Agent(network_for(recipe), recipe, DOMAIN.grid()[0].setting, seed=3)
-    parameters, at = in_kernel(agent)
+    record = record_of(agent)
     probability = np.array([0.3, 0.7, 0.5, 0.5, 0.1, 0.2, 0.3, 0.4, 0.4, 0.3, 0.2, 0.1])
     legal = np.ones(12, dtype=np.bool_)
     legal[[1, 4, 11]] = False
     n = 20_000
     drawn = np.empty((n, 4), dtype=np.int64)
     for i in range(n):
-        kernel.choose_action(parameters, at, agent.rule.memory, np.log(probability), legal)
-        drawn[i] = agent.rule.memory[kernel.M_ACTION : kernel.M_ACTION + 4]
+        kernel.choose_action(record, np.log(probability), legal)
+        drawn[i] = record.action
     for c, (start, size) in enumerate([(0, 2), (2, 2), (4, 4), (8, 4)]):
         expected = np.where(legal, probability, 0.0)[start : start + size]
         found = np.bincount(drawn[:, c], minlength=size) / n

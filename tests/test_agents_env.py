@@ -21,7 +21,6 @@ from agents.training_env import AgentVecEnv
 from baselines import Setting
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv
 from llmsched_env.backend import make_backend
-from llmsched_env.engine import state as st
 from llmsched_env.perf import LinearTime
 from llmsched_env.types import LengthStatistics
 from llmsched_env.vector import LLMSchedVectorEnv
@@ -64,13 +63,13 @@ def test_native_actions_equal_the_plain_adapter(domain: Domain) -> None:
         np.testing.assert_array_equal(masks, vector.action_masks())
         np.testing.assert_array_equal(masks, np.stack(ours.env_method("action_masks")))
         actions = legal(masks, ours.components, rng)
-        before = vector._clocks[:, st.F_CLOCK].copy()
+        before = vector.fleet.clocks.copy()
         a, rewards, dones, infos = ours.step(actions)
         b, expected, their_dones, their_infos = theirs.step(actions)
         np.testing.assert_array_equal(rewards, expected)
         np.testing.assert_array_equal(dones, their_dones)
         going = ~dones
-        moved = (vector._clocks[:, st.F_CLOCK] - before) / ours.record.time_scale
+        moved = (vector.fleet.clocks - before) / ours.record.time_scale
         np.testing.assert_allclose(ours.record.durations[going], moved[going], atol=1e-9)
         for i in np.flatnonzero(dones):
             ends += 1
@@ -240,13 +239,15 @@ def test_hidden_lengths_reach_neither_features_nor_decisions() -> None:
         action = rng.integers(0, len(LEVELS), 1)
         seen = interface.observe(view)[0].copy()
         interface.decode(view, action, decision)
-        wanted = decision.array.copy()
-        kept = backend.requests[st.R_OUTPUT].copy(), backend.slots[st.S_OUTPUT].copy(), backend.slots[st.S_STOP].copy()
-        backend.requests[st.R_OUTPUT] = rng.integers(1, 1000, kept[0].shape)
-        backend.slots[st.S_OUTPUT] = rng.integers(1, 1000, kept[1].shape)
+        wanted = decision.rows.copy()
+        requests, hidden = backend.record.requests.rows, backend.record.hidden.rows
+        kept = requests.copy(), hidden.copy()
+        requests["output"] = rng.integers(1, 1000, len(requests))
+        for name in ("output", "due", "outside"):
+            hidden[name] = rng.integers(1, 1000, len(hidden))
         np.testing.assert_array_equal(interface.observe(view)[0], seen)
-        np.testing.assert_array_equal(interface.decode(view, action, decision).array, wanted)
-        backend.requests[st.R_OUTPUT], backend.slots[st.S_OUTPUT], backend.slots[st.S_STOP] = kept
+        np.testing.assert_array_equal(interface.decode(view, action, decision).rows, wanted)
+        requests[:], hidden[:] = kept
         backend.advance(decision)
         if backend.done:
             break
@@ -269,6 +270,13 @@ def test_hidden_numbers_stand_after_the_public_ones() -> None:
 
 
 # --- roll-outs from a state ---------------------------------------------------------------------------
+def everything(env: AgentVecEnv) -> list[np.ndarray]:
+    """Engines, environments and what agents remember; not what the next step writes anew (decisions, scratch)."""
+    engines = [array for i in range(env.num_envs) for array in env.vector.fleet.save(i)]
+    agents = [array.copy() for agent in env._agents for array in (agent._memory, agent.held, agent.action)]
+    return [*engines, *(record._memory.copy() for record in env.vector._envs), *agents]
+
+
 def test_branches_leave_the_engines_alone_and_cost_what_the_future_costs() -> None:
     settings = CONV.grid()
     env = AgentVecEnv(settings, PEAK, 2, num_requests=40)
@@ -277,12 +285,11 @@ def test_branches_leave_the_engines_alone_and_cost_what_the_future_costs() -> No
     rng = np.random.default_rng(0)
     for _ in range(60):
         env.step(rng.integers(0, len(LEVELS), 2))
-    before = [array.copy() for array in env._arrays]
+    before = everything(env)
     follow = np.array([8, 5])
     costs = env.branch(follow, 1.0, 1e9)
-    for array, kept in zip(env._arrays, before, strict=True):
-        if array is not env.vector._decisions and array is not env.vector._batches and array is not env.vector._events:
-            np.testing.assert_array_equal(array, kept)
+    for array, kept in zip(everything(env), before, strict=True):
+        assert array.dtype == kept.dtype and array.tobytes() == kept.tobytes()
     assert costs.shape == (2, len(LEVELS)) and (costs > 0).all()
     total = np.zeros(2)
     live = np.ones(2, dtype=np.bool_)

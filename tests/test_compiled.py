@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from llmsched_env import compiled as module
-from llmsched_env.compiled import _Reach, compiled, inlined, parallel
+from llmsched_env.compiled import _Reach, compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -56,7 +56,7 @@ def only_file(cache: Path) -> Path:
 
 
 def hits(function: Any) -> int:
-    return sum(function.stats.cache_hits.values())
+    return sum(function.dispatcher.stats.cache_hits.values())
 
 
 # --- old code ---------------------------------------------------------------------------------------
@@ -71,9 +71,9 @@ def rule(x):
     return twice(x) + helper.more(x) + OFFSET + numbers.SCALE * x
 """
 HELPER = """
-from llmsched_env.compiled import compiled, inlined
+from llmsched_env.compiled import compiled
 
-@inlined
+@compiled
 def twice(x):
     return {factor} * x
 
@@ -96,7 +96,7 @@ def write_package(folder: Path, factor: int = 2, more: int = 10, offset: int = 1
 
 
 def test_a_changed_helper_or_constant_of_another_file_is_compiled_again(tmp_path: Path) -> None:
-    ask = "from mine.rule import rule; print(rule(1), sum(rule.stats.cache_hits.values()))"
+    ask = "from mine.rule import rule; print(rule(1), sum(rule.dispatcher.stats.cache_hits.values()))"
     write_package(tmp_path)
     assert run(tmp_path, ask).stdout.split() == ["1113", "0"]
     assert run(tmp_path, ask).stdout.split() == ["1113", "1"]  # nothing changed: loaded
@@ -108,10 +108,73 @@ def test_a_changed_helper_or_constant_of_another_file_is_compiled_again(tmp_path
 
 
 def test_code_without_a_file_is_compiled_and_kept(tmp_path: Path) -> None:
-    code = "from llmsched_env.compiled import compiled\n@compiled\ndef f(x): return x + {}\nprint(f(1), sum(f.stats.cache_hits.values()))"
+    code = "from llmsched_env.compiled import compiled\n@compiled\ndef f(x): return x + {}\nprint(f(1), sum(f.dispatcher.stats.cache_hits.values()))"
     wrapped = "exec(compile('''" + code + "''', '<typed>', 'exec'))"
     for add, expected in ((1, ["2", "0"]), (1, ["2", "1"]), (2, ["3", "0"])):
         assert run(tmp_path, wrapped.format(add)).stdout.split() == expected
+
+
+RECORD = """
+from llmsched_env.records import Record, reader
+
+class Mine(Record):
+{fields}
+
+mine_at = reader(Mine)
+"""
+READER = """
+from llmsched_env.compiled import compiled
+from shared.declared import Mine, mine_at
+
+@compiled
+def by_record(mine):
+    return mine.wanted
+
+@compiled
+def by_handle(handle):
+    return mine_at(handle).wanted
+"""
+
+
+def test_a_changed_record_of_another_file_is_read_where_its_fields_are_now(tmp_path: Path) -> None:
+    """The functions stay as they are, byte for byte; the memory they read does not."""
+    write_package(tmp_path)
+    (tmp_path / "mine" / "reads.py").write_text(READER)
+    ask = (
+        "from mine.reads import Mine, by_handle, by_record; m = Mine(); m.wanted, m.other = 2, 5\n"
+        "print(by_record(m), by_handle(m.handle), *(sum(f.dispatcher.stats.cache_hits.values()) for f in (by_record, by_handle)))"
+    )
+    layouts = ("    wanted: int\n    other: int", "    other: int\n    wanted: int", "    other: int\n    wanted: float")
+    for fields in layouts:
+        (tmp_path / "shared" / "declared.py").write_text(RECORD.format(fields=fields))
+        shutil.rmtree(tmp_path / "shared" / "__pycache__", ignore_errors=True)
+        answers = ["2.0", "2.0"] if "float" in fields else ["2", "2"]
+        assert run(tmp_path, ask).stdout.split() == [*answers, "0", "0"]
+        assert run(tmp_path, ask).stdout.split() == [*answers, "1", "1"]
+
+
+def test_a_function_called_from_compiled_code_alone_is_linked_into_its_caller(cache: Path) -> None:
+    helper: Any = compiled(plus_three)
+    caller: Any = outside("@compiled\ndef f(x): return 2 * helper(x)", helper=helper)
+    assert caller(1) == 8 and helper._outer is None and only_file(cache).name.startswith("theirs.f-")
+    again: Any = outside("@compiled\ndef f(x): return 2 * helper(x)", helper=fresh())
+    assert again(1) == 8 and hits(again) == 1 and len(again.__globals__["helper"]._inner.overloads) == 0  # the callee need not be there
+    assert helper(1) == 4 and hits(helper) == 0 and len(list(cache.iterdir())) == 2  # Python asks for code of its own
+    loaded = fresh()
+    assert loaded(1) == 4 and hits(loaded) == 1
+    assert helper(1.5) == 4.5 and caller(1.5) == 9.0 and len(list(cache.iterdir())) == 4  # one for each types
+
+
+def test_a_function_whose_address_is_asked_for_is_kept_too(cache: Path) -> None:
+    from llmsched_env.perf.batch import BatchSums
+    from llmsched_env.pointers import address_of
+
+    source = "@compiled\ndef f(batch): return batch.model[0] + {}"
+    first, again, other = (outside(source.format(n)) for n in (1, 1, 2))
+    assert address_of(first, (BatchSums,), float) == address_of(first, (BatchSums,), float) > 0
+    only_file(cache)
+    assert address_of(again, (BatchSums,), float) > 0 and hits(again) == 1 and only_file(cache)
+    assert address_of(other, (BatchSums,), float) > 0 and hits(other) == 0 and len(list(cache.iterdir())) == 2
 
 
 def reach(function: Callable[..., Any]) -> str:
@@ -122,7 +185,7 @@ def reach(function: Callable[..., Any]) -> str:
 
 def outside(source: str, **names: Any) -> Any:
     """``f`` of a module that is not ours."""
-    space: dict[str, Any] = {"__name__": "theirs", "np": np, "compiled": compiled, "parallel": parallel, "inlined": inlined, **names}
+    space: dict[str, Any] = {"__name__": "theirs", "np": np, "compiled": compiled, "njit": numba.njit, **names}
     exec(source, space)
     return space["f"]
 
@@ -137,7 +200,9 @@ def outside(source: str, **names: Any) -> Any:
         ("def f(x): return x + 1", "def f(x): return x + True"),
         ("def f(x): return (lambda y: y + 1)(x)", "def f(x): return (lambda y: y + 2)(x)"),
         ("def g(x): return 1\ndef f(x): return g(x)", "def g(x): return 2\ndef f(x): return g(x)"),
-        ("@compiled\ndef g(x): return x\ndef f(x): return g(x)", "@parallel\ndef g(x): return x\ndef f(x): return g(x)"),
+        ("@compiled\ndef g(x): return x\ndef f(x): return g(x)", "@njit\ndef g(x): return x\ndef f(x): return g(x)"),
+        ("@compiled\ndef g(x): return 1\ndef f(x): return g(x)", "@compiled\ndef g(x): return 2\ndef f(x): return g(x)"),
+        ("@njit\ndef g(x): return x\ndef f(x): return g(x)", "@njit(fastmath=True)\ndef g(x): return x\ndef f(x): return g(x)"),
         ("K = 1\ndef f(x): return K", "K = 2\ndef f(x): return K"),
         ("K = (1, (2, 3))\ndef f(x): return K", "K = (1, (2, 4))\ndef f(x): return K"),
         ("K = np.array([1.0, 2.0])\ndef f(x): return K", "K = np.array([1.0, 3.0])\ndef f(x): return K"),
@@ -172,9 +237,9 @@ def test_the_key_follows_modules_intrinsics_and_circles() -> None:
 def test_the_key_does_not_depend_on_the_process(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.append({str(ROOT / 'tests')!r})\n"
-        "from agents.kernel import advance_all, agent_rule\n"
+        "from agents.kernel import advance_range, agent_rule\n"
         "from test_compiled import outside, reach\n"
-        """print(reach(agent_rule.py_func), reach(advance_all.py_func), reach(outside("def f(x): return x in {'a', 'b', 'c'}")))"""
+        """print(reach(agent_rule.py_func), reach(advance_range.py_func), reach(outside("def f(x): return x in {'a', 'b', 'c'}")))"""
     )
     assert len({run(tmp_path, code, PYTHONHASHSEED=str(seed)).stdout for seed in (1, 2)}) == 1
 
@@ -268,7 +333,7 @@ def test_versions_of_a_function_are_bounded(cache: Path, monkeypatch: pytest.Mon
     assert len(list(cache.iterdir())) == 2
     last = outside("@compiled\ndef f(x): return x + 3")
     assert last(1) == 4 and hits(last) == 1
-    last.recompile()
+    last.dispatcher.recompile()
     assert last(1) == 4 and len(list(cache.iterdir())) == 1
 
 
@@ -296,13 +361,17 @@ def test_the_first_compilation_is_announced_once(tmp_path: Path) -> None:
 
 def test_names_and_options() -> None:
     assert module.CACHE_FOLDER.name.rpartition("-")[2].isalnum()
-    for decorate in (compiled, parallel, inlined):
-        assert decorate(plus_three).targetoptions["nogil"] is True  # type: ignore[attr-defined]
+    function: Any = compiled(plus_three)
+    for dispatcher in (function.dispatcher, function._inner):
+        assert dispatcher.targetoptions["nogil"] is True and dispatcher.targetoptions["nopython"] is True
+    assert function.__name__ == "plus_three" and function.py_func is function.__wrapped__ is plus_three
+    assert function.signatures == function.dispatcher.signatures == []
+    assert function(1) == 4 and len(function.signatures) == 1
 
 
-def test_without_numba_the_decorators_do_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_the_decorator_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
-    assert compiled(plus_three) is parallel(plus_three) is inlined(plus_three) is plus_three
+    assert compiled(plus_three) is plus_three
 
 
 def test_the_temporary_folder_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from baselines import Setting, make_policy
 from llmsched_env import EngineConfig, EpisodeLimits
+from llmsched_env.engine.rules import run_constant
 from llmsched_env.engine.simulator import SimBackend
-from llmsched_env.engine.constant import run_constant
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ ALLOWED = {
     "hardware": {"llmsched_env", "baselines"},
     "scripts": {"llmsched_env", "baselines", "agents", "hardware"},
 }
-BASE = {"llmsched_env", "gymnasium", "numpy", "numba"}
+BASE = {"llmsched_env", "gymnasium", "numpy", "numba", "llvmlite"}  # llvmlite is a part of numba: it does not run without
 EXTRAS = ("torch", "stable_baselines3", "matplotlib", "scipy", "pygame", "vllm", "joblib", "rich", "jinja2")
 
 
@@ -64,6 +64,88 @@ def test_the_environment_needs_the_base_alone() -> None:
         if name not in allowed
     ]
     assert not wrong
+
+
+# --- no circles -------------------------------------------------------------------------------------
+def module_name(path: Path, root: Path = ROOT) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(source: str, modules: Collection[str]) -> set[str]:
+    """Modules that a source imports anywhere, in functions and under ``if TYPE_CHECKING`` too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):  # ``from a import b`` is module a.b where there is one
+            both = [(f"{node.module}.{alias.name}", node.module or "") for alias in node.names]
+            names = [inner if inner in modules else outer for inner, outer in both]
+        found |= {name for name in names if name in modules}
+    return found
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """One circle of modules, if there is any."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for other in sorted(imports[name]):
+            found = walk(other, [*path, name])
+            if found:
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in imports if (found := walk(name, []))), [])
+
+
+def test_the_search_finds_circles() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    source = "import a.b\nfrom c import d, e\ndef f():\n    from g import h\n    import i as j\n"
+    assert imports_of(source, {"a.b", "c", "c.d", "g", "i"}) == {"a.b", "c.d", "c", "g", "i"}
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    files = {module_name(path): path for package in ALLOWED if package != "scripts" for path in sorted((ROOT / package).rglob("*.py"))}
+    assert len(files) > 80
+    sources = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    # a package's own __init__ may gather its modules, and is run before them: it counts as a module that imports them
+    found = circle({name: imports_of(source, files.keys()) - {name} for name, source in sources.items()})
+    assert not found, " -> ".join(found)
+
+
+def test_nothing_is_imported_by_a_string_but_backends_and_extras() -> None:
+    """A string hides an import from the tests above: the environment has two, each with a table or a hint behind it."""
+    found = []
+    for path in sorted((ROOT / "llmsched_env").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+            if name in ("import_module", "__import__", "exec", "eval", "find_spec", "run_module", "spec_from_file_location"):
+                found.append((module_name(path), name))
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("importlib", "runpy", "pkgutil"):
+                found += [(module_name(path), alias.name) for alias in node.names if alias.name not in ("resources", "metadata")]
+    # errors.require imports optional packages alone, which the test below holds it to
+    assert sorted(found) == [("llmsched_env.backend", "import_module"), ("llmsched_env.errors", "import_module")]
+
+
+def test_the_strings_name_backends_and_extras() -> None:
+    from llmsched_env.backend import _BACKENDS
+
+    for target in _BACKENDS.values():
+        module, _, attribute = target.partition(":")
+        assert (ROOT / Path(*module.split("."))).with_suffix(".py").is_file() and attribute.isidentifier()
+    for path in sorted((ROOT / "llmsched_env").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+                (module, *_) = node.args
+                assert isinstance(module, ast.Constant) and module.value.split(".")[0] in EXTRAS, f"{path}:{node.lineno}"
 
 
 WITHOUT_EXTRAS = """

@@ -8,6 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -341,7 +342,7 @@ def test_text_that_is_no_text_is_refused(order: str) -> None:
 
 
 def test_what_single_precision_would_lose_is_saved_in_double() -> None:
-    kept = {name: getattr(MIXED, name) for name in MIXED.__dataclass_fields__ if name not in ("_packed", "provenance")}
+    kept = {field.name: getattr(MIXED, field.name) for field in fields(MIXED) if field.name not in ("_packed", "provenance")}
     for name, values in (("linear", [1e-320, 2e-320]), ("tokens", [1000.0, 1000.00001])):
         model = MixedAttentionTime(**{**kept, name: values})
         assert getattr(parse_calibration("x", calibration_bytes(model)[1]), name).tolist() == values

@@ -10,10 +10,14 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
-from llmsched_env import checks, fluid
+from llmsched_env import LLMSchedEnv, checks, fluid
+from llmsched_env.backend import make_backend
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import mean_interval
 from llmsched_env.perf import (
@@ -27,9 +31,16 @@ from llmsched_env.perf import (
     load_calibration,
 )
 from llmsched_env.perf import base as perf_base
-from llmsched_env.perf.base import KIND_FORMULA, KIND_LINEAR, KIND_MIXED_ATTENTION, KIND_TABLE
-from llmsched_env.reward import LatencyReward, SloGoodputReward, make_reward
+from llmsched_env.perf.base import CalibrationRangeWarning
+from llmsched_env.perf.batch import BATCH_FIELDS, LOAD, BatchSums
+from llmsched_env.perf.mixed_attention import mixed_attention_seconds
+from llmsched_env.perf.models import formula_seconds, linear_seconds
+from llmsched_env.perf.packed import check_packed
+from llmsched_env.perf.tables import table_seconds
+from llmsched_env.records import Numbers
+from llmsched_env.reward import CompiledReward, LatencyReward, SloGoodputReward, make_reward
 from llmsched_env.types import MOST_QUEUES, Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.vector import LLMSchedVectorEnv
 
 ENGINE = EngineConfig.vllm()
 STATISTICS = LengthStatistics.of([100, 200], [10, 50], [1, 3])
@@ -245,7 +256,8 @@ def test_decisions_do_not_wrap_around() -> None:
     for evict in (2**32, np.array([2**32]), [0.5], [math.nan], "1", [1, 2]):
         with pytest.raises(ConfigError, match=r"decision\.evict"):
             Decision.of([1], [1], evict)
-    assert Decision.of([True, False], [2**40, 1], np.int8(1)).array.tolist() == [[1, 0], [2**31 - 1, 1], [1, 1]]
+    decision = Decision.of([True, False], [2**40, 1], np.int8(1))
+    assert [column.tolist() for column in (decision.run, decision.admit, decision.evict)] == [[1, 0], [2**31 - 1, 1], [1, 1]]
 
 
 def test_messages_are_short_and_there() -> None:
@@ -260,6 +272,8 @@ def test_messages_are_short_and_there() -> None:
 class Own(IterationTimeModel):
     """A user's own model: whatever ``pack`` is told to give."""
 
+    compiled_seconds = formula_seconds
+
     def __init__(self, packed: Any, provenance: Any = Provenance("own")) -> None:  # noqa: B008
         self.packed = packed
         self.provenance = provenance
@@ -270,7 +284,13 @@ class Own(IterationTimeModel):
         return self.packed
 
 
-FORMULA = FormulaTime(*[1e-3] * 8).pack()
+def read_by(reader: Any) -> type[Own]:
+    """``Own`` with another compiled function; None: without one."""
+    return type("Own", (Own,), {"compiled_seconds": reader})
+
+
+L, F, T, M = linear_seconds, formula_seconds, table_seconds, mixed_attention_seconds
+LINEAR, FORMULA = LinearTime(1.0, 0.0).pack(), FormulaTime(*[1e-3] * 8).pack()
 TABLE, MIX = TableTime(**TABLES).pack(), MixedAttentionTime(**MIXED).pack()
 
 
@@ -280,58 +300,99 @@ def changed(packed: np.ndarray, place: int, value: float) -> np.ndarray:
     return copy
 
 
-@pytest.mark.parametrize("packed", [LinearTime(1.0, 0.0).pack(), FORMULA, TABLE, MIX, np.append(TABLE, 5.0)])
-def test_own_models_of_the_four_kinds_are_taken(packed: np.ndarray) -> None:
-    engine = EngineConfig.vllm(time_model=Own(packed))
+@pytest.mark.parametrize(("reader", "packed"), [(L, LINEAR), (F, FORMULA), (T, TABLE), (M, MIX), (T, np.append(TABLE, 5.0))])
+def test_own_models_of_the_four_kinds_are_taken(reader: Any, packed: np.ndarray) -> None:
+    engine = EngineConfig.vllm(time_model=read_by(reader)(packed))
     assert engine.time_model.seconds(Batch(1, 10, sampled=1, load=10, batch_size=1)) > 0
+    assert check_packed("x", packed, reader) is packed
 
 
 @pytest.mark.parametrize(
-    ("packed", "message"),
+    ("reader", "packed", "message"),
     [
-        (None, "gives a NoneType, must be a float64 array"),
-        ([0.0, 1.0, 1.0], "gives a list"),
-        (np.array([0, 1, 1]), "gives int64"),
-        (np.array([0, 1, 1], np.float32), "gives float32"),
-        (np.zeros((3, 1)), r"float64 of shape \(3, 1\)"),
-        (np.zeros(0), r"shape \(0,\)"),
-        (np.zeros(6)[::2], "must be one contiguous row"),
-        (np.array([9.0, 1, 1]), r"\[0\]: 9\.0, must be a kind from 0 to 3"),
-        (np.array([math.nan, 1, 1]), r"\[0\]: nan"),
-        (np.array([KIND_LINEAR, 1.0]), "gives 2 numbers, must be at least 3"),
-        (np.array([KIND_LINEAR, math.nan, 1]), r"\[1\]: .*nan"),
-        (np.array([KIND_LINEAR, 0.0, 0.0]), "an iteration must take time"),
-        (np.array([KIND_LINEAR, -1.0, 2.0]), r"\[1\]: .*-1\.0"),
-        (np.array([KIND_FORMULA, 1.0, 1.0]), "gives 3 numbers, must be at least 13"),
-        (changed(FORMULA, 4, math.inf), r"\[4\]: .*inf"),
-        (changed(FORMULA, 11, math.nan), r"\[11\]: .*nan"),
-        (np.array([KIND_TABLE, 0.0]), "gives 2 numbers, must be at least 21"),
-        (changed(TABLE, 5, 1e6), r"\[5\]: 1000000\.0, must be where 2 of its \d+ numbers start"),
-        (changed(TABLE, 5, -3), r"\[5\]: -3\.0"),
-        (changed(TABLE, 5, 21.5), r"\[5\]: 21\.5"),
-        (changed(TABLE, 6, 1e9), r"\[6\]: 1000000000\.0, must be the length of an axis"),
-        (changed(TABLE, 12, 43), "must be where 4 of its"),
-        (changed(TABLE, 21, 9.0), "increasing"),
-        (changed(TABLE, -1, math.nan), "its table, must be finite"),
-        (np.array([KIND_MIXED_ATTENTION, 0.0]), "gives 2 numbers, must be at least 17"),
-        (changed(MIX, 15, 1e9), r"\[15\]"),
-        (changed(MIX, -1, math.inf), "its table, must be finite"),
-        (RuntimeError("no"), None),
-        (ValueError("cannot"), "ValueError: cannot"),
+        (L, None, "gives a NoneType, must be a float64 array"),
+        (L, [0.0, 1.0, 1.0], "gives a list"),
+        (L, np.array([1, 1]), "gives int64"),
+        (L, np.array([1, 1], np.float32), "gives float32"),
+        (L, np.array([1, 1], ">f8"), "gives >f8"),
+        (L, np.zeros((3, 1)), r"float64 of shape \(3, 1\)"),
+        (L, np.array(1.0), r"float64 of shape \(\)"),
+        (L, np.zeros(0), r"shape \(0,\)"),
+        (L, np.zeros(6)[::2], "must be one contiguous row"),
+        (L, np.array([1.0]), "gives 1 numbers, must be at least 2"),
+        (L, np.array([math.nan, 1]), r"\[0\]: .*nan"),
+        (L, np.array([0.0, 0.0]), "an iteration must take time"),
+        (L, np.array([-1.0, 2.0]), r"\[0\]: .*-1\.0"),
+        (F, np.array([1.0, 1.0]), "gives 2 numbers, must be at least 12"),
+        (F, changed(FORMULA, 1, 0.0), "an iteration must take time"),
+        (F, changed(FORMULA, 3, math.inf), r"\[3\]: .*inf"),
+        (F, changed(FORMULA, 10, math.nan), r"\[10\]: .*nan"),
+        (T, np.array([0.0, 0.0]), "gives 2 numbers, must be at least 21"),
+        (T, changed(TABLE, 5, 1e6), r"\[5\]: 1000000\.0, must be where 2 of its \d+ numbers start"),
+        (T, changed(TABLE, 5, -3), r"\[5\]: -3\.0"),
+        (T, changed(TABLE, 5, 21.5), r"\[5\]: 21\.5"),
+        (T, changed(TABLE, 5, math.nan), r"\[5\]: nan"),
+        (T, changed(TABLE, 6, 1e9), r"\[6\]: 1000000000\.0, must be the length of an axis"),
+        (T, changed(TABLE, 12, 43), "must be where 4 of its"),
+        (T, changed(TABLE, 21, 9.0), "increasing"),
+        (T, changed(TABLE, -1, math.nan), "its table, must be finite"),
+        (M, np.array([0.0, 0.0]), "gives 2 numbers, must be at least 17"),
+        (M, changed(MIX, 15, 1e9), r"\[15\]"),
+        (M, changed(MIX, -1, math.inf), "its table, must be finite"),
+        (F, RuntimeError("no"), None),
+        (F, ValueError("cannot"), "ValueError: cannot"),
     ],
 )
-def test_own_models_that_compiled_code_cannot_read_are_refused(packed: Any, message: str | None) -> None:
+def test_own_models_that_compiled_code_cannot_read_are_refused(reader: Any, packed: Any, message: str | None) -> None:
+    model = read_by(reader)(packed)
     if message is None:  # not the model's form: its own error
         with pytest.raises(RuntimeError, match="no"):
-            EngineConfig.vllm(time_model=Own(packed))
+            EngineConfig.vllm(time_model=model)
         return
-    for ask in (
-        lambda model: EngineConfig.vllm(time_model=model),
-        lambda model: model.seconds(Batch()),
-        lambda model: model.in_range(Batch()),
-    ):
+    for ask in (lambda: EngineConfig.vllm(time_model=model), lambda: model.seconds(Batch()), lambda: model.in_range(Batch())):
         with pytest.raises(ConfigError, match=rf"engine\.time_model: Own\.pack\(\).*{message}"):
-            ask(Own(packed))
+            ask()
+
+
+@compiled
+def reads_too_much(batch: BatchSums) -> float:
+    return batch.model[0] + batch.no_such_field
+
+
+@compiled
+def of_two(batch: BatchSums, other: float) -> float:
+    return batch.model[0] + other
+
+
+@compiled
+def gives_text(batch: BatchSums) -> str:
+    return "seconds"
+
+
+def uncompiled(batch: BatchSums) -> float:
+    return batch.model[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (None, "missing, must be a compiled function of the batch"),
+        (uncompiled, "uncompiled.*must be a function decorated with llmsched_env.compiled.compiled"),
+        (numba.njit(uncompiled), "must be a function decorated with llmsched_env.compiled.compiled"),
+        (3, "3: must be a function decorated"),
+        (reads_too_much, "no_such_field"),
+        (of_two, "argument"),
+        (gives_text, "unicode_type"),
+    ],
+    ids=["missing", "Python", "njit", "a number", "unknown field", "two arguments", "text"],
+)
+def test_own_models_without_a_compiled_function_of_the_batch_are_refused(function: Any, message: str) -> None:
+    if numba.config.DISABLE_JIT and function is not None:
+        pytest.skip("nothing is compiled")
+    model = read_by(function)(np.ones(12))
+    for ask in (lambda: EngineConfig.vllm(time_model=model), lambda: model.seconds(Batch()), lambda: model.in_range(Batch())):
+        with pytest.raises(ConfigError, match=rf"(?s)engine\.time_model: Own\.compiled_seconds: .*{message}"):
+            ask()
 
 
 def test_what_is_no_time_model_is_refused() -> None:
@@ -342,16 +403,117 @@ def test_what_is_no_time_model_is_refused() -> None:
         EngineConfig.vllm(time_model=Own(FORMULA, "x"))
 
     class Unfinished(IterationTimeModel):
-        pass
+        compiled_seconds = linear_seconds
 
     with pytest.raises(TypeError, match="abstract"):
         Unfinished()  # type: ignore[abstract]
 
     class Plain(IterationTimeModel):
+        compiled_seconds = linear_seconds
+
         def pack(self) -> Any:
             return LinearTime(1.0, 0.0).pack()
 
     assert EngineConfig.vllm(time_model=Plain()).time_model.provenance == Provenance()
+
+    class WithoutAFunction(IterationTimeModel):
+        def pack(self) -> Any:
+            return np.ones(1)
+
+    with pytest.raises(ConfigError, match=r"engine\.time_model: WithoutAFunction\.compiled_seconds: missing"):
+        EngineConfig.vllm(time_model=WithoutAFunction())
+
+
+@compiled
+def by_load(batch):  # type: ignore[no-untyped-def]
+    return batch.model[0] + batch.model[1] * batch.load
+
+
+class ByLoad(IterationTimeModel):
+    compiled_seconds = by_load
+
+    def pack(self) -> Any:
+        return np.array([0.01, 2e-6])
+
+
+def test_a_model_of_ones_own_is_as_good_as_a_built_in_one() -> None:
+    """Six lines, and every number of an episode is that of ``LinearTime``, in one environment and in many."""
+    own, linear = ByLoad(), LinearTime(0.01, 2e-6)
+    batches = np.random.default_rng(0).uniform(0, 1e5, (50, BATCH_FIELDS))
+    np.testing.assert_array_equal(own.seconds_of(batches), linear.seconds_of(batches))
+    np.testing.assert_array_equal(own.seconds_of(batches), 0.01 + 2e-6 * batches[:, LOAD])
+    np.testing.assert_array_equal(ByLoad.evaluate(np.array([1.0, 0.0]), batches), np.ones((2, 50)))
+
+    settings: list[dict[str, Any]] = [{"num_blocks": 150, "max_num_seqs": 8, "time_model": model} for model in (own, linear)]
+    ours, theirs = (walked(LLMSchedEnv(rate=20.0, num_requests=30, engine=engine)) for engine in settings)
+    assert len(ours) > 300 and ours == theirs
+    ours, theirs = (walked_together(LLMSchedVectorEnv(3, rate=20.0, num_requests=30, engine=engine)) for engine in settings)
+    assert len(ours) > 300 and ours == theirs
+
+
+@compiled
+def up_to_a_load(batch: BatchSums) -> float:
+    if batch.load > batch.model[1]:
+        batch.out_of_range = 1
+    return batch.model[0]
+
+
+class UpToALoad(IterationTimeModel):
+    compiled_seconds = up_to_a_load
+    provenance = Provenance("up to a load", valid_range="load <= 500")
+
+    def pack(self) -> Any:
+        return np.array([0.01, 500.0])
+
+
+def test_a_model_of_ones_own_says_where_its_data_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perf_base, "_warned", set())
+    model = UpToALoad()
+    assert model.in_range(Batch(load=500.0)) and not model.in_range(Batch(load=501.0)) and model.in_range(Batch(load=1.0))
+    batches = np.array([Batch(load=load).array() for load in (1.0, 501.0, 2.0)])
+    np.testing.assert_array_equal(UpToALoad.evaluate(model.pack(), batches), [[0.01] * 3, [1.0, 0.0, 1.0]])
+    backend = make_backend("sim")
+    workload = Workload.of(np.zeros(4), np.full(4, 110), np.full(4, 40))
+    backend.reset(workload, QueueLayout(), EngineConfig.vllm(time_model=model), EpisodeLimits())
+    loads = []
+    while not backend.done:
+        loads.append(backend.step(Decision.greedy(1)).load)
+    with pytest.warns(CalibrationRangeWarning, match=r"'up to a load' \(load <= 500\)"):
+        counters = backend.counters()
+    assert 0 < counters.out_of_range == sum(load > 500 for load in loads) < counters.iterations
+
+
+def walked(env: LLMSchedEnv, steps: int = 500) -> list[bytes]:
+    """Everything that some steps with random legal actions give."""
+    rng = np.random.default_rng(1)
+    observed, info = env.reset(seed=3)
+    seen = []
+    for _ in range(steps):
+        action = drawn(info["action_mask"][None], env.action_space.nvec, rng)[0]  # type: ignore[attr-defined]
+        observed, reward, terminated, truncated, info = env.step(action)
+        assert isinstance(reward, float)
+        if terminated or truncated:
+            observed, info = env.reset()
+        seen.append(b"".join(part.tobytes() for part in observed.values()) + np.array([reward, info["clock"]]).tobytes())
+    return seen
+
+
+def walked_together(env: LLMSchedVectorEnv, steps: int = 500) -> list[bytes]:
+    rng = np.random.default_rng(1)
+    observed, infos = env.reset(seed=3)
+    seen = []
+    for _ in range(steps):
+        actions = drawn(infos["action_mask"], env.single_action_space.nvec, rng)  # type: ignore[attr-defined]
+        observed, rewards, _, _, infos = env.step(actions)
+        seen.append(b"".join(part.tobytes() for part in observed.values()) + rewards.tobytes() + infos["clock"].tobytes())
+    env.close()
+    return seen
+
+
+def drawn(masks: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Legal actions, mostly large ones."""
+    parts = np.split(masks, np.cumsum(sizes)[:-1], axis=1)
+    return np.stack([[rng.choice(np.flatnonzero(row)[-3:]) for row in part] for part in parts], axis=1)
 
 
 def test_tables_are_the_models_own() -> None:
@@ -440,3 +602,88 @@ def test_a_mapping_of_ones_own_is_a_mapping() -> None:
             return 2
 
     assert make_reward(Spec()) == SloGoodputReward(ttft=2.0)
+
+
+# --- compiled and ordinary rewards in both environments ---------------------------------------------
+@compiled
+def tokens_less_wait(engine, own):  # type: ignore[no-untyped-def]
+    return own.parameters[0] * engine.report.generated_tokens - engine.report.system_seconds / engine.num_requests
+
+
+@compiled
+def tokens_less_wait_alone(engine: Engine, own: Numbers) -> float:
+    return 0.5 * engine.report.generated_tokens - engine.report.system_seconds / engine.num_requests
+
+
+def tokens_less_wait_in_python(outcome: Any) -> float:
+    return float(0.5 * outcome.generated_tokens - outcome.system_seconds / outcome.num_requests)
+
+
+SETTINGS: dict[str, Any] = {"rate": 20.0, "num_requests": 30, "engine": {"num_blocks": 150, "max_num_seqs": 8}}
+EQUAL_REWARDS: dict[str, Callable[[], Any]] = {
+    "CompiledReward": lambda: CompiledReward(tokens_less_wait, [0.5]),
+    "compiled": lambda: CompiledReward(tokens_less_wait_alone) if numba.config.DISABLE_JIT else tokens_less_wait_alone,
+    "callable": lambda: tokens_less_wait_in_python,
+    "method": lambda: functools.partial(tokens_less_wait_in_python),
+}
+
+
+@pytest.mark.parametrize("form", EQUAL_REWARDS)
+def test_a_reward_is_the_same_in_every_form_and_environment(form: str) -> None:
+    reward = EQUAL_REWARDS[form]()
+    scalar = walked(LLMSchedEnv(**SETTINGS, reward=reward))
+    assert scalar == walked(LLMSchedEnv(**SETTINGS, reward=tokens_less_wait_in_python))
+    assert scalar != walked(LLMSchedEnv(**SETTINGS))
+    one = walked_together(LLMSchedVectorEnv(1, **SETTINGS, reward=reward))
+    assert one == scalar  # seed and actions are the same, so is every byte
+    many = walked_together(LLMSchedVectorEnv(3, **SETTINGS, reward=reward, threads=2))
+    assert many == walked_together(LLMSchedVectorEnv(3, **SETTINGS, reward=tokens_less_wait_in_python))
+    assert many != walked_together(LLMSchedVectorEnv(3, **SETTINGS))
+
+
+@pytest.mark.parametrize("form", EQUAL_REWARDS)
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_the_return_of_an_episode_is_the_sum_of_any_reward(form: str, mode: str) -> None:
+    env = LLMSchedVectorEnv(2, **{**SETTINGS, "num_requests": 5}, reward=EQUAL_REWARDS[form](), autoreset_mode=mode)
+    _, infos = env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    total, episodes, over = np.zeros(2), 0, np.zeros(2, dtype=np.bool_)
+    for _ in range(400):
+        actions = drawn(infos["action_mask"], env.single_action_space.nvec, rng)  # type: ignore[attr-defined]
+        _, rewards, terminated, truncated, infos = env.step(actions)
+        assert rewards.dtype == np.float64 and not (over & (rewards != 0)).any()  # a step that resets is worth nothing
+        total += rewards
+        over = terminated | truncated
+        for i in np.flatnonzero(over):
+            kept = infos["final_info"]["episode_return"][i] if mode == "SameStep" else env._envs[i].episode_return
+            assert kept == pytest.approx(total[i], rel=1e-12)
+            total[i], episodes = 0.0, episodes + 1
+        if mode == "SameStep":
+            over[:] = False
+    assert episodes > 3
+
+
+def test_a_reward_in_a_vector_environment_is_called_once_for_every_engine_and_step() -> None:
+    calls: list[tuple[float, int]] = []
+
+    def reward(outcome: Any) -> int:  # not even a float
+        calls.append((outcome.duration, outcome.num_requests))
+        return len(calls)
+
+    env = LLMSchedVectorEnv(3, **SETTINGS, reward=reward)
+    env.reset(seed=0)
+    assert not calls
+    for step in range(4):
+        _, rewards, *_ = env.step(np.ones((3, env.codec.width), dtype=np.int64))
+        assert rewards.tolist() == [3 * step + 1.0, 3 * step + 2.0, 3 * step + 3.0]
+    assert all(n == 30 for _, n in calls)
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="nothing is compiled")
+@pytest.mark.parametrize("function", [reads_too_much, of_two, gives_text, uncompiled])
+def test_compiled_rewards_that_cannot_be_compiled_are_refused(function: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"(?s)reward: '{function.__name__}' cannot be compiled as \(engine, own\) -> float: "):
+        CompiledReward(function)
+    if function is not uncompiled:  # which is an ordinary callable
+        with pytest.raises(ConfigError, match=rf"reward: '{function.__name__}' cannot be compiled"):
+            LLMSchedEnv(reward=function)

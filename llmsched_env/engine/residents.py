@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import pop_front, push_front
-from llmsched_env.engine.state import BOUNDARY, DECODE, FINISHED, PREFILL, WAITING, Engine
+from llmsched_env.engine.state import BOUNDARY, DECODE, FINISHED, NO_EVENT, PREFILL, WAITING, Engine
 from llmsched_env.pointers import call
 
 
@@ -87,6 +87,18 @@ def remove_peer(engine: Engine, row: int, r: int) -> None:
 
 
 @compiled
+def file_event(engine: Engine, place: int, r: int) -> None:
+    """Put r first in the list of a place of the wheel."""
+    hidden = engine.hidden
+    first = engine.wheel.first[place]
+    hidden.next_due[r] = first
+    hidden.previous_due[r] = -1
+    if first >= 0:
+        hidden.previous_due[first] = r
+    engine.wheel.first[place] = r
+
+
+@compiled
 def await_event(engine: Engine, r: int) -> None:
     """Note at which step of its group something happens to member r: its last token, a segment end, or its first token."""
     requests, hidden, settings = engine.requests, engine.hidden, engine.settings
@@ -96,19 +108,16 @@ def await_event(engine: Engine, r: int) -> None:
     if now == 0:
         stop = 1  # in the paper preset the first token comes with a decode
     due = stop - requests.base_generated[r]
-    place = q * settings.wheel_size + (due & (settings.wheel_size - 1))
-    first = engine.wheel.first[place]
     hidden.due[r] = due
-    hidden.next_due[r] = first
-    hidden.previous_due[r] = -1
-    if first >= 0:
-        hidden.previous_due[first] = r
-    engine.wheel.first[place] = r
+    file_event(engine, q * settings.wheel_size + (due & (settings.wheel_size - 1)), r)
 
 
 @compiled
 def forget_event(engine: Engine, r: int) -> None:
+    """Member r has its own numbers soon, or its event has come already."""
     hidden, settings = engine.hidden, engine.settings
+    if hidden.due[r] == NO_EVENT:
+        return
     before, after = hidden.previous_due[r], hidden.next_due[r]
     if before < 0:
         place = engine.requests.group[r] * settings.wheel_size + (hidden.due[r] & (settings.wheel_size - 1))

@@ -43,12 +43,15 @@ END_STUCK = 5  # a forced drain iteration scheduled nothing: a defect, raised as
 END_NAMES = ("running", "finished", "stranded", "horizon", "max_iterations", "stuck")
 
 NO_END = 2**31 - 1
+NO_EVENT = -1
 LATE_KEY = 2**30  # added to the queue key of a late request: after every timely one
 RATE_WINDOW_SECONDS = 30.0
 
 
 class Settings(Record):
     """``EngineConfig``, ``QueueLayout`` and ``EpisodeLimits`` as the kernel reads them."""
+
+    FIXED = True
 
     paper: bool  # preset
     capacity: int  # KV units: tokens in the paper preset, blocks in vllm
@@ -110,7 +113,7 @@ class Hidden(Rows):
     prompt: Ints
     output: Ints
     outside: Ints  # outside queue of its class
-    due: Ints  # step of its group at which something happens
+    due: Ints  # step of its group at which something happens; NO_EVENT where it is happening
     next_due: Ints  # same place of the wheel; -1
     previous_due: Ints
     evictions: Ints
@@ -248,6 +251,8 @@ class Code(Record):
 
     ``llmsched_env.engine.link`` fills them in. What an engine does not use stays 0 and is not compiled.
     """
+
+    FIXED = True
 
     step: int  # (engine, decision)
     schedule: int  # (engine)

@@ -15,6 +15,7 @@ from llmsched_env.engine.queues import mark_late, receive_arrivals, refresh_head
 from llmsched_env.engine.residents import (
     await_event,
     complete,
+    file_event,
     forget_event,
     join_group,
     leave_peers,
@@ -30,6 +31,7 @@ from llmsched_env.engine.state import (
     END_STUCK,
     FUTURE,
     NO_END,
+    NO_EVENT,
     PREFILL,
     PREFILLED,
     RATE_WINDOW_SECONDS,
@@ -261,12 +263,19 @@ def advance_members(engine: Engine) -> int:
         else:
             phase = queues.phase[q]
             queues.phase[q] = (settings.block_size if phase == 0 else phase) - 1
-        r = engine.wheel.first[q * settings.wheel_size + (steps & (settings.wheel_size - 1))]
-        while r >= 0:
+        place = q * settings.wheel_size + (steps & (settings.wheel_size - 1))
+        r = engine.wheel.first[place]
+        if r >= 0:
+            engine.wheel.first[place] = -1
+        while r >= 0:  # those of a later lap of the wheel go back
+            following = hidden.next_due[r]
             if hidden.due[r] == steps:
+                hidden.due[r] = NO_EVENT
                 engine.events.due[count] = r
                 count += 1
-            r = hidden.next_due[r]
+            else:
+                file_event(engine, place, r)
+            r = following
     return count
 
 
