@@ -11,13 +11,13 @@ import gymnasium as gym
 
 from agents.agent import Agent
 from agents.domain import Domain
+from agents.interface import observed_fields
 from agents.kernel import FEATURES, GRID
 from agents.network import Network
 from agents.recipe import Recipe
 from baselines import Setting
 from llmsched_env import __version__, checks
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.observation import ObservationLayout
 from llmsched_env.types import QueueLayout
 
 FORMAT = 1
@@ -29,7 +29,7 @@ WEIGHTS, CONFIG, RECORD = "weights.safetensors", "config.json", "record.json"
 
 def describe_observation(recipe: Recipe, layout: QueueLayout) -> dict[str, Any]:
     """Names and widths of what the network reads, in order."""
-    fields = [[name, width] for name, width in ObservationLayout.of(layout).fields]
+    fields = [[name, width] for name, width in observed_fields(layout)]
     features = {"count": FEATURES, "grid": list(GRID)} if recipe.features else None
     return {"fields": fields, "compact": recipe.compact, "features": features}
 

@@ -101,14 +101,37 @@ class Interface:
             raise ConfigError(f"view: {view.layout.num_queues} queues, must be {self.layout.num_queues} as the agent's layout has")
 
 
+FIELDS = (
+    "kv",
+    "sequences",
+    "segment_residents",
+    "segment_kv",
+    "queue_length",
+    "head_age",
+    "head_tokens",
+    "arrival_rate",
+    "iteration",
+    "evictions",
+    "late",
+    "context",
+)
+"""Fields of the environment's observation in the order in which agents read them: it is part of every checkpoint."""
+
 CLASS_FREE = ("kv", "sequences", "iteration", "evictions", "context")
-"""Fields of the environment's observation that a compact agent reads."""
+"""Fields that a compact agent reads."""
+
+
+def observed_fields(layout: QueueLayout) -> list[tuple[str, int]]:
+    """Names and widths of ``FIELDS``."""
+    widths = dict(ObservationLayout.of(layout).fields)
+    return [(name, widths[name]) for name in FIELDS]
 
 
 def observed_columns(recipe: Recipe, layout: QueueLayout) -> tuple[int, npt.NDArray[np.int64]]:
-    """Width of the environment's observation, and the columns of it that the agent reads."""
+    """Width of the environment's observation, and the columns of it that the agent reads, in its order."""
     observation = ObservationLayout.of(layout)
-    read = [np.arange(where.start, where.stop) for name, where in observation.slices() if not recipe.compact or name in CLASS_FREE]
+    slices = dict(observation.slices())
+    read = [np.arange(slices[name].start, slices[name].stop) for name in FIELDS if not recipe.compact or name in CLASS_FREE]
     return observation.size, np.concatenate(read).astype(np.int64)
 
 

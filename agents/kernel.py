@@ -226,13 +226,10 @@ def observe(engine: Engine, agent: AgentRecord, out, legal):  # type: ignore[no-
     """Write the observation and the mask: columns of the environment's numbers, then the features. Returns how many."""
     columns, forecast = agent.columns, agent.forecast
     width = columns.shape[0]
-    if agent.whole == width:
-        encode(engine, forecast, out)
-    else:
-        everything = np.empty(agent.whole, dtype=np.float32)
-        encode(engine, forecast, everything)
-        for i in range(width):
-            out[i] = everything[columns[i]]
+    everything = np.empty(agent.whole, dtype=np.float32)
+    encode(engine, forecast, everything)
+    for i in range(width):
+        out[i] = everything[columns[i]]
     if agent.extended != 0:
         features(engine, agent, out[width:])
         width += FEATURES

@@ -370,8 +370,8 @@ class Compiled:
         """Types of the arguments for which there is machine code of its own."""
         return self.dispatcher.signatures
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a copy is the function itself
-        return getattr, (sys.modules[self.py_func.__module__], self.py_func.__name__)
+    def __reduce__(self) -> str:
+        return self.py_func.__qualname__  # as a function is pickled: by its name; a copy is the function itself
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -133,6 +133,9 @@ class _Declared:
 _HINTS = {Level.VISIBLE: "", Level.KNOWN: " unless it declares known_lengths", Level.HIDDEN: ""}
 
 
+_TAKEN_BY_ROWS = ("rows", "handle", "FIELDS", "DTYPE", "FIXED")
+
+
 class Rows(_Declared):
     """A table, one row an item: ``table.column[i]``. Rows lie in memory one after the other.
 
@@ -143,6 +146,11 @@ class Rows(_Declared):
     def __init_subclass__(cls) -> None:
         hints = typing.get_type_hints(cls, include_extras=True)
         own = {n: _marks(h) for n, h in hints.items() if n in cls.__annotations__}
+        for name, (declared, *_) in own.items():
+            if declared not in (Ints, Floats):
+                raise TypeError(f"{cls.__name__}.{name}: {declared!r}, a column must be Ints or Floats")
+            if name in _TAKEN_BY_ROWS:
+                raise TypeError(f"{cls.__name__}.{name}: a table has a method of this name")
         # Wide columns first: every column is aligned, and a row stays as short as it can be.
         order = sorted(own, key=lambda n: own[n][0] != Floats)
         cls.DTYPE = np.dtype([(n, "<f8" if own[n][0] == Floats else "<i4") for n in order], align=True)
@@ -202,10 +210,13 @@ class Record(_Declared):
                 form: Any = _SCALARS[declared]
             elif declared in _ARRAYS:
                 kinds[name], form = "array", [("address", "<i8"), ("shape", "<i8", (3,))]
-            elif issubclass(declared, Rows):
+            elif isinstance(declared, type) and issubclass(declared, Rows):
                 kinds[name], form = "rows", [("address", "<i8"), ("count", "<i8")]
-            else:
+            elif isinstance(declared, type) and issubclass(declared, Record):
                 kinds[name], form = "record", declared.DTYPE
+            else:
+                allowed = ", ".join(kind.__name__ for kind in (*_SCALARS, *_ARRAYS, Rows, Record))
+                raise TypeError(f"{cls.__name__}.{name}: {declared!r}, must be one of {allowed}")
             layout.append((name, form))
         cls.DTYPE = np.dtype(layout)
         offsets: Any = cls.DTYPE.fields

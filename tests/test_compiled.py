@@ -158,7 +158,7 @@ def test_a_function_called_from_compiled_code_alone_is_linked_into_its_caller(ca
     caller: Any = outside("@compiled\ndef f(x): return 2 * helper(x)", helper=helper)
     assert caller(1) == 8 and helper._outer is None and only_file(cache).name.startswith("theirs.f-")
     again: Any = outside("@compiled\ndef f(x): return 2 * helper(x)", helper=fresh())
-    assert again(1) == 8 and hits(again) == 1 and len(again.__globals__["helper"]._inner.overloads) == 0  # the callee need not be there
+    assert again(1) == 8 and hits(again) == 1 and len(again.py_func.__globals__["helper"]._inner.overloads) == 0  # the callee need not be there
     assert helper(1) == 4 and hits(helper) == 0 and len(list(cache.iterdir())) == 2  # Python asks for code of its own
     loaded = fresh()
     assert loaded(1) == 4 and hits(loaded) == 1

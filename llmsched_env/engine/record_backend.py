@@ -340,6 +340,8 @@ class RecordBackend(ABC):
         Raises:
             ConfigError: another number of queues.
         """
+        if not isinstance(decision, Decision):
+            raise ConfigError(f"decision: {type(decision).__name__}, must be a Decision")
         if len(decision) != self.layout.num_queues:
             raise ConfigError(f"decision: {len(decision)} queues, must be {self.layout.num_queues} as the engine's layout has")
 
