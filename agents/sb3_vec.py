@@ -67,22 +67,20 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
     Action masks come from ``env_method("action_masks")``; ``reset_infos`` stays empty.
 
     Args:
-        vector: the environments, with SAME_STEP autoreset (its default).
+        vector: the environments, not reset yet in another mode than SAME_STEP, which is set here.
         flatten: False: observations are dictionaries of ``(num_envs, width)`` float32 arrays (``MultiInputPolicy``).
             True: one ``(num_envs, size)`` float32 array, their concatenation in the order of the table in
             ``llmsched_env.observation`` (``MlpPolicy``).
 
     Raises:
-        ConfigError: ``vector`` is of another class (a wrapped one included) or has another autoreset mode.
+        ConfigError: ``vector`` is of another class (a wrapped one included) or runs in another autoreset mode.
         MissingExtraError: on import of this module, without torch or stable-baselines3.
     """
 
     def __init__(self, vector: LLMSchedVectorEnv, *, flatten: bool = False) -> None:
         if not isinstance(vector, LLMSchedVectorEnv):
             raise ConfigError(f"vector: {type(vector).__name__}, must be a LLMSchedVectorEnv without wrappers")
-        mode = vector.metadata["autoreset_mode"]
-        if mode != AutoresetMode.SAME_STEP:
-            raise ConfigError(f"vector.autoreset_mode: {mode}, must be SAME_STEP for stable-baselines3")
+        vector.set_autoreset_mode(AutoresetMode.SAME_STEP)  # what a VecEnv does
         self.vector = vector
         self.flatten = flatten
         self._actions: npt.NDArray[Any] | None = None

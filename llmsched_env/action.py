@@ -175,6 +175,18 @@ def _refuse(values: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], who: s
     raise ConfigError(f"action: {who}component {at} is {values[at]}, must be from 0 to {bounds[at]}")
 
 
+def whole_number(action: Any, most: int) -> int:
+    """A ``Discrete`` action from 0 to ``most``.
+
+    Raises:
+        ConfigError: not a whole number, or outside the range.
+    """
+    values = _as_integers(action, 1, lambda: gym.spaces.Discrete(most + 1))
+    if not 0 <= values[0] <= most:
+        _refuse(values, np.array([most]), "")
+    return int(values[0])
+
+
 @dataclass(frozen=True, slots=True)
 class ActionCodec:
     """Action <-> Decision of the set ``admit`` for Q queues.
@@ -215,6 +227,10 @@ class ActionCodec:
     def bounds(self) -> npt.NDArray[np.int64]:
         """(W,) largest value of each component; the smallest is 0."""
         return np.repeat([1, self.max_admit], self.num_queues)
+
+    def sample_mask(self, legal: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int8], ...]:
+        """``legal`` (mask size,) as ``MultiDiscrete.sample(mask=...)`` takes it: an int8 array for each component."""
+        return tuple(np.split(legal.view(np.int8), np.cumsum(self.bounds + 1)[:-1]))
 
     def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
         """``action`` as (W,) int64.
@@ -293,6 +309,10 @@ class ReserveCodec:
     def bounds(self) -> npt.NDArray[np.int64]:
         """(1,) largest action; the smallest is 0."""
         return np.array([len(self.thetas) - 1])
+
+    def sample_mask(self, legal: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
+        """``legal`` (n,) as ``Discrete.sample(mask=...)`` takes it."""
+        return legal.view(np.int8)
 
     def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
         """``action`` as (W,) int64.

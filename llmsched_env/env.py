@@ -12,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.action import THETAS, ActionCodec, link_codec
+from llmsched_env.action import THETAS, ActionCodec, link_codec, whole_number
 from llmsched_env.backend import View, make_backend
 from llmsched_env.compiled import entry
 from llmsched_env.engine.simulator import SimBackend
@@ -137,7 +137,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | max_admit | 16 | largest admit count |
     | thetas | ``action.THETAS`` | over-commitments of "reserve" |
     | backlog | 0 | requests waiting at time 0, taken from the front of the episode: a number, or (low, high) to draw it |
-    | reward | "latency" | name, ``{"name": ..., arguments}`` or callable |
+    | reward | "latency" | name, ``{"name": ..., arguments}``, callable or compiled function |
     | horizon, drain, max_iterations | inf, True, 1,000,000 | see Episode End |
     | backend, backend_config | "sim", {} | "sim", "sim-prefix-cache", "vllm-scheduler" or "vllm" (a real engine), and its arguments |
     | render_mode | None | "rgb_array" or "human" (needs the ``plots`` extra) |
@@ -333,6 +333,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         env_mask(*self._handles[:2], legal)
         return legal
 
+    def sample_mask(self) -> Any:
+        """``action_masks()`` in the form that ``env.action_space.sample(mask=...)`` takes."""
+        return self.codec.sample_mask(self.action_masks())
+
     def view(self) -> View:
         """What expert policies decide from."""
         if not self._started:
@@ -403,7 +407,7 @@ class AdmitOnly(gym.ActionWrapper[Observation, Any, npt.NDArray[np.int64]]):
         n = self._codec.num_queues
         out = np.full(2 * n, self._codec.max_admit, dtype=np.int64)
         out[:n] = 1
-        out[n :: self._num_segments] = int(action)
+        out[n :: self._num_segments] = whole_number(action, self._codec.max_admit)
         return out
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
@@ -412,6 +416,10 @@ class AdmitOnly(gym.ActionWrapper[Observation, Any, npt.NDArray[np.int64]]):
         mask = np.arange(self._codec.max_admit + 1) <= waiting
         mask[-1] = waiting > 0
         return mask
+
+    def sample_mask(self) -> npt.NDArray[np.int8]:
+        """The same in the form that ``env.action_space.sample(mask=...)`` takes."""
+        return self.action_masks().view(np.int8)
 
     def reset(self, **kwargs: Any) -> tuple[Observation, dict[str, Any]]:
         observation, info = super().reset(**kwargs)

@@ -43,8 +43,9 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             number of classes and segments.
         threads: threads of the compiled loop; None for as many processors as the process may use (``OMP_NUM_THREADS``
             counts), each with at least 64 environments.
-        autoreset_mode: ``SAME_STEP`` (the observation after an end is the next episode's, the last one is
-            in ``infos["final_obs"]``) or ``NEXT_STEP``.
+        autoreset_mode: ``NEXT_STEP``, Gymnasium's default (the step after an end is a reset, its action is ignored), or
+            ``SAME_STEP`` (the observation after an end is the next episode's, the last one is in ``infos["final_obs"]``).
+            Gymnasium's vector wrappers of observations take ``NEXT_STEP`` alone.
         kwargs: the other arguments of ``LLMSchedEnv``; ``backend`` must be ``sim`` or ``sim-prefix-cache``. A reward that is
             an ordinary Python callable is called once for each environment and step; a compiled one
             (``llmsched_env.reward.CompiledReward``) costs nothing beside.
@@ -53,7 +54,9 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         ConfigError: an argument refused, or environments of different shape.
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012 - gymnasium's form
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - gymnasium's form
+
+    autoreset_mode: AutoresetMode
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         engine: Any = None,
         reward: str | Mapping[str, Any] | Reward = "latency",
         threads: int | None = None,
-        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
         max_episode_steps: int | None = None,
         **kwargs: Any,
@@ -78,12 +81,8 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             raise ConfigError(f"backend: {backend!r}, must be 'sim' or 'sim-prefix-cache' in a vector environment")
         if kwargs.pop("backend_config", None):
             raise ConfigError("backend_config: takes nothing in a vector environment, must be empty")
-        mode = AutoresetMode(autoreset_mode)
-        if mode not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
-            raise ConfigError(f"autoreset_mode: {mode}, must be SAME_STEP or NEXT_STEP")
-        self.metadata = {**self.metadata, "autoreset_mode": mode}
-        self.autoreset_mode = mode
-        self._same_step = mode == AutoresetMode.SAME_STEP
+        self._generators: list[np.random.Generator] = []
+        self.set_autoreset_mode(autoreset_mode)
         self.num_envs = int(num_envs)
         self._workers = Workers(self.num_envs, threads)
         if max_episode_steps is not None:
@@ -102,7 +101,6 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self._new_outputs()
         self._ended = np.zeros(self.num_envs, dtype=np.bool_)
         self._any_ended = False
-        self._generators: list[np.random.Generator] = []
 
     def _make_specs(self, scenario: Any, rate: Any, engine: Any, kwargs: dict[str, Any], caching: bool) -> list[EnvSpec]:
         """Each different setting once; environment i has number i modulo their count."""
@@ -122,6 +120,21 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             if len(shapes) > 1:
                 raise ConfigError(f"{name}: {sorted(shapes)} among the environments, must be the same in all")
         return made
+
+    def set_autoreset_mode(self, mode: AutoresetMode | str) -> None:
+        """Choose when episodes begin anew; before the first ``reset``.
+
+        Raises:
+            ConfigError: another mode than SAME_STEP or NEXT_STEP, or too late.
+        """
+        known = [m for m in AutoresetMode if mode in (m, m.value)]
+        if not known or known[0] not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
+            raise ConfigError(f"autoreset_mode: {mode!r}, must be SAME_STEP or NEXT_STEP")
+        if self._generators and known[0] != self.autoreset_mode:
+            raise ConfigError(f"autoreset_mode: {mode!r}, must be set before the first reset()")
+        self.autoreset_mode = known[0]
+        self.metadata = {**self.metadata, "autoreset_mode": known[0]}
+        self._same_step = known[0] == AutoresetMode.SAME_STEP
 
     def spec_of(self, i: int) -> EnvSpec:
         """The settings of environment i."""
@@ -248,6 +261,10 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         if not self._generators:
             raise gym.error.ResetNeeded("call reset() before action_masks()")
         return self._masks.copy()
+
+    def sample_mask(self) -> Any:
+        """The masks in the form that ``single_action_space.sample(mask=...)`` takes, a list with one for each environment."""
+        return [self.codec.sample_mask(legal) for legal in self.action_masks()]
 
     def _observed(self) -> Observations:
         return {name: self._observations[:, where] for name, where in self._where}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -307,6 +310,43 @@ def test_after_the_horizon_nothing_arrives() -> None:
     follow = np.array([8])
     short, long = (float(env.branch(follow, 1.0, seconds)[0, 8]) for seconds in (2.0, 1e9))
     assert 0 < short < long / 2
+
+
+def test_threads_change_neither_a_byte_nor_torchs_own() -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    one, two = (AgentVecEnv(CONV.grid(), PEAK, 4, num_requests=20, threads=threads) for threads in (1, 2))
+    one.seed(0), two.seed(0)
+    np.testing.assert_array_equal(one.reset(), two.reset())
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        actions = rng.integers(0, len(LEVELS), 4)
+        for a, b in zip(one.step(actions)[:3], two.step(actions)[:3], strict=True):
+            np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(one.record.durations, two.record.durations)
+    follow = np.array([8, 5, 8, 3])
+    np.testing.assert_array_equal(one.branch(follow, 1.0, 5.0), two.branch(follow, 1.0, 5.0))
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))], ids=["copy", "pickle"])
+def test_a_copy_keeps_the_state_and_goes_its_own_way(copied: Callable[[AgentVecEnv], AgentVecEnv]) -> None:
+    env, same = (AgentVecEnv(CONV.grid(), PEAK, 2, num_requests=20) for _ in range(2))
+    for each in (env, same):
+        each.seed(0)
+        each.reset()
+        for _ in range(30):
+            each.step(np.array([3, 8]))
+    other = copied(env)
+    kept = everything(env)
+    first = [other.step(np.array([8, 3])) for _ in range(30)]
+    for array, before in zip(everything(env), kept, strict=True):  # the original stands where it stood
+        assert array.tobytes() == before.tobytes()
+    second = [same.step(np.array([8, 3])) for _ in range(30)]
+    for ours, theirs in zip(first, second, strict=True):
+        for a, b in zip(ours[:3], theirs[:3], strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 # --- settings -----------------------------------------------------------------------------------------

@@ -230,6 +230,34 @@ def test_ppo_learns(policy: str, flatten: bool) -> None:
     env.close()
 
 
+def test_threads_of_the_environments_leave_torchs_alone() -> None:
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        for count in (before, 3, 1):
+            torch.set_num_threads(count)
+            plain = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=4, threads=2, **CUT)
+            plain.reset(seed=0)
+            for _ in range(20):
+                plain.step(np.ones((4, *plain.single_action_space.shape), dtype=np.int64))  # type: ignore[misc]
+            assert torch.get_num_threads() == count
+            adapted = SB3VecEnv(LLMSchedVectorEnv(4, **CUT, threads=2))
+            adapted.reset()
+            for _ in range(20):
+                adapted.step(np.ones((4, *plain.single_action_space.shape), dtype=np.int64))  # type: ignore[misc]
+            assert torch.get_num_threads() == count
+            for env in (plain, adapted):
+                env.close()
+            assert torch.get_num_threads() == count
+        torch.set_num_threads(2)
+        model = PPO("MultiInputPolicy", SB3VecEnv(LLMSchedVectorEnv(4, **CUT, threads=2)), n_steps=8, batch_size=16, n_epochs=1, device="cpu")
+        model.learn(64)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_wrappers_of_stable_baselines() -> None:
     inner = SB3VecEnv(LLMSchedVectorEnv(3, **SHORT))
     with pytest.warns(UserWarning, match="already wrapped with a `Monitor`"):

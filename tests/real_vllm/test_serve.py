@@ -179,11 +179,12 @@ def test_a_policy_that_admits_nobody_cannot_keep_anyone_waiting(servers: Servers
 def test_a_policy_that_raises_is_replaced_by_vllm_with_one_logged_error(servers: Servers) -> None:
     """Runs after the one above: the policy is gone for good."""
     server = servers.stubborn
-    before = server.metrics()['llmsched:guard_releases_total{policy="stubborn",queue="outside"}']
     requests = random_requests(10, seed=5)
     bad = {"prompt": [9] * RAISING_PROMPT, "max_tokens": 12, "ignore_eos": True}
     answers = server.ask([*requests, bad])
     assert_complete(answers, [*requests, bad])
+    # A slow client's bad request may come after the guard has let others go; from then on it has nothing to do.
+    before = server.metrics()['llmsched:guard_releases_total{policy="stubborn",queue="outside"}']
     assert_complete(server.ask([bad, *requests, bad]), [bad, *requests, bad])
     metrics = server.metrics()
     assert metrics['llmsched:policy_errors_total{policy="stubborn"}'] == 1
