@@ -123,12 +123,21 @@ class AgentVecEnv(SB3VecEnv):
         for agent, seconds in zip(self._agents, discount_seconds * scale, strict=True):
             agent.discount = seconds
         self.seconds = 0.0
-        # Where nothing is compiled a handle is the record itself.
-        handles = np.empty((n, 4), dtype=vector._handles.dtype)
-        handles[:, :3] = vector._handles
+        self._bind()
+
+    def _bind(self) -> None:
+        """(num_envs, 4) handles of engine, environment, decision and agent; good in this process only."""
+        self._handles = np.empty((self.num_envs, 4), dtype=self.vector._handles.dtype)
+        self._handles[:, :3] = self.vector._handles
         for i, agent in enumerate(self._agents):
-            handles[i, 3] = agent.handle
-        self._handles = handles
+            self._handles[i, 3] = agent.handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_handles"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._bind()
 
     def _records(self, placed: Sequence[Any]) -> list[AgentRecord]:
         """One record for each setting."""
@@ -220,11 +229,13 @@ class AgentVecEnv(SB3VecEnv):
 
         def try_all(first: int, last: int) -> None:
             for e in range(first, last):
-                kept = self.vector.fleet.save(e)
+                kept, memory = self.vector.fleet.save(e), self.vector._envs[e].reward_numbers.memory
+                remembered = memory.copy()
                 for a in range(self._mask_size):
                     tried = np.array([a])
                     costs[e, a] = carry_on(self._handles[e], tried, followed[e], deviate_seconds * scale[e], horizon_seconds * scale[e])
                     self.vector.fleet.restore(e, kept)
+                    memory[:] = remembered
 
         self.vector._workers.run(try_all)
         self.seconds += time.perf_counter() - start

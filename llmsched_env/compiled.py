@@ -341,11 +341,11 @@ class Compiled:
     takes; where Python or an address needs them they are made then, and kept on disk.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
-        self.py_func, self._options = function, options
+        self.py_func = function
         alone = {"pipeline_class": _InnerPipeline, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-        inner: Any = numba.njit(nogil=True, **alone, **options)(function)
+        inner: Any = numba.njit(nogil=True, **alone)(function)
         inner._compiler.__class__ = _InnerCompiler
         self._inner = inner
         self._outer: Any = None
@@ -354,7 +354,7 @@ class Compiled:
     def dispatcher(self) -> Any:
         """numba's dispatcher with all that a call from Python needs."""
         if self._outer is None:
-            self._outer = numba.njit(nogil=True, **self._options)(self.py_func)  # machine code touches no Python object
+            self._outer = numba.njit(nogil=True)(self.py_func)  # machine code touches no Python object
             self._outer._cache = _Cache(cast(FunctionType, self.py_func))
         return self._outer
 
@@ -374,6 +374,7 @@ class Compiled:
         return self.py_func.__qualname__  # as a function is pickled: by its name; a copy is the function itself
 
 
+_MARK = "__llmsched_compiled__"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -382,7 +383,15 @@ def compiled(function: Function) -> Function:
 
     Other threads of Python run while the function does.
     """
-    return function if numba.config.DISABLE_JIT else cast(Function, Compiled(function))
+    if numba.config.DISABLE_JIT:
+        function.__dict__[_MARK] = True
+        return function
+    return cast(Function, Compiled(function))
+
+
+def is_compiled(function: object) -> bool:
+    """Whether ``compiled`` has decorated it."""
+    return isinstance(function, Compiled) or _MARK in getattr(function, "__dict__", {})
 
 
 def entry(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from llmsched_env.env_step import ILLEGAL, LOOK, EnvRecord, env_decode, env_mask
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.observation import ObservationLayout
+from llmsched_env.records import Numbers
 from llmsched_env.reward import FinishedRequests, Reward, compiled_reward
 from llmsched_env.spec import EnvSpec, checked_backlog, checked_count, checked_rate, draw_backlog
 from llmsched_env.types import ClassBy, Decision, EngineConfig, Workload
@@ -221,8 +222,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         """What the compiled step reads at this rate."""
         if rate not in self._records:
             settings, reward = self.settings, self._compiled_reward
-            numbers = {"reward_numbers": reward.numbers} if reward is not None else {}
-            record = EnvRecord(codec=settings.codec_record(settings.forecast(rate)), **numbers)
+            numbers = reward.numbers if reward is not None else Numbers.of()
+            record = EnvRecord(codec=settings.codec_record(settings.forecast(rate)), reward_numbers=numbers)
             self._records[rate] = record
             if len(self._records) > MOST_RATES:
                 self._records.popitem(last=False)
@@ -260,6 +261,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         elif not isinstance(workload, Workload):
             raise ConfigError(f"options.workload: {type(workload).__name__}, must be a Workload")
         self._env = self._record_at(rate)
+        self._env.reward_numbers.forget()
         self.backend.reset(
             workload, self.layout, self.engine, self.limits, reveal_output_length=self.reveal_output_length
         )

@@ -86,6 +86,9 @@ def env_reset(engine, env, observation, legal):  # type: ignore[no-untyped-def]
     reset(e)
     own.episode_return = 0.0
     own.episode_length = 0
+    memory = own.reward_numbers.memory
+    for i in range(memory.shape[0]):
+        memory[i] = 0
     encode(e, own.codec.forecast, observation)
     mask(e, own.codec, legal)
 

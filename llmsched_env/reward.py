@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
-from llmsched_env.compiled import compiled
+from llmsched_env.compiled import compiled, is_compiled
 from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.pointers import address_of, call_float
@@ -170,7 +170,7 @@ class CompiledReward:
     Args:
         function: decorated with ``llmsched_env.compiled.compiled``.
         parameters: (P,) numbers for ``own.parameters``.
-        memory: length of ``own.memory``; it is not cleared between episodes.
+        memory: length of ``own.memory``, zeros at the start of an episode; each environment has its own.
 
     Raises:
         ConfigError: the function cannot be compiled.
@@ -192,6 +192,10 @@ class CompiledReward:
                 name = getattr(self.function, "__name__", repr(self.function))
                 raise ConfigError(f"reward: {name!r} cannot be compiled as (engine, own) -> float: {error}") from error
         return self._address
+
+    def own_numbers(self) -> Numbers:
+        """The parameters, and a memory that no other environment writes to."""
+        return Numbers.of(self.numbers.parameters, len(self.numbers.memory))
 
     def __call__(self, outcome: Outcome) -> float:
         record = getattr(outcome, "record", None)
@@ -230,7 +234,7 @@ def make_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
         ConfigError: unknown name (the nearest one is given) or argument; a callable that cannot be called with one outcome,
             or whose calls give no number: a class, a generator or a coroutine function.
     """
-    if hasattr(spec, "py_func"):  # a compiled function
+    if is_compiled(spec):
         return CompiledReward(spec)  # type: ignore[arg-type]
     if callable(spec):
         _check_callable(spec)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel, LinearTime, load_calibration
-from llmsched_env.perf.packed import check_model
+from llmsched_env.perf.base import check_model
 from llmsched_env.records import Ints, Rows
 
 IntArray = npt.NDArray[np.int32]

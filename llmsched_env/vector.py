@@ -22,6 +22,7 @@ from llmsched_env.env import StepOutcome
 from llmsched_env.env_step import EnvRecord, env_reset, first_illegal, step_range
 from llmsched_env.errors import ConfigError
 from llmsched_env.observation import ObservationLayout
+from llmsched_env.records import Numbers
 from llmsched_env.reward import Reward, compiled_reward
 from llmsched_env.spec import EnvSpec
 from llmsched_env.threads import Workers
@@ -144,9 +145,13 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         """What every environment keeps beside its engine."""
         forecasts = [spec.forecast() for spec in self._specs]
         self._compiled_reward = compiled_reward(self._specs[0].reward)
-        numbers = {} if self._compiled_reward is None else {"reward_numbers": self._compiled_reward.numbers}
+        reward = self._compiled_reward
         self._envs = [
-            EnvRecord(codec=self.spec_of(i).codec_record(forecasts[i % len(forecasts)]), **numbers) for i in range(self.num_envs)
+            EnvRecord(
+                codec=self.spec_of(i).codec_record(forecasts[i % len(forecasts)]),
+                reward_numbers=Numbers.of() if reward is None else reward.own_numbers(),
+            )
+            for i in range(self.num_envs)
         ]
         self._decisions = [Decision(self.spec_of(i).layout.num_queues) for i in range(self.num_envs)]
         self._bind()

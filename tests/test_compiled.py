@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -108,7 +110,8 @@ def test_a_changed_helper_or_constant_of_another_file_is_compiled_again(tmp_path
 
 
 def test_code_without_a_file_is_compiled_and_kept(tmp_path: Path) -> None:
-    code = "from llmsched_env.compiled import compiled\n@compiled\ndef f(x): return x + {}\nprint(f(1), sum(f.dispatcher.stats.cache_hits.values()))"
+    code = "from llmsched_env.compiled import compiled\n@compiled\ndef f(x): return x + {}\n"
+    code += "print(f(1), sum(f.dispatcher.stats.cache_hits.values()))"
     wrapped = "exec(compile('''" + code + "''', '<typed>', 'exec'))"
     for add, expected in ((1, ["2", "0"]), (1, ["2", "1"]), (2, ["3", "0"])):
         assert run(tmp_path, wrapped.format(add)).stdout.split() == expected
@@ -158,7 +161,8 @@ def test_a_function_called_from_compiled_code_alone_is_linked_into_its_caller(ca
     caller: Any = outside("@compiled\ndef f(x): return 2 * helper(x)", helper=helper)
     assert caller(1) == 8 and helper._outer is None and only_file(cache).name.startswith("theirs.f-")
     again: Any = outside("@compiled\ndef f(x): return 2 * helper(x)", helper=fresh())
-    assert again(1) == 8 and hits(again) == 1 and len(again.py_func.__globals__["helper"]._inner.overloads) == 0  # the callee need not be there
+    assert again(1) == 8 and hits(again) == 1
+    assert len(again.py_func.__globals__["helper"]._inner.overloads) == 0  # loaded code needs no callee
     assert helper(1) == 4 and hits(helper) == 0 and len(list(cache.iterdir())) == 2  # Python asks for code of its own
     loaded = fresh()
     assert loaded(1) == 4 and hits(loaded) == 1
@@ -367,6 +371,18 @@ def test_names_and_options() -> None:
     assert function.__name__ == "plus_three" and function.py_func is function.__wrapped__ is plus_three
     assert function.signatures == function.dispatcher.signatures == []
     assert function(1) == 4 and len(function.signatures) == 1
+
+
+def test_a_compiled_function_is_copied_and_pickled_by_its_name() -> None:
+    from llmsched_env.reward import CompiledReward, latency_reward
+
+    assert copy.deepcopy(latency_reward) is pickle.loads(pickle.dumps(latency_reward)) is latency_reward
+    for copied in (copy.deepcopy, lambda reward: pickle.loads(pickle.dumps(reward))):
+        again = copied(CompiledReward(latency_reward, [1.0, 2.0], memory=3))
+        assert again.function is latency_reward and again.address == CompiledReward(latency_reward).address
+        assert again.numbers.parameters.tolist() == [1.0, 2.0] and again.numbers.memory.tolist() == [0, 0, 0]
+    inside: Any = outside("@compiled\ndef f(x): return x + 1")
+    assert copy.deepcopy(inside) is inside
 
 
 def test_without_numba_the_decorator_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,11 +161,11 @@ def test_many_cross_a_block_boundary_with_blocks_short(short: int, held: bool, c
     layout = QueueLayout(by="type", num_types=2)
     # all hold one full block after the prefill of 4; the first decode of each takes a second one
     workload = Workload.of([0.0] * n, [block] * n, [10] * n, [0, 1] * (n // 2))
-    free_blocks = 2 * n - short + free_block
+    spare = int(free_block)  # the engine wants one more for its longest request
     engine = EngineConfig.vllm(
         time_model=SECOND,
         block_size=block,
-        num_blocks=free_blocks,
+        num_blocks=2 * n - short + spare,
         max_model_len=16,
         max_num_seqs=n,
         max_num_batched_tokens=64,
@@ -186,7 +186,7 @@ def test_many_cross_a_block_boundary_with_blocks_short(short: int, held: bool, c
     if held:  # four of eight ask, and 8 - short are free
         assert forced == 0
     else:
-        assert forced == (short + 1) // 2
+        assert forced == (max(short - spare, 0) + 1) // 2
         assert reports[1].preempted == tuple(range(n - 1, n - 1 - forced, -1))
     assert backend.end == "finished"
 
@@ -238,13 +238,15 @@ def test_equal_requests_in_a_memory_that_is_short_for_all_of_them(
     workload = Workload.of(arrival, [prompt] * n, [output] * n, rng.integers(0, classes, n))
 
     def decide(number: int) -> Decision:
+        if number >= 40:  # a pattern may go round for ever
+            return Decision.greedy(q)
         run, admit, evict = pattern[number % len(pattern)]
         bits = [(run >> (i % 3)) & 1 for i in range(q)]
         counts = [(0, 1, 2, ADMIT_ALL)[(admit >> (i % 2)) & 3] for i in range(q)]
         gone = [(evict >> (i % 3)) & 1 if evict % 3 == 0 else 0 for i in range(q)]
         return Decision.of(bits, counts, gone)
 
-    both(Case(workload, layout, engine, EpisodeLimits(max_iterations=3_000), decide))
+    both(Case(workload, layout, engine, drain(), decide))
 
 
 # --- back after an eviction ---------------------------------------------------------------------------

@@ -447,7 +447,7 @@ def test_a_model_of_ones_own_is_as_good_as_a_built_in_one() -> None:
     settings: list[dict[str, Any]] = [{"num_blocks": 400, "max_num_seqs": 8, "time_model": model} for model in (own, linear)]
     ours, theirs = (walked(LLMSchedEnv(rate=20.0, num_requests=30, max_iterations=150, engine=engine)) for engine in settings)
     assert len(ours) > 300 and ours == theirs
-    ours, theirs = (walked_together(LLMSchedVectorEnv(3, rate=20.0, num_requests=30, max_iterations=150, engine=engine)) for engine in settings)
+    ours, theirs = (walked_together(together(3, rate=20.0, num_requests=30, max_iterations=150, engine=engine)) for engine in settings)
     assert len(ours) > 300 and ours == theirs
 
 
@@ -496,6 +496,10 @@ def walked(env: LLMSchedEnv, steps: int = 500) -> list[bytes]:
             observed, info = env.reset()
         seen.append(b"".join(part.tobytes() for part in observed.values()) + np.array([reward, info["clock"]]).tobytes())
     return seen
+
+
+def together(count: int, **settings: Any) -> LLMSchedVectorEnv:
+    return LLMSchedVectorEnv(count, autoreset_mode="SameStep", **settings)
 
 
 def walked_together(env: LLMSchedVectorEnv, steps: int = 500) -> list[bytes]:
@@ -634,11 +638,11 @@ def test_a_reward_is_the_same_in_every_form_and_environment(form: str) -> None:
     scalar = walked(LLMSchedEnv(**SETTINGS, reward=reward))
     assert scalar == walked(LLMSchedEnv(**SETTINGS, reward=tokens_less_wait_in_python))
     assert scalar != walked(LLMSchedEnv(**SETTINGS))
-    one = walked_together(LLMSchedVectorEnv(1, **SETTINGS, reward=reward))
+    one = walked_together(together(1, **SETTINGS, reward=reward))
     assert one == scalar  # seed and actions are the same, so is every byte
-    many = walked_together(LLMSchedVectorEnv(3, **SETTINGS, reward=reward, threads=2))
-    assert many == walked_together(LLMSchedVectorEnv(3, **SETTINGS, reward=tokens_less_wait_in_python))
-    assert many != walked_together(LLMSchedVectorEnv(3, **SETTINGS))
+    many = walked_together(together(3, **SETTINGS, reward=reward, threads=2))
+    assert many == walked_together(together(3, **SETTINGS, reward=tokens_less_wait_in_python))
+    assert many != walked_together(together(3, **SETTINGS))
 
 
 @pytest.mark.parametrize("form", EQUAL_REWARDS)
@@ -661,6 +665,25 @@ def test_the_return_of_an_episode_is_the_sum_of_any_reward(form: str, mode: str)
         if mode == "SameStep":
             over[:] = False
     assert episodes > 3
+
+
+@pytest.mark.parametrize("name", ["latency", "throughput", "slo_goodput"])
+def test_built_in_rewards_called_as_ordinary_callables_are_the_compiled_ones(name: str) -> None:
+    built_in = make_reward(name)
+    settings: dict[str, Any] = {"scenario": "nested-two-type", "num_requests": 4, "max_admit": 4}
+
+    def ordinary(outcome: Any) -> float:
+        return built_in(outcome)
+
+    assert walked(LLMSchedEnv(**settings, reward=name)) == walked(LLMSchedEnv(**settings, reward=ordinary))
+    assert walked_together(together(3, **settings, reward=name)) == walked_together(together(3, **settings, reward=ordinary))
+    env = together(3, **settings, reward=ordinary)
+    _, infos = env.reset(seed=0)
+    rng, total = np.random.default_rng(0), 0.0
+    for _ in range(300):
+        _, rewards, _, _, infos = env.step(drawn(infos["action_mask"], env.single_action_space.nvec, rng))  # type: ignore[attr-defined]
+        total += rewards.sum()
+    assert total < 0 if name == "latency" else total > 0
 
 
 def test_a_reward_in_a_vector_environment_is_called_once_for_every_engine_and_step() -> None:

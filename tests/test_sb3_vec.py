@@ -251,8 +251,8 @@ def test_threads_of_the_environments_leave_torchs_alone() -> None:
                 env.close()
             assert torch.get_num_threads() == count
         torch.set_num_threads(2)
-        model = PPO("MultiInputPolicy", SB3VecEnv(LLMSchedVectorEnv(4, **CUT, threads=2)), n_steps=8, batch_size=16, n_epochs=1, device="cpu")
-        model.learn(64)
+        learning = SB3VecEnv(LLMSchedVectorEnv(4, **CUT, threads=2))
+        PPO("MultiInputPolicy", learning, n_steps=8, batch_size=16, n_epochs=1, device="cpu").learn(64)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -12,7 +12,7 @@ from llmsched_env.engine import state as st
 from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import pool_tables, reset_pool
 from llmsched_env.engine.record_backend import engine_tables, load_queues, load_requests, load_settings, most_residents
-from llmsched_env.perf.packed import packed_of
+from llmsched_env.perf.base import packed_of
 from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
 
 

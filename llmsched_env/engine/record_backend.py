@@ -15,8 +15,7 @@ from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import SharedPrompts, pool_tables, reset_pool
 from llmsched_env.engine.step import engine_at, reset_at
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.base import warn_out_of_range
-from llmsched_env.perf.packed import packed_of
+from llmsched_env.perf.base import packed_of, warn_out_of_range
 from llmsched_env.types import (
     Decision,
     EngineConfig,

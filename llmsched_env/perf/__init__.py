@@ -5,11 +5,11 @@ small frozen record with a compiled function and the float64 array that it reads
 function by its address (``llmsched_env.pointers``), one's own models too.
 """
 
-from llmsched_env.perf.base import CalibrationRangeWarning, IterationTimeModel, Provenance
+from llmsched_env.perf import packed as _packed  # noqa: F401 - tells base what the numbers of the built-in models must be
+from llmsched_env.perf.base import CalibrationRangeWarning, IterationTimeModel, Provenance, packed_of
 from llmsched_env.perf.batch import Batch
 from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.perf.models import FormulaTime, LinearTime
-from llmsched_env.perf.packed import packed_of
 from llmsched_env.perf.store import calibration_names, load_calibration, save_calibration
 from llmsched_env.perf.tables import TableTime
 

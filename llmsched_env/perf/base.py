@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.batch import Batch, BatchSums
+from llmsched_env.perf.batch import BATCH_FIELDS, Batch, BatchSums
 from llmsched_env.pointers import address_of, call_float
 from llmsched_env.records import reader
 
@@ -153,19 +154,79 @@ class IterationTimeModel(ABC):
 
     def seconds_of(self, batches: FloatArray) -> FloatArray:
         """(n,) seconds of (n, BATCH_FIELDS) batches."""
-        return self.evaluate(self.pack(), batches)[0]
+        return self._evaluate(packed_of(self), batches)[0]
 
     def in_range(self, batch: Batch) -> bool:
         """Whether the batch lies inside the data behind the model, so that nothing is extrapolated."""
-        return bool(self.evaluate(self.pack(), batch.array()[np.newaxis])[1][0])
+        return bool(self._evaluate(packed_of(self), batch.array()[np.newaxis])[1][0])
 
     @classmethod
     def evaluate(cls, numbers: FloatArray, batches: FloatArray) -> tuple[FloatArray, FloatArray]:
         """(n,) seconds of (n, BATCH_FIELDS) batches by a model of this kind with these numbers, and (n,) 1.0 where it is valid."""
+        check_packed("numbers", numbers, cls.compiled_seconds)
+        return cls._evaluate(numbers, batches)
+
+    @classmethod
+    def _evaluate(cls, numbers: FloatArray, batches: FloatArray) -> tuple[FloatArray, FloatArray]:
+        rows = np.ascontiguousarray(batches, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[1] != BATCH_FIELDS:
+            raise ConfigError(f"batches: shape {rows.shape}, must be (n, {BATCH_FIELDS})")
         record = BatchSums(model=numbers)
-        seconds, valid = np.empty(len(batches)), np.empty(len(batches))
-        _evaluate(cls.address(), record.handle, np.ascontiguousarray(batches, dtype=np.float64), seconds, valid)
+        seconds, valid = np.empty(len(rows)), np.empty(len(rows))
+        _evaluate(cls.address(), record.handle, rows, seconds, valid)
         return seconds, valid
+
+
+PACKED_CHECKS: dict[Any, Callable[[str, FloatArray], None]] = {}
+"""What ``llmsched_env.perf.packed`` knows of the numbers that a built-in compiled function reads."""
+CHECKED_TYPES: set[type[IterationTimeModel]] = set()
+"""Models whose constructors have checked all of it."""
+
+
+def check_model(model: object) -> None:
+    """Refuse what is no ``IterationTimeModel``, or one of the user's own that compiled code cannot read.
+
+    Raises:
+        ConfigError: says what it gives and what it must give.
+    """
+    if not isinstance(model, IterationTimeModel):
+        raise ConfigError(f"engine.time_model: {checks.shown(model)}, must be an IterationTimeModel")
+    check_provenance(model.provenance)
+    packed_of(model)
+    if type(model) not in CHECKED_TYPES:
+        model.address()
+
+
+def packed_of(model: IterationTimeModel) -> FloatArray:
+    """``model.pack()``, which compiled code can read: what one of the user's own gives is checked at every call.
+
+    Raises:
+        ConfigError: says what it gives and what it must give.
+    """
+    if type(model) in CHECKED_TYPES:
+        return model.pack()
+    owner = f"engine.time_model: {type(model).__name__}.pack()"
+    with checks.told(owner):
+        packed = model.pack()
+    return check_packed(owner, packed, getattr(type(model), "compiled_seconds", None))
+
+
+def check_packed(owner: str, packed: object, reader: object = None) -> FloatArray:
+    """The numbers of a model, if they are an array that compiled code can read.
+
+    Args:
+        owner: begins the message.
+        packed: (n,) float64, contiguous.
+        reader: the compiled function that will read them; for a built-in one all that it reads must be there.
+    """
+    if not isinstance(packed, np.ndarray):
+        raise ConfigError(f"{owner} gives a {type(packed).__name__}, must be a float64 array")
+    if packed.dtype != np.float64 or packed.ndim != 1 or packed.size == 0 or not packed.flags.c_contiguous:
+        raise ConfigError(f"{owner} gives {packed.dtype} of shape {packed.shape}, must be one contiguous row of float64")
+    check = PACKED_CHECKS.get(reader)
+    if check is not None:
+        check(owner, packed)
+    return packed
 
 
 def check_provenance(value: object) -> None:

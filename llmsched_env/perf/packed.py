@@ -1,4 +1,4 @@
-"""What a packed iteration-time model must hold, so that compiled code, which checks nothing, can read it."""
+"""What the numbers of the built-in iteration-time models must be, so that compiled code, which checks nothing, can read them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,10 @@ from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import mixed_attention as mixed
 from llmsched_env.perf import tables
-from llmsched_env.perf.base import (
-    MOST,
-    FloatArray,
-    IterationTimeModel,
-    check_axis,
-    check_provenance,
-)
+from llmsched_env.perf.base import CHECKED_TYPES, MOST, PACKED_CHECKS, FloatArray, check_axis
 from llmsched_env.perf.mixed_attention import MixedAttentionTime, mixed_attention_seconds
 from llmsched_env.perf.models import FormulaTime, LinearTime, formula_seconds, linear_seconds
 from llmsched_env.perf.tables import TableTime, table_seconds
-
-_CHECKED = (LinearTime, FormulaTime, TableTime, MixedAttentionTime)
 
 _Axes = tuple[tuple[int, int], ...]
 _Values = tuple[tuple[int, tuple[int, ...]], ...]
@@ -45,67 +37,31 @@ _MIXED: tuple[_Axes, _Values] = (
 )
 
 
-def check_model(model: object) -> None:
-    """Refuse what is no ``IterationTimeModel``, or one of the user's own that compiled code cannot read.
-
-    Raises:
-        ConfigError: says what it gives and what it must give.
-    """
-    if not isinstance(model, IterationTimeModel):
-        raise ConfigError(f"engine.time_model: {checks.shown(model)}, must be an IterationTimeModel")
-    check_provenance(model.provenance)
-    packed_of(model)
-    if type(model) not in _CHECKED:
-        model.address()
+def _check_linear(owner: str, packed: FloatArray) -> None:
+    _coefficients(owner, packed, 2, range(2))
+    if packed[0] + packed[1] == 0:
+        raise ConfigError(f"{owner}[0], [1]: both 0, an iteration must take time")
 
 
-def packed_of(model: IterationTimeModel) -> FloatArray:
-    """``model.pack()``, which compiled code can read: what one of the user's own gives is checked at every call.
-
-    Raises:
-        ConfigError: says what it gives and what it must give.
-    """
-    if type(model) in _CHECKED:  # their constructors have checked all of it
-        return model.pack()
-    owner = f"engine.time_model: {type(model).__name__}.pack()"
-    with checks.told(owner):
-        packed = model.pack()
-    return check_packed(owner, packed, getattr(type(model), "compiled_seconds", None))
+def _check_formula(owner: str, packed: FloatArray) -> None:
+    _coefficients(owner, packed, 12, range(9))
+    for i in range(9, 12):
+        checks.number(f"{owner}[{i}]", packed[i], high=np.inf, open_low=True)
+    if packed[1] == 0:
+        raise ConfigError(f"{owner}[1]: 0, an iteration must take time")
 
 
-def check_packed(owner: str, packed: object, reader: object = None) -> FloatArray:
-    """The numbers of a model, if they are an array that compiled code can read.
+def _check_table(owner: str, packed: FloatArray) -> None:
+    _coefficients(owner, packed, tables.H_FIELDS, (tables.H_CONSTANT, tables.H_PER_REQUEST))
+    axes, values = _TABLE
+    if packed[tables.H_SEQUENCES + 1] > 0:
+        axes, values = (*axes, (tables.H_SEQUENCES, 2)), (*values, (tables.H_PER_SEQUENCE, (tables.H_SEQUENCES,)))
+    _tables(owner, packed, axes, values)
 
-    Args:
-        owner: begins the message.
-        packed: (n,) float64, contiguous.
-        reader: the compiled function that will read them; for a built-in one all that it reads must be there.
-    """
-    if not isinstance(packed, np.ndarray):
-        raise ConfigError(f"{owner} gives a {type(packed).__name__}, must be a float64 array")
-    if packed.dtype != np.float64 or packed.ndim != 1 or packed.size == 0 or not packed.flags.c_contiguous:
-        raise ConfigError(f"{owner} gives {packed.dtype} of shape {packed.shape}, must be one contiguous row of float64")
-    if reader is linear_seconds:
-        _coefficients(owner, packed, 2, range(2))
-        if packed[0] + packed[1] == 0:
-            raise ConfigError(f"{owner}[0], [1]: both 0, an iteration must take time")
-    elif reader is formula_seconds:
-        _coefficients(owner, packed, 12, range(9))
-        for i in range(9, 12):
-            checks.number(f"{owner}[{i}]", packed[i], high=np.inf, open_low=True)
-        if packed[1] == 0:
-            raise ConfigError(f"{owner}[1]: 0, an iteration must take time")
-    elif reader is table_seconds:
-        _coefficients(owner, packed, tables.H_FIELDS, (tables.H_CONSTANT, tables.H_PER_REQUEST))
-        sampled = packed[tables.H_SEQUENCES + 1] > 0
-        axes, values = _TABLE
-        if sampled:
-            axes, values = (*axes, (tables.H_SEQUENCES, 2)), (*values, (tables.H_PER_SEQUENCE, (tables.H_SEQUENCES,)))
-        _tables(owner, packed, axes, values)
-    elif reader is mixed_attention_seconds:
-        _coefficients(owner, packed, mixed.H_FIELDS, (mixed.H_MIXED_DECODES,))
-        _tables(owner, packed, *_MIXED)
-    return packed
+
+def _check_mixed(owner: str, packed: FloatArray) -> None:
+    _coefficients(owner, packed, mixed.H_FIELDS, (mixed.H_MIXED_DECODES,))
+    _tables(owner, packed, *_MIXED)
 
 
 def _coefficients(owner: str, packed: FloatArray, size: int, places: tuple[int, ...] | range) -> None:
@@ -133,3 +89,13 @@ def _tables(owner: str, packed: FloatArray, axes: _Axes, values: _Values) -> Non
         found = part(place, math.prod(sizes[axis] for axis in over))
         if not np.all(np.abs(found) <= MOST):  # below 0 a line may go where it is extrapolated; it is read as 0
             raise ConfigError(f"{owner}[{place}]: its table, must be finite and <= {MOST:g} seconds")
+
+
+for _reader, _check in (
+    (linear_seconds, _check_linear),
+    (formula_seconds, _check_formula),
+    (table_seconds, _check_table),
+    (mixed_attention_seconds, _check_mixed),
+):
+    PACKED_CHECKS[_reader] = _check
+CHECKED_TYPES.update((LinearTime, FormulaTime, TableTime, MixedAttentionTime))
