@@ -11,6 +11,7 @@ The functions take records (``llmsched_env.records``) and integers and return no
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,9 @@ class Callback:
         self._error: BaseException | None = None
         if numba.config.DISABLE_JIT:
             self.address = id(self)
-            _KEPT[self.address] = (lambda *_: self._run(), ())
+            own = weakref.ref(self)
+            _KEPT[self.address] = (lambda *_: _run_if_alive(own), ())
+            weakref.finalize(self, _KEPT.pop, self.address, None)
         else:
             self._entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._run)
             self.address = int(ctypes.cast(self._entry, ctypes.c_void_p).value or 0)
@@ -94,6 +97,12 @@ class Callback:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+
+def _run_if_alive(callback: weakref.ref[Callback]) -> None:
+    alive = callback()
+    if alive is not None:
+        alive._run()
 
 
 def _call(returned: Any, word: Any) -> Any:

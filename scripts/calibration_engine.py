@@ -27,9 +27,9 @@ from hardware.real_engine import (
     describe_machine,
     free_engine,
     num_usable_blocks,
-    prepare_environment,
 )
 from hardware.shapes import is_shape
+from hardware.versions import prepare_environment
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.perf import FormulaTime, IterationTimeModel, LinearTime, Provenance, TableTime, save_calibration
 from scripts.engine_fit import batches_of, fit_error, fit_formula, fit_linear, fit_tables

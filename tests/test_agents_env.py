@@ -24,7 +24,9 @@ from agents.training_env import AgentVecEnv
 from baselines import Setting
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv
 from llmsched_env.backend import make_backend
+from llmsched_env.compiled import compiled
 from llmsched_env.perf import LinearTime
+from llmsched_env.reward import CompiledReward
 from llmsched_env.types import LengthStatistics
 from llmsched_env.vector import LLMSchedVectorEnv
 from llmsched_env.workload import load_scenario
@@ -308,6 +310,25 @@ def test_branches_leave_the_engines_alone_and_cost_what_the_future_costs() -> No
         total -= np.where(live, rewards, 0.0)
         live &= ~dones
     np.testing.assert_allclose(costs[np.arange(2), follow], total, rtol=1e-4)
+
+
+@compiled
+def remembers(engine, own):  # type: ignore[no-untyped-def]
+    own.memory[0] += 1
+    return -engine.report.system_seconds / engine.num_requests
+
+
+def test_branches_leave_what_a_reward_remembers_alone() -> None:
+    env = AgentVecEnv(CONV.grid(), PEAK, 2, num_requests=20, reward=CompiledReward(remembers, memory=1))
+    plain = AgentVecEnv(CONV.grid(), PEAK, 2, num_requests=20)
+    for each in (env, plain):
+        each.seed(3)
+        each.reset()
+        for _ in range(10):
+            each.step(np.array([3, 8]))
+    follow = np.array([8, 5])
+    np.testing.assert_array_equal(env.branch(follow, 1.0, 5.0), plain.branch(follow, 1.0, 5.0))
+    assert [record.reward_numbers.memory.tolist() for record in env.vector._envs] == [[10], [10]]
 
 
 def test_after_the_horizon_nothing_arrives() -> None:

@@ -413,8 +413,8 @@ def walk_many(seeds: range) -> Seen:
 def test_the_record_is_in_order_after_every_step_of_random_episodes() -> None:
     total = walk_many(range(300))
     assert total.steps > 8_000, total
-    assert min(total.preempted, total.evicted, total.together, total.held, total.readmitted) > 200, total
-    assert total.mixed > 20, total
+    assert min(total.preempted, total.evicted, total.together, total.held, total.readmitted) > 150, total
+    assert total.mixed > 60, total
 
 
 @pytest.mark.slow

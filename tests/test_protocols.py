@@ -31,11 +31,10 @@ from llmsched_env.perf import (
     load_calibration,
 )
 from llmsched_env.perf import base as perf_base
-from llmsched_env.perf.base import CalibrationRangeWarning
+from llmsched_env.perf.base import CalibrationRangeWarning, check_packed
 from llmsched_env.perf.batch import BATCH_FIELDS, LOAD, BatchSums
 from llmsched_env.perf.mixed_attention import mixed_attention_seconds
 from llmsched_env.perf.models import formula_seconds, linear_seconds
-from llmsched_env.perf.packed import check_packed
 from llmsched_env.perf.tables import table_seconds
 from llmsched_env.records import Numbers
 from llmsched_env.reward import CompiledReward, LatencyReward, SloGoodputReward, make_reward
@@ -436,6 +435,23 @@ class ByLoad(IterationTimeModel):
         return np.array([0.01, 2e-6])
 
 
+@pytest.mark.parametrize("batches", [np.zeros((3, 2)), np.zeros(BATCH_FIELDS), np.zeros((2, BATCH_FIELDS + 1)), np.zeros((0, 3))])
+def test_batches_of_another_width_are_refused(batches: np.ndarray) -> None:
+    for model in (LinearTime(1.0, 1.0), TableTime(**TABLES), ByLoad()):
+        for ask in (model.seconds_of, functools.partial(type(model).evaluate, model.pack())):
+            with pytest.raises(ConfigError, match=r"batches: shape .*, must be \(n, 11\)"):
+                ask(batches)
+    assert LinearTime(1.0, 1.0).seconds_of(np.zeros((0, BATCH_FIELDS))).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("model", "numbers"), [(LinearTime, np.ones(1)), (FormulaTime, np.ones(11)), (TableTime, TABLE[:-1]), (ByLoad, [1])]
+)
+def test_numbers_that_are_too_few_are_refused(model: type[IterationTimeModel], numbers: Any) -> None:
+    with pytest.raises(ConfigError, match="numbers"):
+        model.evaluate(numbers, np.zeros((1, BATCH_FIELDS)))
+
+
 def test_a_model_of_ones_own_is_as_good_as_a_built_in_one() -> None:
     """Six lines, and every number of an episode is that of ``LinearTime``, in one environment and in many."""
     own, linear = ByLoad(), LinearTime(0.01, 2e-6)
@@ -626,7 +642,7 @@ def tokens_less_wait_in_python(outcome: Any) -> float:
 SETTINGS: dict[str, Any] = {"rate": 20.0, "num_requests": 30, "max_iterations": 150, "engine": {"num_blocks": 400, "max_num_seqs": 8}}
 EQUAL_REWARDS: dict[str, Callable[[], Any]] = {
     "CompiledReward": lambda: CompiledReward(tokens_less_wait, [0.5]),
-    "compiled": lambda: CompiledReward(tokens_less_wait_alone) if numba.config.DISABLE_JIT else tokens_less_wait_alone,
+    "compiled": lambda: tokens_less_wait_alone,
     "callable": lambda: tokens_less_wait_in_python,
     "method": lambda: functools.partial(tokens_less_wait_in_python),
 }
@@ -667,23 +683,48 @@ def test_the_return_of_an_episode_is_the_sum_of_any_reward(form: str, mode: str)
     assert episodes > 3
 
 
-@pytest.mark.parametrize("name", ["latency", "throughput", "slo_goodput"])
-def test_built_in_rewards_called_as_ordinary_callables_are_the_compiled_ones(name: str) -> None:
-    built_in = make_reward(name)
+@compiled
+def steps_of_the_episode(engine, own):  # type: ignore[no-untyped-def]
+    own.memory[1] += 1
+    return float(own.memory[1])
+
+
+def test_what_a_reward_remembers_is_its_environments_own_and_ends_with_the_episode() -> None:
+    short = {**SETTINGS, "max_iterations": 40}
+    reward = CompiledReward(steps_of_the_episode, memory=2)
+    scalar, vector = LLMSchedEnv(**short, reward=reward), together(3, **short, reward=reward, threads=2)
+    for env in (scalar, vector):  # the same object in both, and used in turn
+        env.reset(seed=0)
+    seen, seen_together = [], []
+    for _ in range(100):
+        _, value, terminated, truncated, _ = scalar.step(np.ones(scalar.codec.width, dtype=np.int64))
+        seen.append(value)
+        if terminated or truncated:
+            scalar.reset()
+        seen_together.append(vector.step(np.ones((3, vector.codec.width), dtype=np.int64))[1].tolist())
+    assert seen == [i % 40 + 1.0 for i in range(100)]
+    assert seen_together == [[value] * 3 for value in seen]
+    scalar.reset(seed=1)
+    assert scalar.step_decision(Decision.greedy(scalar.layout.num_queues))[1] == 1.0  # nothing is left of the last one
+
+
+@pytest.mark.parametrize("spec", ["latency", "throughput", {"name": "slo_goodput", "ttft": 100.0, "tpot": 10.0}], ids=str)
+def test_built_in_rewards_called_as_ordinary_callables_are_the_compiled_ones(spec: Any) -> None:
+    built_in = make_reward(spec)
     settings: dict[str, Any] = {"scenario": "nested-two-type", "num_requests": 4, "max_admit": 4}
 
     def ordinary(outcome: Any) -> float:
         return built_in(outcome)
 
-    assert walked(LLMSchedEnv(**settings, reward=name)) == walked(LLMSchedEnv(**settings, reward=ordinary))
-    assert walked_together(together(3, **settings, reward=name)) == walked_together(together(3, **settings, reward=ordinary))
+    assert walked(LLMSchedEnv(**settings, reward=spec)) == walked(LLMSchedEnv(**settings, reward=ordinary))
+    assert walked_together(together(3, **settings, reward=spec)) == walked_together(together(3, **settings, reward=ordinary))
     env = together(3, **settings, reward=ordinary)
     _, infos = env.reset(seed=0)
     rng, total = np.random.default_rng(0), 0.0
     for _ in range(300):
         _, rewards, _, _, infos = env.step(drawn(infos["action_mask"], env.single_action_space.nvec, rng))  # type: ignore[attr-defined]
         total += rewards.sum()
-    assert total < 0 if name == "latency" else total > 0
+    assert total < 0 if spec == "latency" else total > 0
 
 
 def test_a_reward_in_a_vector_environment_is_called_once_for_every_engine_and_step() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.vector import AutoresetMode
 
 from llmsched_env import ConfigError, LLMSchedEnv
 from llmsched_env.vector import LLMSchedVectorEnv
@@ -199,8 +200,18 @@ def test_attributes() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="SAME_STEP"):
-        SB3VecEnv(LLMSchedVectorEnv(2, autoreset_mode="NextStep", **SHORT))
+    running = LLMSchedVectorEnv(2, autoreset_mode="NextStep", **SHORT)
+    running.reset(seed=0)
+    with pytest.raises(ConfigError, match=r"autoreset_mode: .*SAME_STEP.*, must be set before the first reset"):
+        SB3VecEnv(running)
+    assert running.autoreset_mode == running.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP  # refused: as it was
+    for chosen in ({}, {"autoreset_mode": "NextStep"}, {"autoreset_mode": "SameStep"}):
+        vector = LLMSchedVectorEnv(2, **chosen, **SHORT)
+        SB3VecEnv(vector)
+        assert vector.autoreset_mode == vector.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
+    started = LLMSchedVectorEnv(2, autoreset_mode="SameStep", **SHORT)
+    started.reset(seed=0)
+    SB3VecEnv(started)
     with pytest.raises(ConfigError, match="LLMSchedEnv, must be"):
         SB3VecEnv(LLMSchedEnv(**SHORT))  # type: ignore[arg-type]
     made = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=2, **SHORT)

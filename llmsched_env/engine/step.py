@@ -29,6 +29,7 @@ from llmsched_env.engine.state import (
     END_ITERATIONS,
     END_STRANDED,
     END_STUCK,
+    ENTERING,
     FUTURE,
     NO_END,
     NO_EVENT,
@@ -306,7 +307,8 @@ def advance_alone(engine: Engine, count: int) -> int:
                 engine.report.generated_tokens += 1
                 engine.events.due[count] = r
                 count += 1
-        elif status != PREFILL and settings.external == 0:  # a boundary slot without a token, or no budget was left
+        elif status == ENTERING or (status == DECODE and settings.external == 0):
+            # A boundary slot without a token, or no budget was left.
             leave_peers(engine, r)
             join_group(engine, r)
         r = following
