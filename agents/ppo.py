@@ -101,7 +101,6 @@ def make_algorithm(
     kl: Decay | None = None,
     net_arch: Any = (64, 64),
     head_bias: Sequence[float] | None = None,
-    seed: int | None = None,
     **options: Any,
 ) -> BaseAlgorithm:
     """An algorithm of stable-baselines3 on these environments.
@@ -111,7 +110,7 @@ def make_algorithm(
         discounting: time constants; default ``Discounting()``.
         entropy, kl: of the PPO variants, see ``agents.policy``; A2C takes a constant ``entropy``.
         net_arch, head_bias: of the actor-critic policies; DQN takes a list of widths.
-        options: of the algorithm's own constructor.
+        options: of the algorithm's own constructor, ``seed`` among them.
 
     Raises:
         ConfigError: unknown name, or an option the algorithm does not have.
@@ -140,7 +139,7 @@ def make_algorithm(
     if name != "dqn":  # the policy reports entropy and KL with their weights
         own = {**own, "policy_kwargs": actor_critic, "rollout_buffer_kwargs": rollout, "ent_coef": 1.0}
     try:
-        model: BaseAlgorithm = algorithm(policy, env, seed=seed, device="cpu", **own, **options)
+        model: BaseAlgorithm = algorithm(policy, env, device="cpu", **own, **options)
     except TypeError as error:
         raise ConfigError(f"algo {name!r}: {error}") from error
     if isinstance(model, _Regularised):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from agents.domain import Domain, EnvSetting
 from agents.hyperparameters import Hyperparameters
 from agents.policy import AgentPolicy
 from agents.rollouts import PairedRollouts
-from agents.training import STATE, Progress, read_state
+from agents.training import STATE, Progress, RunOptions, read_state
 from agents.training_env import AgentVecEnv
 from llmsched_env import __version__
 from llmsched_env.errors import ConfigError
@@ -31,16 +31,13 @@ class RolloutTraining:
         settings: Sequence[EnvSetting],
         domain: Domain,
         out: Path,
-        *,
-        seed: int = 0,
-        reward: Any = "latency",
-        threads: int | None = None,
-        name: str = "agent",
-        report: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> None:
+        run = RunOptions(**options)
+        seed, reward, threads = run.seed, run.reward, run.threads
         if hyper.rollouts is None:
             raise ConfigError("hyperparameters.rollouts: missing, must be a mapping for paired-rollouts")
-        self.hyper, self.domain, self.out, self.seed, self.name, self.report = hyper, domain, out, seed, name, report
+        self.hyper, self.domain, self.out, self.seed, self.name, self.report = hyper, domain, out, seed, run.name, run.report
         self.progress = Progress()
         if threads is not None:
             th.set_num_threads(threads)

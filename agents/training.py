@@ -53,6 +53,30 @@ class Progress:
     curve: list[dict[str, float]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a training runs.
+
+    Attributes:
+        seed: of everything that is drawn.
+        reward: as for ``LLMSchedVectorEnv``.
+        threads: of PyTorch and the environments; None leaves both alone.
+        name: of the agent, in tables.
+        report: called with a line of text after every rollout.
+        stage_steps: least number of steps between two saves.
+        tensorboard: write curves.
+    """
+
+    seed: int = 0
+    reward: Any = "latency"
+    threads: int | None = None
+    name: str = "agent"
+    report: Callable[[str], None] | None = None
+    stage_steps: int = 500_000
+    tensorboard: bool = True
+
+
+
 class Training:
     """One run of one algorithm with one seed.
 
@@ -63,9 +87,7 @@ class Training:
         domain: what the settings come from, for the record.
         out: folder of the run: ``state.pt``, ``run.json``, ``tensorboard/``, ``agent/``.
         clone: the network to start from, and to be pulled towards where ``hyper.kl`` is set.
-        stage_steps: least number of steps between two saves.
-        tensorboard: write curves.
-        report: called with a line of text after every rollout.
+        options: fields of ``RunOptions``.
 
     Raises:
         ConfigError: refused hyper-parameters, or a clone with another network.
@@ -79,18 +101,13 @@ class Training:
         domain: Domain,
         out: Path,
         *,
-        seed: int = 0,
-        reward: Any = "latency",
         clone: Network | None = None,
-        stage_steps: int = 500_000,
-        threads: int | None = None,
-        tensorboard: bool = True,
-        name: str = "agent",
-        report: Callable[[str], None] | None = None,
+        **options: Any,
     ) -> None:
+        run = RunOptions(**options)
+        seed, reward, threads = run.seed, run.reward, run.threads
         self.algo, self.hyper, self.domain, self.out = algo, hyper, domain, out
-        self.seed, self.name, self.report = seed, name, report
-        self.stage_steps = stage_steps
+        self.seed, self.name, self.report, self.stage_steps = seed, run.name, run.report, run.stage_steps
         self.progress = Progress()
         if threads is not None:
             th.set_num_threads(threads)
@@ -117,7 +134,7 @@ class Training:
             if hyper.kl is not None:
                 policy.follow(copy.deepcopy(policy).requires_grad_(False))
         th.set_num_threads(self._torch_threads)  # numba's first parallel loop sets OpenMP's count for torch, too
-        self._formats = ["tensorboard"] if tensorboard else []
+        self._formats = ["tensorboard"] if run.tensorboard else []
 
     def _fit_hidden_scale(self, clone: Network) -> None:
         """The clone brings its own scale; what only the critic reads is scaled here."""

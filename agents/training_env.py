@@ -59,9 +59,10 @@ class AgentVecEnv(SB3VecEnv):
     Args:
         settings: environment i has setting i modulo their number.
         recipe: queues, engine options, action set.
-        reward, num_requests, horizon, backlog, max_iterations, threads: as for ``LLMSchedVectorEnv``.
+        num_requests: of an episode; None for the fewest of the scenarios.
         discount_seconds: time constant of discounting within a step; infinity for none.
         hidden: append the hidden numbers.
+        options: ``reward``, ``horizon``, ``backlog``, ``max_iterations``, ``threads`` of ``LLMSchedVectorEnv``.
 
     Raises:
         ConfigError: a setting or the recipe is refused.
@@ -73,14 +74,10 @@ class AgentVecEnv(SB3VecEnv):
         recipe: Recipe,
         num_envs: int,
         *,
-        reward: Any = "latency",
         num_requests: int | None = None,
-        horizon: float = np.inf,
-        backlog: int | tuple[int, int] = 0,
-        max_iterations: int = 1_000_000,
-        threads: int | None = None,
         discount_seconds: float = np.inf,
         hidden: bool = False,
+        **options: Any,
     ) -> None:
         if not settings:
             raise ConfigError("settings: none given, must be at least one")
@@ -94,21 +91,17 @@ class AgentVecEnv(SB3VecEnv):
             scenario=[p.scenario for p in placed],
             rate=[p.rate for p in placed],
             engine=[p.engine for p in placed],
-            reward=reward,
-            threads=threads,
             num_requests=num_requests if num_requests is not None else min(p.scenario.num_requests for p in placed),
-            horizon=horizon,
-            backlog=backlog,
-            max_iterations=max_iterations,
             reveal_output_length=recipe.known_lengths,
             action_set="reserve" if recipe.action_set == "reserve" else "admit",
             max_admit=recipe.max_admit,
             thetas=recipe.choices if recipe.action_set == "reserve" else THETAS,
+            **options,
         )
         super().__init__(vector, flatten=True)
         n = vector.num_envs
         if vector._compiled_reward is None:
-            raise ConfigError(f"reward: {reward!r}, must be a built-in or compiled one (llmsched_env.reward.CompiledReward) in training")
+            raise ConfigError(f"reward: {options.get('reward')!r}, must be a built-in or compiled one (llmsched_env.reward.CompiledReward) in training")
         per_setting = self._records(placed)
         self._agents = [self._own(per_setting[i % len(placed)]) for i in range(n)]
         self.public = self._agents[0].width

@@ -95,10 +95,9 @@ class VllmEngineBackend(ExternalBackend):
         prompt_seed: int = 0,
         keep_tokens: bool = False,
         record: str | Path | None = None,
-        trace: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(trace)
+        super().__init__(bool(options.pop("trace", False)))
         if clock not in CLOCKS:
             near = difflib.get_close_matches(str(clock), CLOCKS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.action import THETAS, ActionCodec, link_codec, whole_number
+from llmsched_env.action import ActionCodec, link_codec, whole_number
 from llmsched_env.backend import View, make_backend
 from llmsched_env.compiled import entry
 from llmsched_env.engine.simulator import SimBackend
@@ -22,9 +22,9 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.records import Numbers
-from llmsched_env.reward import FinishedRequests, Reward, compiled_reward
+from llmsched_env.reward import FinishedRequests, compiled_reward
 from llmsched_env.spec import EnvSpec, checked_backlog, checked_count, checked_rate, draw_backlog
-from llmsched_env.types import ClassBy, Decision, EngineConfig, Workload
+from llmsched_env.types import Decision, Workload
 from llmsched_env.workload import Scenario
 
 Observation = dict[str, npt.NDArray[np.float32]]
@@ -124,6 +124,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     every finite episode completes.
 
     ## Arguments
+    All but the last three are fields of ``llmsched_env.spec.EnvSettings``.
+
     | argument | default | meaning |
     | --- | --- | --- |
     | scenario | "azure-conv" | a name of ``llmsched_env.workload.scenario_names()`` or a ``Scenario`` |
@@ -155,47 +157,14 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self,
         scenario: str | Scenario = "azure-conv",
         *,
-        trace: str | None = None,
-        rate: float | None = None,
-        num_requests: int | None = None,
-        engine: Mapping[str, Any] | EngineConfig | None = None,
-        class_by: ClassBy | None = None,
-        class_edges: Sequence[int] = (),
-        segment_ends: Sequence[int] | None = None,
-        reveal_output_length: bool = False,
-        action_set: str = "admit",
-        max_admit: int = 16,
-        thetas: Sequence[float] = THETAS,
-        backlog: int | tuple[int, int] = 0,
-        reward: str | Mapping[str, Any] | Reward = "latency",
-        horizon: float = math.inf,
-        drain: bool = True,
-        max_iterations: int = 1_000_000,
         backend: str = "sim",
         backend_config: Mapping[str, Any] | None = None,
         render_mode: str | None = None,
+        **settings: Any,
     ) -> None:
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(f"render_mode: {render_mode!r}, must be None, 'rgb_array' or 'human'")
-        self.settings = EnvSpec.of(
-            scenario,
-            trace=trace,
-            rate=rate,
-            num_requests=num_requests,
-            engine=engine,
-            class_by=class_by,
-            class_edges=class_edges,
-            segment_ends=segment_ends,
-            reveal_output_length=reveal_output_length,
-            action_set=action_set,
-            max_admit=max_admit,
-            thetas=thetas,
-            backlog=backlog,
-            reward=reward,
-            horizon=horizon,
-            drain=drain,
-            max_iterations=max_iterations,
-        )
+        self.settings = EnvSpec.of(scenario, **settings)
         self.backend = make_backend(backend, **(backend_config or {}))
         self._use(self.settings)
         self.render_mode = render_mode

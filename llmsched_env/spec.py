@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,8 +84,33 @@ def checked_backlog(backlog: Any) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, slots=True)
+class EnvSettings:
+    """The settings of an environment beside its scenario, as people give them (``LLMSchedEnv`` says what each means).
+
+    ``None`` stands for the scenario's own.
+    """
+
+    trace: str | None = None
+    rate: float | None = None
+    num_requests: int | None = None
+    engine: Mapping[str, Any] | EngineConfig | None = None
+    class_by: ClassBy | None = None
+    class_edges: Sequence[int] = ()
+    segment_ends: Sequence[int] | None = None
+    reveal_output_length: bool = False
+    action_set: str = "admit"
+    max_admit: int = 16
+    thetas: Sequence[float] = THETAS
+    backlog: int | tuple[int, int] = 0
+    reward: str | Mapping[str, Any] | Reward = "latency"
+    horizon: float = math.inf
+    drain: bool = True
+    max_iterations: int = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
 class EnvSpec:
-    """What an environment is; ``EnvSpec.of`` takes the arguments of ``LLMSchedEnv``.
+    """What an environment is; ``EnvSpec.of`` makes one from ``EnvSettings``.
 
     Attributes:
         scenario, engine, layout, limits: where requests come from, the engine, its queues, when an episode ends.
@@ -107,50 +133,37 @@ class EnvSpec:
     backlog: tuple[int, int]
 
     @classmethod
-    def of(
-        cls,
-        scenario: str | Scenario = "azure-conv",
-        *,
-        trace: str | None = None,
-        rate: float | None = None,
-        num_requests: int | None = None,
-        engine: Mapping[str, Any] | EngineConfig | None = None,
-        class_by: ClassBy | None = None,
-        class_edges: Sequence[int] = (),
-        segment_ends: Sequence[int] | None = None,
-        reveal_output_length: bool = False,
-        action_set: str = "admit",
-        max_admit: int = 16,
-        thetas: Sequence[float] = THETAS,
-        backlog: int | tuple[int, int] = 0,
-        reward: str | Mapping[str, Any] | Reward = "latency",
-        horizon: float = math.inf,
-        drain: bool = True,
-        max_iterations: int = 1_000_000,
-    ) -> EnvSpec:
-        """Check every setting.
+    def of(cls, scenario: str | Scenario = "azure-conv", **settings: Any) -> EnvSpec:
+        """Check every setting; their names, meanings and defaults are those of ``EnvSettings``.
 
         Raises:
-            ConfigError: a setting refused, with its name, value and what is allowed.
+            ConfigError: a setting unknown or refused, with its name, value and what is allowed.
         """
-        if trace is not None:
-            drawn = scenario_from_trace(trace, rate=rate)
+        known = EnvSettings.__dataclass_fields__
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ConfigError(f"{name}: unknown setting of an environment{hint} (allowed: scenario, {', '.join(known)})")
+        given = EnvSettings(**settings)
+        if given.trace is not None:
+            drawn = scenario_from_trace(given.trace, rate=given.rate)
         else:
             drawn = load_scenario(scenario) if isinstance(scenario, str) else scenario
         if not isinstance(drawn, Scenario):
             raise ConfigError(f"scenario: {scenario!r}, must be a name or a Scenario")
-        layout = _layout(drawn, class_by, class_edges, segment_ends, reveal_output_length)
+        layout = _layout(drawn, given)
         return cls(
             scenario=drawn,
-            rate=drawn.rate if rate is None else checked_rate(rate),
-            num_requests=drawn.num_requests if num_requests is None else checked_count(num_requests),
-            engine=engine_with(drawn.engine, engine),
+            rate=drawn.rate if given.rate is None else checked_rate(given.rate),
+            num_requests=drawn.num_requests if given.num_requests is None else checked_count(given.num_requests),
+            engine=engine_with(drawn.engine, given.engine),
             layout=layout,
-            limits=EpisodeLimits(drain=drain, horizon=horizon, max_iterations=max_iterations),
-            reveal_output_length=reveal_output_length,
-            codec=make_codec(action_set, layout.num_queues, max_admit, thetas),
-            reward=make_reward(reward),
-            backlog=checked_backlog(backlog),
+            limits=EpisodeLimits(drain=given.drain, horizon=given.horizon, max_iterations=given.max_iterations),
+            reveal_output_length=given.reveal_output_length,
+            codec=make_codec(given.action_set, layout.num_queues, given.max_admit, given.thetas),
+            reward=make_reward(given.reward),
+            backlog=checked_backlog(given.backlog),
         )
 
     def replace(self, **changes: Any) -> EnvSpec:
@@ -185,19 +198,17 @@ def draw_backlog(backlog: tuple[int, int], rng: np.random.Generator) -> int:
     return low if low == high else int(rng.integers(low, high + 1))
 
 
-def _layout(
-    scenario: Scenario, by: ClassBy | None, edges: Sequence[int], ends: Sequence[int] | None, reveal: bool
-) -> QueueLayout:
-    base = scenario.known_layout if reveal else scenario.layout
-    if by is not None or edges:
-        by = by or base.by
+def _layout(scenario: Scenario, given: EnvSettings) -> QueueLayout:
+    base = scenario.known_layout if given.reveal_output_length else scenario.layout
+    if given.class_by is not None or given.class_edges:
+        by = given.class_by or base.by
         num_types = scenario.statistics.num_types if by == "type" else 1
-        base = QueueLayout(by, tuple(edges), num_types, base.segment_ends)
-    if ends is not None:
-        base = QueueLayout(base.by, base.edges, base.num_types, tuple(ends))
-    if base.reveals_output_length and not reveal:
+        base = QueueLayout(by, given.class_edges, num_types, base.segment_ends)  # type: ignore[arg-type]  # checked and converted there
+    if given.segment_ends is not None:
+        base = QueueLayout(base.by, base.edges, base.num_types, given.segment_ends)  # type: ignore[arg-type]
+    if base.reveals_output_length and not given.reveal_output_length:
         raise ConfigError("class_by: 'output' needs reveal_output_length=True (LLMSchedKnown-v0): it shows hidden lengths")
     return base
 
 
-__all__ = ["EnvSpec", "checked_backlog", "checked_count", "checked_rate", "draw_backlog", "engine_with"]
+__all__ = ["EnvSettings", "EnvSpec", "checked_backlog", "checked_count", "checked_rate", "draw_backlog", "engine_with"]

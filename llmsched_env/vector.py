@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -23,7 +23,7 @@ from llmsched_env.env_step import EnvRecord, env_reset, first_illegal, step_rang
 from llmsched_env.errors import ConfigError
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.records import Numbers
-from llmsched_env.reward import Reward, compiled_reward
+from llmsched_env.reward import compiled_reward
 from llmsched_env.spec import EnvSpec
 from llmsched_env.threads import Workers
 from llmsched_env.types import Decision
@@ -66,11 +66,9 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         scenario: Any = "azure-conv",
         rate: float | Sequence[float] | None = None,
         engine: Any = None,
-        reward: str | Mapping[str, Any] | Reward = "latency",
         threads: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         render_mode: str | None = None,
-        max_episode_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
@@ -86,9 +84,10 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self.set_autoreset_mode(autoreset_mode)
         self.num_envs = int(num_envs)
         self._workers = Workers(self.num_envs, threads)
+        max_episode_steps = kwargs.pop("max_episode_steps", None)  # Gymnasium's name
         if max_episode_steps is not None:
             kwargs["max_iterations"] = min(max_episode_steps, kwargs.get("max_iterations", max_episode_steps))
-        self._specs = self._make_specs(scenario, rate, engine, {**kwargs, "reward": reward}, backend == "sim-prefix-cache")
+        self._specs = self._make_specs(scenario, rate, engine, kwargs, backend == "sim-prefix-cache")
         first = self._specs[0]
         self.codec = first.codec
         observation = ObservationLayout.of(first.layout)

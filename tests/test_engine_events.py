@@ -69,7 +69,7 @@ def walk(case: Case, *, shared: SharedPrompts | None = None, most: int = 5_000) 
         if not crossed:  # members of an iteration that does not count stay scheduled
             check_engine(backend)
         gone = set(report.evicted) | set(report.preempted)
-        assert len(report.finished) == len(set(report.finished)) and not gone & set(report.finished) or report.forced_drain
+        assert (len(report.finished) == len(set(report.finished)) and not gone & set(report.finished)) or report.forced_drain
         order = record.requests.sequence[list(report.finished)].tolist()
         assert order == sorted(order), "completions are told in the order of admission"
         seen.readmitted += len(once & set(report.finished))

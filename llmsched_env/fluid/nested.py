@@ -455,9 +455,9 @@ def design_memory(
     segment_ends: Sequence[int],
     *,
     horizon_seconds: float,
-    slack: float,
-    eta: float,
-    delta: float,
+    slack: float = 1.25,
+    eta: float = 0.1,
+    delta: float = 0.1,
     num_types: int | None = None,
 ) -> tuple[float, float, float]:
     """(M^pi, M^pi + boundary thresholds, M_req) of fractional thresholds at slack * (shortest stable cycle), whatever C is."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,9 @@ def equal_probability_ends(statistics: LengthStatistics, num_segments: int) -> t
     return merge_segments(statistics, sorted({*(int(r) for r in inner), statistics.max_output}))
 
 
+CANDIDATES = (1, 2, 3, 4, 6, 8)
+
+
 @dataclass(frozen=True, slots=True)
 class SegmentDesign:
     """One candidate, with its memory at the cycle ``slack`` * (shortest stable cycle).
@@ -65,34 +68,20 @@ class SegmentDesign:
 
 
 def segment_designs(
-    statistics: LengthStatistics,
-    rate: float,
-    engine: EngineConfig,
-    *,
-    horizon_seconds: float,
-    candidates: Sequence[int] = (1, 2, 3, 4, 6, 8),
-    slack: float = 1.25,
-    eta: float = 0.1,
-    delta: float = 0.1,
-    num_types: int | None = None,
+    statistics: LengthStatistics, rate: float, engine: EngineConfig, *, candidates: Sequence[int] = CANDIDATES, **goal: Any
 ) -> tuple[SegmentDesign, ...]:
-    """Every candidate (number of segments x kind of cut, equal ends once) with its memory: the data of the U-shape."""
+    """Every candidate (number of segments x kind of cut, equal ends once) with its memory: the data of the U-shape.
+
+    Args:
+        goal: ``horizon_seconds``, ``slack``, ``eta``, ``delta``, ``num_types`` of ``design_memory``.
+    """
     if not checks.integers("segment_design.candidates", candidates, 1, MOST_QUEUES, most=1000):
         raise ConfigError("segment_design.candidates: empty, must hold at least one number of segments")
     found: dict[tuple[int, ...], Cut] = {}
     for count in candidates:
         found.setdefault(equal_width_ends(statistics, count), "width")
         found.setdefault(equal_probability_ends(statistics, count), "probability")
-    return tuple(
-        SegmentDesign(
-            ends,
-            cut,
-            *design_memory(
-                statistics, rate, engine, ends, horizon_seconds=horizon_seconds, slack=slack, eta=eta, delta=delta, num_types=num_types
-            ),
-        )
-        for ends, cut in found.items()
-    )
+    return tuple(SegmentDesign(ends, cut, *design_memory(statistics, rate, engine, ends, **goal)) for ends, cut in found.items())
 
 
 def segment_design(
@@ -100,13 +89,9 @@ def segment_design(
     rate: float,
     engine: EngineConfig,
     *,
-    horizon_seconds: float,
     num_segments: int | None = None,
-    candidates: Sequence[int] = (1, 2, 3, 4, 6, 8),
-    slack: float = 1.25,
-    eta: float = 0.1,
-    delta: float = 0.1,
-    num_types: int | None = None,
+    candidates: Sequence[int] = CANDIDATES,
+    **goal: Any,
 ) -> tuple[int, ...]:
     """All segment ends r_1 < ... < r_K (K after merging may be below the number asked for).
 
@@ -116,21 +101,12 @@ def segment_design(
 
     Args:
         num_segments: only this number of segments instead of ``candidates``.
+        goal: as for ``segment_designs``.
 
     Raises:
         InfeasibleError: no candidate has a stable cycle at this rate.
     """
-    designs = segment_designs(
-        statistics,
-        rate,
-        engine,
-        horizon_seconds=horizon_seconds,
-        candidates=candidates if num_segments is None else (num_segments,),
-        slack=slack,
-        eta=eta,
-        delta=delta,
-        num_types=num_types,
-    )
+    designs = segment_designs(statistics, rate, engine, candidates=candidates if num_segments is None else (num_segments,), **goal)
     best = min(designs, key=lambda d: d.kv_required)
     if best.kv_required <= engine.kv_capacity_tokens:
         return best.ends

@@ -66,20 +66,27 @@ def locate(model, start, size, x, clip):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def value_1d(model, start, size, values, x, clip):  # type: ignore[no-untyped-def]
-    """Value of a table on one axis at x, never below 0."""
-    i, j, w = locate(model, start, size, x, clip)
-    v = model[values + i]
-    return max(v + w * (model[values + j] - v), 0.0)
+def value_1d(model, axis, values, x, clip):  # type: ignore[no-untyped-def]
+    """Value of a table on one axis at x, never below 0.
+
+    Args:
+        axis: place in the header of (start, size) of the axis.
+        values: place in the header of the start of the table.
+    """
+    i, j, w = locate(model, int(model[axis]), int(model[axis + 1]), x, clip)
+    start = int(model[values])
+    v = model[start + i]
+    return max(v + w * (model[start + j] - v), 0.0)
 
 
 @compiled
-def value_2d(model, rows, num_rows, columns, num_columns, values, y, x, clip):  # type: ignore[no-untyped-def]
-    """Value of a table (row axis, column axis) at (y, x), bilinear, never below 0."""
-    a, b, u = locate(model, rows, num_rows, y, clip)
-    i, j, w = locate(model, columns, num_columns, x, clip)
-    v = model[values + a * num_columns + i]
-    low = v + w * (model[values + a * num_columns + j] - v)
-    v = model[values + b * num_columns + i]
-    high = v + w * (model[values + b * num_columns + j] - v)
+def value_2d(model, rows, columns, values, y, x, clip):  # type: ignore[no-untyped-def]
+    """Value of a table (row axis, column axis) at (y, x), bilinear, never below 0; places as for ``value_1d``."""
+    a, b, u = locate(model, int(model[rows]), int(model[rows + 1]), y, clip)
+    i, j, w = locate(model, int(model[columns]), int(model[columns + 1]), x, clip)
+    num_columns, start = int(model[columns + 1]), int(model[values])
+    v = model[start + a * num_columns + i]
+    low = v + w * (model[start + a * num_columns + j] - v)
+    v = model[start + b * num_columns + i]
+    high = v + w * (model[start + b * num_columns + j] - v)
     return max(low + u * (high - low), 0.0)

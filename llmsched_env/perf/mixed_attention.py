@@ -93,9 +93,9 @@ def mixed_attention_seconds(batch: BatchSums) -> float:
     """Seconds of one iteration by ``MixedAttentionTime``; out of range where a table is read outside what was measured."""
     model = batch.model
     chunk, context, n, kv = coordinates(batch)
-    seconds = value_1d(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), int(model[H_LINEAR]), n + chunk, False)
+    seconds = value_1d(model, H_TOKENS, H_LINEAR, n + chunk, False)
     requests = n + batch.prefills
-    seconds += value_1d(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), int(model[H_PER_SEQUENCE]), requests, False)
+    seconds += value_1d(model, H_SEQUENCES, H_PER_SEQUENCE, requests, False)
     good = inside(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), n + chunk)
     good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), n + batch.prefills)
     if n > 0.0:

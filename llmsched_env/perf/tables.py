@@ -69,12 +69,8 @@ def coordinates(batch: BatchSums) -> tuple[float, float, float, float]:
 def _decode_attention(model, n, kv, clip):  # type: ignore[no-untyped-def]
     """Decode attention; outside the batch sizes of the table it goes in proportion to n."""
     rows = int(model[H_DECODES])
-    num_rows = int(model[H_DECODES + 1])
-    columns = int(model[H_DECODE_KV])
-    num_columns = int(model[H_DECODE_KV + 1])
-    values = int(model[H_DECODE])
-    at = min(max(n, model[rows]), model[rows + num_rows - 1])
-    seconds = value_2d(model, rows, num_rows, columns, num_columns, values, at, kv, clip)
+    at = min(max(n, model[rows]), model[rows + int(model[H_DECODES + 1]) - 1])
+    seconds = value_2d(model, H_DECODES, H_DECODE_KV, H_DECODE, at, kv, clip)
     return seconds if clip or at == n else seconds * n / at
 
 
@@ -86,7 +82,7 @@ def table_seconds(batch: BatchSums) -> float:
     tokens, kv, context, chunk = coordinates(batch)
     good = inside(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), tokens)
     seconds = model[H_CONSTANT] + model[H_PER_REQUEST] * batch.batch_size
-    seconds += value_1d(model, int(model[H_TOKENS]), int(model[H_TOKENS + 1]), int(model[H_LINEAR]), tokens, clip)
+    seconds += value_1d(model, H_TOKENS, H_LINEAR, tokens, clip)
     if batch.decodes > 0.0:
         good = good and inside(model, int(model[H_DECODES]), int(model[H_DECODES + 1]), batch.decodes)
         good = good and inside(model, int(model[H_DECODE_KV]), int(model[H_DECODE_KV + 1]), kv)
@@ -94,22 +90,10 @@ def table_seconds(batch: BatchSums) -> float:
     if chunk > 0.0:
         good = good and inside(model, int(model[H_CONTEXT]), int(model[H_CONTEXT + 1]), context)
         good = good and inside(model, int(model[H_CHUNK]), int(model[H_CHUNK + 1]), chunk)
-        seconds += value_2d(
-            model,
-            int(model[H_CONTEXT]),
-            int(model[H_CONTEXT + 1]),
-            int(model[H_CHUNK]),
-            int(model[H_CHUNK + 1]),
-            int(model[H_PREFILL]),
-            context,
-            chunk,
-            clip,
-        )
+        seconds += value_2d(model, H_CONTEXT, H_CHUNK, H_PREFILL, context, chunk, clip)
     if model[H_SEQUENCES + 1] > 0.0 and batch.sampled > 0.0:
         good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), batch.sampled)
-        seconds += value_1d(
-            model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), int(model[H_PER_SEQUENCE]), batch.sampled, clip
-        )
+        seconds += value_1d(model, H_SEQUENCES, H_PER_SEQUENCE, batch.sampled, clip)
     if not good:
         batch.out_of_range = 1
     return seconds
