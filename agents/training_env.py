@@ -101,7 +101,8 @@ class AgentVecEnv(SB3VecEnv):
         super().__init__(vector, flatten=True)
         n = vector.num_envs
         if vector._compiled_reward is None:
-            raise ConfigError(f"reward: {options.get('reward')!r}, must be a built-in or compiled one (llmsched_env.reward.CompiledReward) in training")
+            given = options.get("reward")
+            raise ConfigError(f"reward: {given!r}, must be a built-in or compiled one (llmsched_env.reward.CompiledReward) in training")
         per_setting = self._records(placed)
         self._agents = [self._own(per_setting[i % len(placed)]) for i in range(n)]
         self.public = self._agents[0].width

@@ -47,6 +47,8 @@ def address_of(function: Callable[..., Any], arguments: tuple[Argument, ...], re
         TypeError: not a compiled function.
         numba.core.errors.NumbaError: the function cannot be compiled, for example because it reads what is hidden from it.
     """
+    if not callable(function):
+        raise TypeError(f"{function!r}: must be a function decorated with llmsched_env.compiled.compiled")
     key = (function, arguments)
     if key in _ADDRESSES:
         return _ADDRESSES[key]

@@ -20,10 +20,12 @@ from hypothesis import strategies as hst
 from baselines import Policy, Setting, make_policy, policy_class, policy_names
 from llmsched_env.backend import View, make_backend
 from llmsched_env.batch_runner import Run, run_batch
-from llmsched_env.engine import queues as outside_queues
+from llmsched_env.compiled import compiled
 from llmsched_env.engine import rules
 from llmsched_env.engine import state as st
+from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine.step import engine_at
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import rotation_quota
 from llmsched_env.records import Counts
@@ -418,6 +420,21 @@ def test_rotation_is_that_of_the_fluid_model() -> None:
             assert rotated(threshold, i) == rotation_quota(threshold, i)
 
 
+@compiled
+def walk_outside(handle, out):  # type: ignore[no-untyped-def]
+    """Everything outside as rules walk over it, into ``out``; returns how many. One more than there are would not fit."""
+    record = engine_at(handle)
+    start_of_queues(record)
+    count = 0
+    q = next_in_order(record)
+    while q >= 0 and count < out.shape[0]:
+        out[count] = record.queues.left[q]
+        record.queues.left[q] = record.requests.next[out[count]]
+        count += 1
+        q = next_in_order(record)
+    return count
+
+
 @pytest.mark.parametrize(
     "engine",
     [
@@ -435,13 +452,9 @@ def test_the_walk_over_the_queues_is_the_admission_order(engine: dict[str, Any])
     view = backend.reset(AZURE.generate(0, rate=20.0, num_requests=200), layout, config, EpisodeLimits())
     evictions = late = 0
     for _ in range(2500):
-        record = backend.record
-        outside_queues.start_of_queues(record)
-        walked = []
-        while (q := outside_queues.next_in_order(record)) >= 0:
-            walked.append(int(record.queues.left[q]))
-            record.queues.left[q] = record.requests.next[walked[-1]]
-        assert walked == [r for *_, r in in_order(view)]
+        walked = np.empty(backend.record.num_waiting + 1, dtype=np.int64)
+        count = walk_outside(backend.record.handle, walked)
+        assert walked[:count].tolist() == [r for *_, r in in_order(view)]
         late += int(view.late.sum())
         backend.advance(Decision.greedy(3))
         evictions = view.evictions

@@ -38,9 +38,10 @@ def generated_of(env: LLMSchedEnv, i: int) -> int:
     return int(record.requests.base_generated[i] + record.queues.steps[record.requests.group[i]])
 
 
+SMALL = EngineConfig.vllm(num_blocks=40, block_size=4, max_num_batched_tokens=48, max_num_seqs=8, max_model_len=100)
 ENGINES = [
-    EngineConfig.vllm(num_blocks=40, block_size=4, max_num_batched_tokens=48, max_num_seqs=8, max_model_len=100),
-    EngineConfig.vllm(num_blocks=40, block_size=4, max_num_batched_tokens=48, max_num_seqs=8, max_model_len=100, enable_prefix_caching=True),
+    SMALL,
+    SMALL.replace(enable_prefix_caching=True),
     EngineConfig.paper(160, 0.05, 1e-3),
 ]
 

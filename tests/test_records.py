@@ -330,7 +330,8 @@ def test_python_lets_lower_levels_write_scratch_alone(level: Level) -> None:
             setattr(record, name, 1)
     with pytest.raises(AttributeError, match=r"Inner\.count: a policy cannot write it"):
         record.inner.count = 1
-    for column in (record.table.small, record.table.wide, record.inner.table.small, record.weights, record.counts, record.places, record.inner.weights):
+    tables = [record.table.small, record.table.wide, record.inner.table.small]
+    for column in (*tables, record.weights, record.counts, record.places, record.inner.weights):
         with pytest.raises(ValueError, match="read-only"):
             column[0] = 1
     with pytest.raises(ValueError, match="read-only"):

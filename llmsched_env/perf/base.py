@@ -163,7 +163,7 @@ class IterationTimeModel(ABC):
     @classmethod
     def evaluate(cls, numbers: FloatArray, batches: FloatArray) -> tuple[FloatArray, FloatArray]:
         """(n,) seconds of (n, BATCH_FIELDS) batches by a model of this kind with these numbers, and (n,) 1.0 where it is valid."""
-        check_packed("numbers", numbers, cls.compiled_seconds)
+        check_packed("numbers", numbers, getattr(cls, "compiled_seconds", None))
         return cls._evaluate(numbers, batches)
 
     @classmethod
@@ -223,7 +223,7 @@ def check_packed(owner: str, packed: object, reader: object = None) -> FloatArra
         raise ConfigError(f"{owner} gives a {type(packed).__name__}, must be a float64 array")
     if packed.dtype != np.float64 or packed.ndim != 1 or packed.size == 0 or not packed.flags.c_contiguous:
         raise ConfigError(f"{owner} gives {packed.dtype} of shape {packed.shape}, must be one contiguous row of float64")
-    check = PACKED_CHECKS.get(reader)
+    check = next((known for function, known in PACKED_CHECKS.items() if function is reader), None)
     if check is not None:
         check(owner, packed)
     return packed
