@@ -22,7 +22,7 @@ from numba.experimental.function_type import _get_wrapper_address
 from numba.extending import intrinsic
 
 from llmsched_env.compiled import Compiled
-from llmsched_env.records import Level, Record, RecordType, Rows
+from llmsched_env.records import Level, Record, Rows, record_type
 
 _KEPT: dict[int, Any] = {}  # an address is good as long as its function lives
 _ADDRESSES: dict[tuple[Any, Any], int] = {}
@@ -33,7 +33,7 @@ Argument = type[Record] | type[Rows] | tuple[type[Record] | type[Rows], Level] |
 def _numba_type(argument: Argument) -> Any:
     if argument is int:
         return types.int64
-    return RecordType(*argument) if isinstance(argument, tuple) else RecordType(argument)  # type: ignore[arg-type]
+    return record_type(*argument) if isinstance(argument, tuple) else record_type(argument)  # type: ignore[arg-type]
 
 
 def address_of(function: Callable[..., Any], arguments: tuple[Argument, ...], result: type | None = None) -> int:

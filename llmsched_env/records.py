@@ -118,6 +118,7 @@ class _Declared:
     """What both kinds of declaration share: an attribute above the object's level does not exist."""
 
     FIELDS: ClassVar[dict[str, _Field]]
+    TYPES: ClassVar[dict[Any, Any]]
     FIXED: ClassVar[bool] = False
     """A record that compiled code does not write to; only Python does, between two calls."""
     DTYPE: ClassVar[np.dtype[Any]]
@@ -133,7 +134,7 @@ class _Declared:
 _HINTS = {Level.VISIBLE: "", Level.KNOWN: " unless it declares known_lengths", Level.HIDDEN: ""}
 
 
-_TAKEN_BY_ROWS = ("rows", "handle", "FIELDS", "DTYPE", "FIXED")
+_TAKEN_BY_ROWS = ("rows", "handle", "FIELDS", "DTYPE", "FIXED", "TYPES")
 
 
 class Rows(_Declared):
@@ -153,6 +154,7 @@ class Rows(_Declared):
                 raise TypeError(f"{cls.__name__}.{name}: a table has a method of this name")
         # Wide columns first: every column is aligned, and a row stays as short as it can be.
         order = sorted(own, key=lambda n: own[n][0] != Floats)
+        cls.TYPES = {}
         cls.DTYPE = np.dtype([(n, "<f8" if own[n][0] == Floats else "<i4") for n in order], align=True)
         offsets: Any = cls.DTYPE.fields
         cls.FIELDS = {n: _Field(n, "column", d, offsets[n][1], level, s, d == Floats) for n, (d, level, s, _) in own.items()}
@@ -218,6 +220,7 @@ class Record(_Declared):
                 allowed = ", ".join(kind.__name__ for kind in (*_SCALARS, *_ARRAYS, Rows, Record))
                 raise TypeError(f"{cls.__name__}.{name}: {declared!r}, must be one of {allowed}")
             layout.append((name, form))
+        cls.TYPES = {}
         cls.DTYPE = np.dtype(layout)
         offsets: Any = cls.DTYPE.fields
         cls.FIELDS = {
@@ -342,6 +345,14 @@ class RecordType(types.Type):
         return field if field is not None and field.level <= self.level else None
 
 
+def record_type(declared: type[Record] | type[Rows], level: Level = Level.HIDDEN) -> RecordType:
+    """The numba type of a class at a level, made once."""
+    if level not in declared.TYPES:
+        declared.TYPES[level] = RecordType(declared, level)
+    found: RecordType = declared.TYPES[level]
+    return found
+
+
 class ColumnType(types.Type):
     """One column of ``Rows``: the address of its first element; the rest is known when code is compiled."""
 
@@ -365,7 +376,7 @@ def _field_type(record: RecordType, field: _Field) -> Any:
     if field.kind == "array":
         dtype, ndim = _ARRAYS[field.declared]
         return types.Array(numba.from_dtype(np.dtype(dtype)), ndim, "C", readonly=record.level < Level.HIDDEN and not field.scratch)
-    return RecordType(field.declared, record.level)
+    return record_type(field.declared, record.level)
 
 
 @infer_getattr
@@ -473,7 +484,7 @@ def _store_item(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 
 @typeof_impl.register(_Declared)
 def _type_of(value: _Declared, c: Any) -> RecordType:
-    return RecordType(type(value), value._level)  # type: ignore[arg-type]
+    return record_type(type(value), value._level)  # type: ignore[arg-type]
 
 
 @unbox(RecordType)
@@ -501,7 +512,7 @@ def reader(declared: type[Record] | type[Rows], level: Level = Level.HIDDEN) -> 
 
     Every record type that compiled functions are entered with has one, at the top of its module.
     """
-    target = RecordType(declared, level)
+    target = record_type(declared, level)
     if numba.config.DISABLE_JIT:
         return lambda record: record if level == Level.HIDDEN else record.at_level(level)
     return intrinsic(_retype(target))
