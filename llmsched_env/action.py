@@ -155,10 +155,17 @@ def mask(engine, codec, out):  # type: ignore[no-untyped-def]
         fill_mask(engine, int(codec.levels[0]), out)
 
 
+def _array(action: Any, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(action)
+    except (ValueError, TypeError) as error:  # rows of different lengths
+        raise ConfigError(f"action: {action!r}, must be whole numbers in {space()}") from error
+
+
 def _as_integers(action: Any, width: int, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[np.int64]:
     if type(action) is np.ndarray and action.dtype == np.int64 and action.shape == (width,) and action.flags.c_contiguous:
         return action  # what ``action_space.sample`` and most agents give
-    given = np.asarray(action)
+    given = _array(action, space)
     if given.dtype.kind == "f" and np.isfinite(given).all() and (given == np.floor(given)).all() and (np.abs(given) < 2**53).all():
         given = given.astype(np.int64)
     if given.dtype.kind not in "iu":
@@ -244,7 +251,7 @@ class ActionCodec:
         """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
         if type(actions) is np.ndarray and actions.dtype == np.int64 and actions.size == count * self.width and actions.flags.c_contiguous:
             return actions.reshape(count, self.width)
-        given = np.asarray(actions)
+        given = _array(actions, self.space)
         if given.shape[:1] != (count,):
             raise ConfigError(f"actions: shape {given.shape}, must begin with the number of environments, {count}")
         return np.stack([self.as_integers(action) for action in given])
@@ -326,7 +333,7 @@ class ReserveCodec:
         """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
         if type(actions) is np.ndarray and actions.dtype == np.int64 and actions.size == count * self.width and actions.flags.c_contiguous:
             return actions.reshape(count, self.width)
-        given = np.asarray(actions)
+        given = _array(actions, self.space)
         if given.shape[:1] != (count,):
             raise ConfigError(f"actions: shape {given.shape}, must begin with the number of environments, {count}")
         return np.stack([self.as_integers(action) for action in given])
