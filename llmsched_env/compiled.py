@@ -23,11 +23,12 @@ import pickle
 import re
 import shutil
 import stat
+import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, cast
@@ -195,6 +196,47 @@ class _Reach:
             self._add(kind.__module__, kind.__qualname__, getattr(value, "_fields", ()))
 
 
+# --- several processes --------------------------------------------------------------------------------
+_others: dict[str, subprocess.Popen[bytes]] = {}
+
+
+def compile_elsewhere(functions: Iterable[Callable[..., Any]], code: str) -> None:
+    """Have a second process compile functions into the cache while this one compiles others.
+
+    Whoever comes to need one of them waits for that process; what it has not done is compiled here.
+
+    Args:
+        code: Python that compiles the functions.
+    """
+    setup = f"import sys; sys.path[:] = {sys.path!r}; "
+    environment = {**os.environ, "LLMSCHED_QUIET": "1", "LLMSCHED_COMPILE_ALONE": "1"}
+    with contextlib.suppress(OSError, ValueError):  # where no process may be started this one does it all
+        process = subprocess.Popen(
+            [sys.executable, "-c", setup + code],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _others.update((_label(function), process) for function in functions)
+
+
+def wait_for_others(label: str) -> bool:
+    """Whether another process was to compile this function; it has ended then."""
+    process = _others.pop(label, None)
+    if process is None:
+        return False
+    try:
+        process.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    return True
+
+
+def _label(function: Any) -> str:
+    return re.sub(r"[^A-Za-z0-9_.]", "", f"{function.__module__}.{function.__qualname__}")[-80:]
+
+
 # --- the cache --------------------------------------------------------------------------------------
 _said: set[str] = set()  # at most two kinds of lines
 
@@ -218,7 +260,7 @@ class _Cache:
 
     def __init__(self, function: FunctionType) -> None:
         self._function = function
-        self._label = re.sub(r"[^A-Za-z0-9_.]", "", f"{function.__module__}.{function.__qualname__}")[-80:]
+        self._label = _label(function)
         self._enabled = True
 
     @property
@@ -231,6 +273,12 @@ class _Cache:
     def disable(self) -> None:
         self._enabled = False
 
+    def holds_any(self) -> bool:
+        """Whether something is kept of the function, for whatever types."""
+        with contextlib.suppress(OSError):
+            return any(CACHE_FOLDER.glob(f"{self._label}-*.nbc"))
+        return False
+
     def flush(self) -> None:
         """Remove what is kept of the function."""
         self._trim(0)
@@ -239,6 +287,8 @@ class _Cache:
         """The compiled function for these types of arguments; None if it is to be compiled."""
         target_context.refresh()
         found = self._load(sig, target_context) if self._enabled else None
+        if found is None and self._enabled and wait_for_others(self._label):
+            found = self._load(sig, target_context)
         if found is None:
             where = f"; later runs load it from {CACHE_FOLDER}" if self._enabled else ""
             _say("compiling", f"compiling for this machine, which takes some seconds{where}")
@@ -354,7 +404,7 @@ class Compiled:
     def dispatcher(self) -> Any:
         """numba's dispatcher with all that a call from Python needs."""
         if self._outer is None:
-            self._outer = numba.njit(nogil=True)(self.py_func)  # machine code touches no Python object
+            self._outer = numba.njit(nogil=True, no_cfunc_wrapper=True)(self.py_func)  # machine code touches no Python object
             self._outer._cache = _Cache(cast(FunctionType, self.py_func))
         return self._outer
 

@@ -18,7 +18,6 @@ from typing import Any
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.experimental.function_type import _get_wrapper_address
 from numba.extending import intrinsic
 
 from llmsched_env.compiled import Compiled
@@ -63,14 +62,15 @@ def address_of(function: Callable[..., Any], arguments: tuple[Argument, ...], re
     returned = types.none if result is None else types.float64 if result is float else types.int64
     signature = returned(*map(_numba_type, arguments))
     dispatcher.compile(signature)
-    address = int(_get_wrapper_address(dispatcher, signature))
+    found = dispatcher.overloads[tuple(signature.args)]
+    address = int(found.library.get_pointer_to_function(found.fndesc.llvm_func_name))
     _KEPT[address] = function
     _ADDRESSES[key] = address
     return address
 
 
 class Callback:
-    """A Python function without arguments that compiled code can call; what it raises is kept for ``check``.
+    """A Python function without arguments that compiled code can call by ``call_back``; what it raises is kept for ``check``.
 
     Attributes:
         address: good as long as this object lives.
@@ -107,18 +107,30 @@ def _run_if_alive(callback: weakref.ref[Callback]) -> None:
         alive._run()
 
 
-def _call(returned: Any, word: Any) -> Any:
+def _call(returned: Any) -> Any:
     def typed(typingctx: Any, address: Any, *arguments: Any) -> Any:
         def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            kinds = list(sig.args[1])
+            pointer = builder.inttoptr(args[0], context.call_conv.get_function_type(returned, kinds).as_pointer())
             passed = cgutils.unpack_tuple(builder, args[1])
-            function = ir.FunctionType(word, [value.type for value in passed])
-            called = builder.call(builder.inttoptr(args[0], function.as_pointer()), passed)
+            status, called = context.call_conv.call_function(builder, pointer, returned, kinds, passed)
+            with cgutils.if_unlikely(builder, status.is_error):  # what the function raises reaches Python
+                context.call_conv.return_status_propagate(builder, status)
             return context.get_dummy_value() if returned is types.none else called
 
         wide = [types.int64 if isinstance(a, types.Integer | types.Boolean) else a for a in arguments]
         return returned(types.int64, types.BaseTuple.from_types(wide)), build
 
     return typed
+
+
+def _called_back(typingctx: Any, address: Any) -> Any:
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), [cgutils.get_null_value(cgutils.voidptr_t)])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), build
 
 
 def _python_call(address: int, *arguments: Any) -> Any:
@@ -128,8 +140,9 @@ def _python_call(address: int, *arguments: Any) -> Any:
 
 
 if numba.config.DISABLE_JIT:
-    call = call_int = call_float = _python_call
+    call = call_int = call_float = call_back = _python_call
 else:
-    call = intrinsic(_call(types.none, ir.VoidType()))
-    call_int = intrinsic(_call(types.int64, ir.IntType(64)))
-    call_float = intrinsic(_call(types.float64, ir.DoubleType()))
+    call = intrinsic(_call(types.none))
+    call_int = intrinsic(_call(types.int64))
+    call_float = intrinsic(_call(types.float64))
+    call_back = intrinsic(_called_back)

@@ -119,6 +119,8 @@ class _Declared:
 
     FIELDS: ClassVar[dict[str, _Field]]
     TYPES: ClassVar[dict[Any, Any]]
+    SATURATES: ClassVar[bool] = False
+    """A table whose columns take what 32 bits hold of a larger number, its largest value, rather than its last bits."""
     FIXED: ClassVar[bool] = False
     """A record that compiled code does not write to; only Python does, between two calls."""
     DTYPE: ClassVar[np.dtype[Any]]
@@ -134,7 +136,7 @@ class _Declared:
 _HINTS = {Level.VISIBLE: "", Level.KNOWN: " unless it declares known_lengths", Level.HIDDEN: ""}
 
 
-_TAKEN_BY_ROWS = ("rows", "handle", "FIELDS", "DTYPE", "FIXED", "TYPES")
+_TAKEN_BY_ROWS = ("rows", "handle", "FIELDS", "DTYPE", "FIXED", "SATURATES", "TYPES")
 
 
 class Rows(_Declared):
@@ -270,7 +272,13 @@ class Record(_Declared):
         return self if numba.config.DISABLE_JIT else self._address
 
     def at_level(self: R, level: Level) -> R:
-        """The same record for a reader who has less of it."""
+        """The same record for a reader who has less of it.
+
+        Raises:
+            AttributeError: a level above the record's own.
+        """
+        if level > self._level:
+            raise AttributeError(f"{type(self).__name__}: more of it is not shown here")
         other = object.__new__(type(self))
         other._build(self._memory, level, self._parts)
         return other
@@ -356,9 +364,9 @@ def record_type(declared: type[Record] | type[Rows], level: Level = Level.HIDDEN
 class ColumnType(types.Type):
     """One column of ``Rows``: the address of its first element; the rest is known when code is compiled."""
 
-    def __init__(self, stride: int, is_float: bool, writable: bool) -> None:
-        self.stride, self.is_float, self.writable = stride, is_float, writable
-        super().__init__(name=f"column({stride}, {is_float}, {writable})")
+    def __init__(self, stride: int, is_float: bool, writable: bool, saturates: bool) -> None:
+        self.stride, self.is_float, self.writable, self.saturates = stride, is_float, writable, saturates
+        super().__init__(name=f"column({stride}, {is_float}, {writable}, {saturates})")
 
 
 @register_default(RecordType)
@@ -372,7 +380,7 @@ def _field_type(record: RecordType, field: _Field) -> Any:
         return types.float64 if field.is_float else types.int64
     if field.kind == "column":
         writable = record.level == Level.HIDDEN or field.scratch
-        return ColumnType(record.declared.DTYPE.itemsize, field.is_float, writable)
+        return ColumnType(record.declared.DTYPE.itemsize, field.is_float, writable, record.declared.SATURATES)
     if field.kind == "array":
         dtype, ndim = _ARRAYS[field.declared]
         return types.Array(numba.from_dtype(np.dtype(dtype)), ndim, "C", readonly=record.level < Level.HIDDEN and not field.scratch)
@@ -477,7 +485,13 @@ def _load_item(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 @lower_builtin(operator.setitem, ColumnType, types.Integer, types.Float)
 @lower_builtin(operator.setitem, ColumnType, types.Integer, types.Integer)
 def _store_item(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    value = args[2] if sig.args[0].is_float else builder.trunc(args[2], ir.IntType(32))
+    value = args[2]
+    if sig.args[0].saturates:  # people write to it: a larger count than 32 bits hold is the largest, not another one
+        for compare, bound in ((">", 2**31 - 1), ("<", -(2**31))):
+            limit = ir.Constant(ir.IntType(64), bound)
+            value = builder.select(builder.icmp_signed(compare, value, limit), limit, value)
+    if not sig.args[0].is_float:
+        value = builder.trunc(value, ir.IntType(32))
     builder.store(value, _element(builder, sig.args[0], args[0], args[1]))
     return context.get_dummy_value()
 
@@ -499,6 +513,9 @@ def _retype(target: Any) -> Any:
     """An intrinsic that takes an address or a record for ``target``."""
 
     def typed(typingctx: Any, handle: Any) -> Any:
+        if isinstance(handle, RecordType) and (handle.declared is not target.declared or handle.level < target.level):
+            raise NumbaTypeError(f"{handle.declared.__name__}: more of it is not shown here")
+
         def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             return builder.inttoptr(args[0], cgutils.voidptr_t) if isinstance(sig.args[0], types.Integer) else args[0]
 

@@ -60,6 +60,8 @@ class Decision(Rows):
             of the queue give up their KV and go back outside before anything else happens.
     """
 
+    SATURATES = True
+
     run: Ints
     admit: Ints
     evict: Ints

@@ -152,3 +152,55 @@ def test_forecasts_of_drawn_rates_are_bounded() -> None:
     for rate in np.linspace(1.0, 6.0, 60):
         env.reset(seed=0, options={"rate": float(rate)})
     assert len(env._records) <= 32
+
+
+# --- fuzzing the action decoder ---------------------------------------------------------------------------
+_ATOMS = st.one_of(
+    st.integers(), st.integers(-2, 20), st.floats(), st.booleans(), st.none(), st.text(max_size=3), st.complex_numbers()
+)
+_OBJECTS = st.recursive(
+    _ATOMS, lambda inner: st.lists(inner, max_size=9) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=2), inner)
+)
+_ARRAYS = st.builds(
+    lambda values, kind, shape: np.resize(np.array(values), shape).astype(kind),
+    st.lists(st.integers(-3, 20), min_size=1, max_size=16),
+    st.sampled_from(["i1", "u1", "i4", "u8", "f4", "f8", "?", "c8", "U3", "M8[s]", "O"]),
+    st.sampled_from([(8,), (1,), (), (2, 8), (8, 1), (0,), (3, 8)]),
+)
+
+
+def _fuzz_actions(examples: int) -> None:
+    envs = [scalar(), scalar(action_set="reserve")]
+    vectors = [LLMSchedVectorEnv(2, num_requests=20, rate=6.0, action_set=kind, threads=1) for kind in ("admit", "reserve")]
+    for vector in vectors:
+        vector.reset(seed=0)
+
+    @settings(max_examples=examples, deadline=None, database=None)
+    @given(_OBJECTS | _ARRAYS)
+    def one(action: Any) -> None:
+        for env in envs:
+            before = state(env)
+            try:
+                *_, terminated, truncated, _ = env.step(action)
+                if terminated or truncated:
+                    env.reset()
+            except ConfigError as error:
+                assert "action" in str(error) and state(env) == before
+        for vector in vectors:
+            clocks = vector.fleet.clocks.copy()
+            try:
+                vector.step(action)
+            except ConfigError as error:
+                assert "action" in str(error)
+                np.testing.assert_array_equal(vector.fleet.clocks, clocks)
+
+    one()
+
+
+def test_any_object_as_an_action() -> None:
+    _fuzz_actions(500)
+
+
+@pytest.mark.slow
+def test_any_object_as_an_action_at_length() -> None:
+    _fuzz_actions(40_000)

@@ -19,6 +19,8 @@ from llmsched_env.engine import state as st
 from llmsched_env.engine.residents import computed, generated
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine.step import engine_at
+from llmsched_env.records import Level
 from llmsched_env.types import ADMIT_ALL, Decision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -336,3 +338,65 @@ def test_all_of_this_holds_in_plain_python_too() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not plain_python", __file__]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- what a rule may not do, and what becomes of its errors ------------------------------------------------
+@compiled
+def _raises(engine: Any, policy: Any, decision: Any) -> None:
+    decision.run[0] = 1
+    decision.admit[0] = 5
+    decision.evict[0] = 0
+    if engine.clock > 0.05:
+        raise ValueError("a rule's own error")
+
+
+@compiled
+def _divides(engine: Any, policy: Any, decision: Any) -> None:
+    decision.run[0] = 1
+    decision.admit[0] = 1 // engine.num_waiting
+    decision.evict[0] = 0
+
+
+@compiled
+def _asks_for_everything(engine: Any, policy: Any, decision: Any) -> None:
+    decision.run[0] = 1
+    decision.admit[0] = 2**62
+    decision.evict[0] = 0
+
+
+@compiled
+def _takes_the_whole_engine(engine: Any, policy: Any, decision: Any) -> None:
+    decision.run[0] = engine_at(engine).hidden.output[0]
+
+
+def _five_requests() -> SimBackend:
+    backend = SimBackend()
+    workload = Workload.of(np.arange(5) * 0.01, [10] * 5, [20] * 5)
+    backend.reset(workload, QueueLayout(), EngineConfig.vllm(), EpisodeLimits())
+    return backend
+
+
+@pytest.mark.parametrize(("rule", "error"), [(_raises, ValueError), (_divides, ZeroDivisionError)])
+def test_what_a_rule_raises_ends_the_episode(rule: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        Rule(rule, 1).play(_five_requests())
+    backend = _five_requests()
+    with pytest.raises(error):
+        while not backend.done:
+            backend.advance(Rule(rule, 1).decide(backend.snapshot()))
+
+
+@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="numpy refuses such a number itself")
+def test_more_than_a_count_can_hold_is_the_largest_count() -> None:
+    one, other = _five_requests(), _five_requests()
+    Rule(_asks_for_everything, 1).play(one)
+    Rule.constant(Decision.greedy(1)).play(other)
+    assert one.counters() == other.counters()
+
+
+def test_a_rule_cannot_raise_its_own_level() -> None:
+    with pytest.raises((ConfigError, AttributeError)):
+        Rule(_takes_the_whole_engine, 1).play(_five_requests())
+    shown = _five_requests().record.at_level(Level.VISIBLE)
+    with pytest.raises(AttributeError, match="not shown"):
+        shown.at_level(Level.HIDDEN)

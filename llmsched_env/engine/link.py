@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, cast
 
+import numba
+
+from llmsched_env.compiled import compile_elsewhere
 from llmsched_env.engine import prefix_cache, segments
 from llmsched_env.engine.schedule_paper import schedule_paper
 from llmsched_env.engine.schedule_vllm import schedule_vllm
 from llmsched_env.engine.state import Code, Engine, Pool
-from llmsched_env.engine.step import step
+from llmsched_env.engine.step import schedule_elsewhere, step
 from llmsched_env.pointers import Argument, address_of
+from llmsched_env.threads import available_threads
 from llmsched_env.types import Decision, EngineConfig, QueueLayout
 
 _Functions = dict[str, tuple[Any, tuple[Argument, ...]]]
@@ -30,16 +35,33 @@ _POOL_COUNTS: _Functions = {
 }
 
 
+_shared: set[str] = set()
+
+
+def _share_compiling(engine: EngineConfig) -> None:
+    """At the first use on a machine with a second processor: the schedule is compiled by another process, the step by this one."""
+    if _shared or numba.config.DISABLE_JIT or "LLMSCHED_COMPILE_ALONE" in os.environ or available_threads() < 2:
+        return
+    _shared.add(engine.preset)
+    chosen: Any = schedule_paper if engine.preset == "paper" else schedule_vllm
+    if not chosen.dispatcher._cache.holds_any() and not cast(Any, step).dispatcher._cache.holds_any():
+        compile_elsewhere([chosen], f"from llmsched_env.engine.link import compile_schedule; compile_schedule({engine.preset == 'paper'})")
+
+
+def compile_schedule(paper: bool) -> None:
+    """Compile the schedule of a preset into the cache."""
+    address_of(schedule_paper if paper else schedule_vllm, (Engine,))
+
+
 def link(code: Code, engine: EngineConfig, layout: QueueLayout, schedule: int | None = None) -> None:
     """Write the addresses of an engine's functions; they are good in this process only.
 
     Args:
-        schedule: address of another engine's ``schedule(engine)``; default the preset's own.
+        schedule: address of the ``Callback`` that has another engine schedule; default the preset's own rules.
     """
-    code.step = address_of(step, (Engine, Decision))
     if schedule is None:
-        schedule = address_of(schedule_paper if engine.preset == "paper" else schedule_vllm, (Engine,))
-    code.schedule = schedule
+        _share_compiling(engine)
+    code.step = address_of(step, (Engine, Decision))
     code.seconds = engine.time_model.address()
     if layout.num_segments > 1:
         for name, (function, arguments) in _BOUNDARIES.items():
@@ -49,3 +71,8 @@ def link(code: Code, engine: EngineConfig, layout: QueueLayout, schedule: int | 
             setattr(code, name, address_of(function, arguments))
         for name, (function, arguments) in _POOL_COUNTS.items():
             setattr(code, name, address_of(function, arguments, int))
+    code.callback = schedule or 0
+    if schedule is not None:
+        code.schedule = address_of(schedule_elsewhere, (Engine,))
+    else:
+        code.schedule = address_of(schedule_paper if engine.preset == "paper" else schedule_vllm, (Engine,))

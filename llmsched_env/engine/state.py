@@ -256,6 +256,7 @@ class Code(Record):
 
     step: int  # (engine, decision)
     schedule: int  # (engine)
+    callback: int  # of another engine: ``llmsched_env.pointers.Callback``
     seconds: int  # (batch) -> float
     enter_boundaries: int  # (engine, decision)
     evict_boundaries: int  # (engine, decision)

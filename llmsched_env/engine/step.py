@@ -39,7 +39,7 @@ from llmsched_env.engine.state import (
     RUNNING,
     Engine,
 )
-from llmsched_env.pointers import call, call_float
+from llmsched_env.pointers import call, call_back, call_float
 from llmsched_env.records import reader
 from llmsched_env.types import Decision
 
@@ -181,6 +181,12 @@ def schedule(engine: Engine, decision: Decision, run_all: bool) -> None:
     if engine.num_boundary > 0:
         call(engine.code.enter_boundaries, engine, decision)
     call(engine.code.schedule, engine)
+
+
+@compiled
+def schedule_elsewhere(engine: Engine) -> None:
+    """Another engine schedules (``hardware/external.py``)."""
+    call_back(engine.code.callback)
 
 
 @compiled
