@@ -25,6 +25,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.residents import generated
@@ -207,8 +208,7 @@ class ActionCodec:
     max_admit: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_admit <= 4096:
-            raise ConfigError(f"max_admit: {self.max_admit}, must be from 1 to 4096")
+        object.__setattr__(self, "max_admit", checks.integer("max_admit", self.max_admit, low=1, high=4096))
 
     @property
     def kind(self) -> int:
@@ -290,8 +290,9 @@ class ReserveCodec:
     thetas: tuple[float, ...] = THETAS
 
     def __post_init__(self) -> None:
-        if not self.thetas or any(math.isnan(theta) or theta < 0 for theta in self.thetas):
-            raise ConfigError(f"thetas: {self.thetas}, must be numbers >= 0 and at least one")
+        if not isinstance(self.thetas, list | tuple | np.ndarray) or len(self.thetas) == 0:
+            raise ConfigError(f"thetas: {checks.shown(self.thetas)}, must be numbers >= 0 and at least one")
+        object.__setattr__(self, "thetas", tuple(checks.number("thetas", theta, high=math.inf) for theta in self.thetas))
 
     @property
     def kind(self) -> int:
@@ -351,7 +352,7 @@ def make_codec(action_set: str, num_queues: int, max_admit: int, thetas: Sequenc
     """
     makers: dict[str, Any] = {
         "admit": lambda: ActionCodec(num_queues, max_admit),
-        "reserve": lambda: ReserveCodec(tuple(float(theta) for theta in thetas)),
+        "reserve": lambda: ReserveCodec(thetas),  # type: ignore[arg-type]  # checked and converted there
     }
     if action_set not in makers:
         raise ConfigError(f"action_set: {action_set!r}, must be 'admit' or 'reserve'")

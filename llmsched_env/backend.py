@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -208,12 +209,17 @@ def make_backend(name: str, **config: Any) -> Backend:
     Raises:
         ConfigError: unknown name (the nearest one is given).
     """
-    if name not in _BACKENDS:
-        near = difflib.get_close_matches(name, _BACKENDS, n=1)
+    if not isinstance(name, str) or name not in _BACKENDS:
+        near = difflib.get_close_matches(str(name), _BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"backend: {name!r} is unknown{hint} (available: {', '.join(_BACKENDS)})")
     module, _, attribute = _BACKENDS[name].partition(":")
-    backend: Backend = getattr(importlib.import_module(module), attribute)(**config)
+    made = getattr(importlib.import_module(module), attribute)
+    try:
+        inspect.signature(made).bind(**config)
+    except TypeError as error:
+        raise ConfigError(f"backend_config of {name!r}: {error}") from error
+    backend: Backend = made(**config)
     return backend
 
 

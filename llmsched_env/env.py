@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.action import ActionCodec, link_codec, whole_number
 from llmsched_env.backend import View, make_backend
 from llmsched_env.compiled import entry
@@ -22,7 +23,7 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.records import Numbers
-from llmsched_env.reward import FinishedRequests, compiled_reward
+from llmsched_env.reward import CompiledReward, FinishedRequests, compiled_reward
 from llmsched_env.spec import EnvSpec, checked_backlog, checked_count, checked_rate, draw_backlog
 from llmsched_env.types import Decision, Workload
 from llmsched_env.workload import Scenario
@@ -165,7 +166,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ConfigError(f"render_mode: {render_mode!r}, must be None, 'rgb_array' or 'human'")
         self.settings = EnvSpec.of(scenario, **settings)
-        self.backend = make_backend(backend, **(backend_config or {}))
+        self.backend = make_backend(backend, **checks.mapping("backend_config", {} if backend_config is None else backend_config))
         self._use(self.settings)
         self.render_mode = render_mode
         self._started = False
@@ -180,6 +181,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self.action_space = cast("gym.Space[npt.NDArray[np.int64]]", self.codec.space())
         self._action_shape = (self.codec.width,)
         self._compiled_reward = compiled_reward(self.reward)
+        self._reward = self._compiled_reward if isinstance(self.reward, CompiledReward) else self.reward
         names, slices = zip(*observation.slices(), strict=True)
         self._names, self._parts = names, operator.itemgetter(*slices)
         self._size, self._mask_size = observation.size, self.codec.mask_size
@@ -282,7 +284,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step_decision()")
         self.backend.advance(decision)
-        reward = float(self.reward(self._outcome))
+        assert self._reward is not None
+        reward = checks.number("reward", self._reward(self._outcome), low=-math.inf, high=math.inf)
         observation, info = self._observe()
         return self._result(observation, reward, self.backend.record.end, info)
 

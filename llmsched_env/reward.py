@@ -197,6 +197,10 @@ class CompiledReward:
         """The parameters, and a memory that no other environment writes to."""
         return Numbers.of(self.numbers.parameters, len(self.numbers.memory))
 
+    def own(self) -> CompiledReward:
+        """The same reward with a memory of its own."""
+        return CompiledReward(self.function, self.numbers.parameters, len(self.numbers.memory))
+
     def __call__(self, outcome: Outcome) -> float:
         record = getattr(outcome, "record", None)
         if not isinstance(record, Engine):
@@ -210,7 +214,7 @@ class CompiledReward:
 def compiled_reward(reward: Reward) -> CompiledReward | None:
     """A built-in or compiled reward for the compiled step; None for an ordinary callable."""
     if isinstance(reward, CompiledReward):
-        return reward
+        return reward.own()
     if type(reward) is LatencyReward:
         return CompiledReward(latency_reward)
     if type(reward) is ThroughputReward:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_env import checks
 from llmsched_env.action import THETAS, ActionCodec, CodecRecord, ReserveCodec, make_codec
 from llmsched_env.engine.record_backend import check_served
 from llmsched_env.errors import ConfigError
@@ -31,13 +32,15 @@ def engine_with(base: EngineConfig, changes: Mapping[str, Any] | EngineConfig | 
         return base
     if isinstance(changes, EngineConfig):
         return changes
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"engine: {checks.shown(changes)}, must be an EngineConfig or a mapping of its fields")
     fields = dict(changes)
     if isinstance(fields.get("time_model"), str):
         fields["time_model"] = load_calibration(fields["time_model"])
     if "d0" in fields or "d1" in fields:
         model = fields.get("time_model", base.time_model)
         known = {"d0": model.d0, "d1": model.d1} if isinstance(model, LinearTime) else {}
-        known.update({k: float(fields.pop(k)) for k in ("d0", "d1") if k in fields})
+        known.update({k: checks.number(f"engine.{k}", fields.pop(k)) for k in ("d0", "d1") if k in fields})
         missing = [k for k in ("d0", "d1") if k not in known]
         if missing:
             raise ConfigError(f"engine.{missing[0]}: missing, a linear time model needs d0 and d1")
@@ -146,6 +149,8 @@ class EnvSpec:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ConfigError(f"{name}: unknown setting of an environment{hint} (allowed: scenario, {', '.join(known)})")
         given = EnvSettings(**settings)
+        for name in ("reveal_output_length", "drain"):
+            checks.flag(name, getattr(given, name))
         if given.trace is not None:
             drawn = scenario_from_trace(given.trace, rate=given.rate)
         else:

@@ -14,6 +14,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from llmsched_env import checks
 from llmsched_env.action import link_codec
 from llmsched_env.compiled import entry
 from llmsched_env.engine.fleet import Fleet
@@ -256,7 +257,8 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         """An ordinary callable, environment by environment."""
         for i in range(self.num_envs):
             if not self._ended[i]:
-                value = float(self.spec_of(i).reward(StepOutcome(self.fleet.records[i])))
+                outcome = StepOutcome(self.fleet.records[i])
+                value = checks.number("reward", self.spec_of(i).reward(outcome), low=-math.inf, high=math.inf)
                 self._rewards[i] = value
                 self._envs[i].episode_return += value
 

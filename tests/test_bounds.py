@@ -203,4 +203,4 @@ def test_any_object_as_an_action() -> None:
 
 @pytest.mark.slow
 def test_any_object_as_an_action_at_length() -> None:
-    _fuzz_actions(40_000)
+    _fuzz_actions(10_000)

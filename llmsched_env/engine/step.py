@@ -213,6 +213,8 @@ def model_seconds(engine: Engine) -> float:
     engine.batch.out_of_range = 0
     seconds = call_float(engine.code.seconds, engine.batch)
     engine.report.out_of_range = engine.batch.out_of_range
+    if not 0.0 < seconds < 1e12:
+        raise ValueError("engine.time_model: the seconds of an iteration must be above 0 and finite")
     return seconds
 
 

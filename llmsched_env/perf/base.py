@@ -174,8 +174,17 @@ class IterationTimeModel(ABC):
         record = BatchSums(model=numbers)
         seconds, valid = np.empty(len(rows)), np.empty(len(rows))
         _evaluate(cls.address(), record.handle, rows, seconds, valid)
+        wrong = np.flatnonzero(~((seconds >= 0.0) & (seconds < np.inf)))
+        if wrong.size:
+            raise ConfigError(f"engine.time_model: {cls.__name__} gives {seconds[wrong[0]]} seconds, must be finite and >= 0")
         return seconds, valid
 
+
+_SAMPLES = (
+    Batch(decodes=1.0, decode_kv=100.0, sampled=1.0, load=100.0, batch_size=1.0),
+    Batch(prefills=1.0, prefill_tokens=64.0, prefill_squares=4096.0, prefill_work=2048.0, sampled=1.0, load=64.0, batch_size=1.0),
+)
+"""What every model must give a time for."""
 
 PACKED_CHECKS: dict[Any, Callable[[str, FloatArray], None]] = {}
 """What ``llmsched_env.perf.packed`` knows of the numbers that a built-in compiled function reads."""
@@ -194,7 +203,11 @@ def check_model(model: object) -> None:
     check_provenance(model.provenance)
     packed_of(model)
     if type(model) not in CHECKED_TYPES:
-        model.address()
+        owner = f"engine.time_model: {type(model).__name__}"
+        with checks.told(owner):
+            seconds = model.seconds_of(np.array([batch.array() for batch in _SAMPLES]))
+        if not (seconds > 0).all():
+            raise ConfigError(f"{owner} gives {seconds.min():g} seconds for a batch, must be above 0")
 
 
 def packed_of(model: IterationTimeModel) -> FloatArray:
