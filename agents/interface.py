@@ -87,13 +87,13 @@ class Interface:
             ConfigError: the view has other queues.
         """
         self._check(view)
-        observe_at(view.record.handle, self.record.handle, self._observation[0], self._mask[0])  # type: ignore[attr-defined]
+        observe_at(view.handle, self.record.handle, self._observation[0], self._mask[0])  # type: ignore[attr-defined]
         return self._observation, self._mask
 
     def decode(self, view: View, action: npt.NDArray[np.int64], out: Decision) -> Decision:
         """Write what the action (components,) means now into ``out``."""
         self._check(view)
-        decode_at(view.record.handle, self.record.handle, action, out.handle)  # type: ignore[attr-defined]
+        decode_at(view.handle, self.record.handle, action, out.handle)  # type: ignore[attr-defined]
         return out
 
     def _check(self, view: View) -> None:

@@ -266,7 +266,7 @@ class LiveMirror:
         parts: dict[str, Any] = {name: rows for name, rows in self._tables.items() if name != "stays"}
         self.record = st.Engine(self._memory, **parts, batch={"model": self._model})
         if old:
-            self.view.record = self.record
+            self.view.rebind(self.record)
         self.names.extend([""] * (size - old))
         self._free.extend(range(size - 1, old - 1, -1))
 

@@ -288,7 +288,7 @@ def test_a_request_that_can_never_be_served_is_refused_when_its_turn_comes() -> 
 def test_an_episode_cut_into_many_calls_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, _, workload = made("nested-wait", "evictions")
     whole = run_episode(policy, workload)
-    monkeypatch.setattr(rules, "STEPS_PER_CALL", 7)
+    monkeypatch.setattr(rules, "SECONDS_PER_CALL", 1e-9)  # as a rule so slow that each call makes few steps
     assert_same(whole, run_episode(policy, workload))
 
 
@@ -328,8 +328,9 @@ def test_rules_are_ordinary_python_without_the_compiler() -> None:
 class Blind:
     """A copy of a record as ``View`` holds it, with other numbers where a policy may not look."""
 
-    def __init__(self, record: st.Engine) -> None:
-        self.original, self.record = record, copy.deepcopy(record)
+    def __init__(self, record: st.Engine, layout: QueueLayout) -> None:
+        self.original, self.record, self.layout = record, copy.deepcopy(record), layout
+        self.handle = self.record.handle
         self._own = self.record._memory.copy()  # its addresses
 
     def scramble(self, rng: np.random.Generator, *, lengths: int | None = None) -> Blind:
@@ -372,7 +373,7 @@ def test_hidden_lengths_and_future_requests_are_never_read(case: str, name: str)
     rule = rule_of(policy)
     assert rule is not None
     rng = np.random.default_rng(0)
-    blind, blind_view = copy.deepcopy(rule), Blind(backend.record)
+    blind, blind_view = copy.deepcopy(rule), Blind(backend.record, view.layout)
     steps = 0
     while not backend.done and steps < 1500:
         blind.decide(blind_view.scramble(rng))
@@ -391,7 +392,7 @@ def test_the_test_above_sees_a_policy_that_reads_output_lengths() -> None:
     rule = rule_of(policy)
     assert rule is not None and rule.known_lengths
     differs = False
-    blind, blind_view, rng = copy.deepcopy(rule), Blind(backend.record), np.random.default_rng(0)
+    blind, blind_view, rng = copy.deepcopy(rule), Blind(backend.record, view.layout), np.random.default_rng(0)
     while not backend.done:
         blind.decide(blind_view.scramble(rng, lengths=3000))
         decision = policy.decide(view)

@@ -16,6 +16,7 @@ from llmsched_env.engine.prefix_cache import SharedPrompts, pool_tables, reset_p
 from llmsched_env.engine.step import engine_at, reset_at
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import packed_of, warn_out_of_range
+from llmsched_env.records import Level
 from llmsched_env.types import (
     Decision,
     EngineConfig,
@@ -167,14 +168,11 @@ def _read_only(array: npt.NDArray) -> npt.NDArray:  # type: ignore[type-arg]
 
 
 class RecordView:
-    """Live, read-only view of an engine's record (``llmsched_env.backend.View``).
-
-    Attributes:
-        record: the record itself, for compiled rules.
-    """
+    """Live, read-only view of an engine's record (``llmsched_env.backend.View``)."""
 
     def __init__(self, record: st.Engine, engine: EngineConfig, layout: QueueLayout, reveals_output_length: bool) -> None:
-        self.record, self.engine, self.layout, self.reveals_output_length = record, engine, layout, reveals_output_length
+        self.engine, self.layout, self.reveals_output_length = engine, layout, reveals_output_length
+        self.rebind(record)
         shape = (layout.num_classes, layout.num_segments)
 
         def column(name: str) -> npt.NDArray[Any]:
@@ -191,26 +189,43 @@ class RecordView:
         self._arrivals: FloatArray = column("arrivals")[:, 0]
         self._is_paper = engine.preset == "paper"
 
+    def rebind(self, record: st.Engine) -> None:
+        """Look at another record whose queues lie in the same memory (its tables of requests have grown)."""
+        self._whole = record
+        self._shown: st.Engine | None = None
+
+    @property
+    def record(self) -> st.Engine:
+        """The engine's record as far as a policy is shown it."""
+        if self._shown is None:
+            self._shown = self._whole.at_level(Level.KNOWN if self.reveals_output_length else Level.VISIBLE)
+        return self._shown
+
+    @property
+    def handle(self) -> Any:
+        """Where compiled rules find the engine; they are given their own level of it."""
+        return self._whole.handle
+
     @property
     def clock(self) -> float:
-        return self.record.clock
+        return self._whole.clock
 
     @property
     def arrival_rate(self) -> FloatArray:
-        seconds = self.record.rate_seconds
+        seconds = self._whole.rate_seconds
         return self._arrivals / seconds if seconds > 0 else np.zeros_like(self._arrivals)
 
     @property
     def num_residents(self) -> int:
-        return self.record.num_residents
+        return self._whole.num_residents
 
     @property
     def num_waiting(self) -> int:
-        return self.record.num_waiting
+        return self._whole.num_waiting
 
     @property
     def kv_used(self) -> int:
-        return self.record.kv_tokens if self._is_paper else self.record.kv_blocks
+        return self._whole.kv_tokens if self._is_paper else self._whole.kv_blocks
 
     @property
     def kv_free(self) -> int:
@@ -218,17 +233,17 @@ class RecordView:
 
     @property
     def last_iteration_seconds(self) -> float:
-        return self.record.last_iteration
+        return self._whole.last_iteration
 
     @property
     def evictions(self) -> int:
-        return self.record.evictions
+        return self._whole.evictions
 
     def resident_requests(self) -> ResidentRequests:
         ids = np.empty(self.num_residents, dtype=np.int32)
-        list_residents(self.record.handle, ids)
-        rows = self.record.requests.rows[ids]
-        steps = self.record.queues.rows["steps"][rows["group"]]
+        list_residents(self._whole.handle, ids)
+        rows = self._whole.requests.rows[ids]
+        steps = self._whole.queues.rows["steps"][rows["group"]]
         return ResidentRequests(
             id=ids,
             queue=rows["queue"],
@@ -243,13 +258,13 @@ class RecordView:
     def waiting_requests(self, j: int, limit: int) -> WaitingRequests:
         q = self.layout.queue(j)
         ids = np.empty(min(max(limit, 0), int(self.waiting[j, 0])), dtype=np.int32)
-        list_waiting(self.record.handle, q, ids)
-        rows = self.record.requests.rows[ids]
+        list_waiting(self._whole.handle, q, ids)
+        rows = self._whole.requests.rows[ids]
         return WaitingRequests(
             id=ids,
             prompt_tokens=rows["prompt"],
             generated=rows["base_generated"],
-            arrival=self.record.hidden.rows["arrival"][ids],
+            arrival=self._whole.hidden.rows["arrival"][ids],
             key=rows["key"],
             output_tokens=rows["output"] if self.reveals_output_length else None,
         )

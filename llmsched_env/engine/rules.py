@@ -28,6 +28,7 @@ The engine calls a rule by its address, so the loops below are compiled once and
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, cast
 
@@ -45,8 +46,8 @@ from llmsched_env.pointers import address_of, call
 from llmsched_env.records import Level, Numbers, Record, reader
 from llmsched_env.types import Decision
 
-STEPS_PER_CALL = 100_000
-"""Compiled code cannot be interrupted: every so many steps (a fraction of a second) Python looks for Ctrl-C."""
+SECONDS_PER_CALL = 0.1
+"""Compiled code cannot be interrupted: about so often Python looks for Ctrl-C."""
 
 RuleFunction = Callable[..., None]
 
@@ -122,8 +123,8 @@ def _decide(rule: int, engine: Any, policy: Any, decision: Any) -> None:
     call(rule, engine_at(engine), _policy_at(policy), decision_at(decision))
 
 
-class _WithRecord(Protocol):
-    record: Engine
+class _WithHandle(Protocol):
+    handle: Any
 
 
 class Rule:
@@ -191,11 +192,10 @@ class Rule:
         Raises:
             ConfigError: the view has another number of queues.
         """
-        record = cast(_WithRecord, view).record
-        if record.settings.num_queues != len(self.decision):
-            raise ConfigError(f"policy: decides on {len(self.decision)} queues, the engine has {record.settings.num_queues}")
+        if view.layout.num_queues != len(self.decision):
+            raise ConfigError(f"policy: decides on {len(self.decision)} queues, the engine has {view.layout.num_queues}")
         if not self._constant:
-            _decide(self.address, record.handle, self.policy.handle, self.decision.handle)
+            _decide(self.address, cast(_WithHandle, view).handle, self.policy.handle, self.decision.handle)
         return self.decision
 
     def play(self, backend: SimBackend) -> None:
@@ -207,11 +207,15 @@ class Rule:
         """
         backend.check_decision(self.decision)
         engine, decision = backend.record.handle, self.decision.handle
+        steps = 100  # a rule may take long: how long shows
         while not backend.done:
+            start = time.perf_counter()
             if self._constant:
-                _repeat(STEPS_PER_CALL, engine, decision)
+                _repeat(steps, engine, decision)
             else:
-                _play(self.address, STEPS_PER_CALL, engine, self.policy.handle, decision)
+                _play(self.address, steps, engine, self.policy.handle, decision)
+            share = SECONDS_PER_CALL / max(time.perf_counter() - start, 1e-6)
+            steps = int(min(max(steps * min(share, 10.0), 1), 10_000_000))
         backend.check_progress()
 
 

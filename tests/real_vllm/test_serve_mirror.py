@@ -99,7 +99,7 @@ RESIDENTS = ("queue", "status", "base_computed", "base_generated", "target", "pr
 
 def seen(view: Any, name: Callable[[int], str], forecast: Forecast) -> dict[str, Any]:
     """Everything a policy can read, requests by name."""
-    record = view.record
+    record = view._whole
     requests, queues = record.requests, record.queues
 
     def names(listed: Any) -> list[str]:

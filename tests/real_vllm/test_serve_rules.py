@@ -259,7 +259,7 @@ def test_max_tokens_reaches_no_byte_a_policy_can_read(make: Make) -> None:
         states: list[bytes] = []
 
         def script(view: Any, states: list[bytes] = states) -> Decision:
-            states.extend((*shown(view.record, Level.KNOWN).values(), view.record.hidden.rows.tobytes()))
+            states.extend((*shown(view._whole, Level.KNOWN).values(), view._whole.hidden.rows.tobytes()))
             return Decision.greedy(2)
 
         server = make(ENGINE, HALVES, script)
