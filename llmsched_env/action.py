@@ -178,6 +178,15 @@ def _as_integers(action: Any, width: int, space: Callable[[], gym.Space[Any]]) -
     return np.ascontiguousarray(given.reshape(width), dtype=np.int64)
 
 
+def _all_as_integers(actions: Any, count: int, width: int, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[np.int64]:
+    if type(actions) is np.ndarray and actions.dtype == np.int64 and actions.shape == (count, width) and actions.flags.c_contiguous:
+        return actions
+    given = _array(actions, space)
+    if given.shape[:1] != (count,):
+        raise ConfigError(f"actions: shape {given.shape}, must begin with the number of environments, {count}")
+    return np.stack([_as_integers(action, width, space) for action in given])
+
+
 def _refuse(values: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], who: str) -> NoReturn:
     at = int(np.flatnonzero((values < 0) | (values > bounds))[0])
     raise ConfigError(f"action: {who}component {at} is {values[at]}, must be from 0 to {bounds[at]}")
@@ -249,12 +258,7 @@ class ActionCodec:
 
     def as_integers_of(self, actions: Any, count: int) -> npt.NDArray[np.int64]:
         """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
-        if type(actions) is np.ndarray and actions.dtype == np.int64 and actions.size == count * self.width and actions.flags.c_contiguous:
-            return actions.reshape(count, self.width)
-        given = _array(actions, self.space)
-        if given.shape[:1] != (count,):
-            raise ConfigError(f"actions: shape {given.shape}, must begin with the number of environments, {count}")
-        return np.stack([self.as_integers(action) for action in given])
+        return _all_as_integers(actions, count, self.width, self.space)
 
     def refuse(self, values: npt.NDArray[np.int64], who: str = "") -> NoReturn:
         """Raise the error of an action outside the space."""
@@ -332,12 +336,7 @@ class ReserveCodec:
 
     def as_integers_of(self, actions: Any, count: int) -> npt.NDArray[np.int64]:
         """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
-        if type(actions) is np.ndarray and actions.dtype == np.int64 and actions.size == count * self.width and actions.flags.c_contiguous:
-            return actions.reshape(count, self.width)
-        given = _array(actions, self.space)
-        if given.shape[:1] != (count,):
-            raise ConfigError(f"actions: shape {given.shape}, must begin with the number of environments, {count}")
-        return np.stack([self.as_integers(action) for action in given])
+        return _all_as_integers(actions, count, self.width, self.space)
 
     def refuse(self, values: npt.NDArray[np.int64], who: str = "") -> NoReturn:
         """Raise the error of an action outside the space."""

@@ -217,7 +217,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
-        chosen = dict(options or {})
+        chosen = checks.mapping("options", options) if options is not None else {}
         rate = checked_rate(chosen.pop("rate", self.rate))
         count = checked_count(chosen.pop("num_requests", self.num_requests))
         workload: Workload | None = chosen.pop("workload", None)

@@ -15,6 +15,7 @@ from llmsched_env import checks
 from llmsched_env.action import THETAS, ActionCodec, CodecRecord, ReserveCodec, make_codec
 from llmsched_env.engine.record_backend import check_served
 from llmsched_env.errors import ConfigError
+from llmsched_env.fluid.equilibrium import check_rate
 from llmsched_env.forecast import Forecast, make_forecast
 from llmsched_env.perf import LinearTime, load_calibration
 from llmsched_env.reward import Reward, make_reward
@@ -56,11 +57,9 @@ def checked_rate(rate: Any) -> float:
     """``rate`` as a float.
 
     Raises:
-        ConfigError: not a finite number above 0.
+        ConfigError: not a number so far from 0 and infinity that cycles and loads are finite.
     """
-    if isinstance(rate, bool) or not (isinstance(rate, int | float | np.number) and math.isfinite(rate) and rate > 0):
-        raise ConfigError(f"rate: {rate!r}, must be finite and > 0 requests/s")
-    return float(rate)
+    return check_rate("rate", rate)
 
 
 def checked_count(num_requests: Any) -> int:

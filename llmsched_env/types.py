@@ -67,7 +67,7 @@ class Decision(Rows):
     evict: Ints
 
     def __init__(self, num_queues: int) -> None:
-        super().__init__(np.zeros(num_queues, dtype=self.DTYPE))
+        super().__init__(np.zeros(checks.integer("decision.num_queues", num_queues), dtype=self.DTYPE))
 
     @classmethod
     def of(cls, run: npt.ArrayLike, admit: npt.ArrayLike, evict: npt.ArrayLike = 0) -> Decision:

@@ -105,7 +105,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
 
     def _make_specs(self, scenario: Any, rate: Any, engine: Any, kwargs: dict[str, Any], caching: bool) -> list[EnvSpec]:
         """Each different setting once; environment i has number i modulo their count."""
-        scenarios, rates, engines = (_listed(x) for x in (scenario, rate, engine))
+        scenarios, rates, engines = _listed("scenario", scenario), _listed("rate", rate), _listed("engine", engine)
         count = min(math.lcm(len(scenarios), len(rates), len(engines)), self.num_envs)
         made = [
             EnvSpec.of(scenarios[i % len(scenarios)], rate=rates[i % len(rates)], engine=engines[i % len(engines)], **kwargs)
@@ -282,5 +282,9 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self._workers.close()
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+def _listed(name: str, value: Any) -> list[Any]:
+    """The values that the environments take in turn."""
+    values = list(value) if isinstance(value, list | tuple | np.ndarray) else [value]
+    if not values:
+        raise ConfigError(f"{name}: [], must be one value or a list of at least one")
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -195,6 +196,33 @@ def _fuzz_actions(examples: int) -> None:
                 np.testing.assert_array_equal(vector.fleet.clocks, clocks)
 
     one()
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Decision(-1), "decision.num_queues: -1"),
+        (lambda: Decision(10**12), "decision.num_queues"),
+        (lambda: scalar().reset(options="x"), "options: 'x'"),  # type: ignore[arg-type]
+        (lambda: scalar().reset(options={"rate": 1e-300}), "rate: 1e-300"),
+        (lambda: LLMSchedEnv(rate=1e-300), "rate: 1e-300"),
+        (lambda: LLMSchedVectorEnv(num_envs=2, rate=[]), "rate: \\[\\]"),
+        (lambda: LLMSchedVectorEnv(num_envs=2, engine=[]), "engine: \\[\\]"),  # type: ignore[arg-type]
+        (lambda: LLMSchedVectorEnv(num_envs=2, scenario=[]), "scenario: \\[\\]"),
+    ],
+)
+def test_whoever_finds_the_fault_the_message_names_the_argument(make: Callable[[], Any], field: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{field}"):
+        make()
+
+
+def test_actions_in_another_shape_are_refused_though_their_number_is_right() -> None:
+    vector = LLMSchedVectorEnv(num_envs=3, num_requests=5)
+    vector.reset(seed=0)
+    shape = vector.action_space.shape
+    assert shape is not None
+    with pytest.raises(ConfigError, match="must begin with the number of environments, 3"):
+        vector.step(np.ones(int(np.prod(shape)), dtype=np.int64))
 
 
 def test_any_object_as_an_action() -> None:
