@@ -43,14 +43,12 @@ def _quantiles(field_name: str, values: npt.ArrayLike, shape: tuple[int, ...]) -
 @compiled
 def _cell(levels, u):  # type: ignore[no-untyped-def]
     """Index i with levels[i] <= u < levels[i + 1]."""
-    low, high = 0, levels.shape[0] - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if levels[middle] <= u:
-            low = middle
-        else:
-            high = middle
-    return low
+    i = np.int64(u * (levels.shape[0] - 1))  # where it is if the levels are evenly spaced, and near it as they mostly are
+    while levels[i] > u:
+        i -= 1
+    while levels[i + 1] <= u:
+        i += 1
+    return i
 
 
 @compiled
