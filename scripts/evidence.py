@@ -30,18 +30,21 @@ class Paths:
 
     @classmethod
     def find(cls) -> Paths:
-        """``LLMSCHED_CALIBRATION``, ``LLMSCHED_PEERS`` and ``LLMSCHED_TRACES``, else ``../shared/<name>`` beside the project.
+        """The folders that ``LLMSCHED_CALIBRATION``, ``LLMSCHED_PEERS`` and ``LLMSCHED_TRACES`` name.
 
         Raises:
-            ConfigError: a folder does not exist.
+            ConfigError: a variable is not set, or names no folder.
         """
-        found = {}
-        for name, variable in _FOLDERS.items():
-            folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
-            if not folder.is_dir():
-                raise ConfigError(f"{variable}: {folder} is not a folder; set it to the folder of the {name} data")
-            found[name] = folder
-        return cls(**found)
+        return cls(**{name: folder_of(name) for name in _FOLDERS})
+
+
+def folder_of(name: str) -> Path:
+    """One of the folders of ``Paths``; raises as ``Paths.find`` does."""
+    variable = _FOLDERS[name]
+    named = os.environ.get(variable, "")
+    if not named or not Path(named).is_dir():
+        raise ConfigError(f"{variable}: {named!r}, must name the folder of the {name} data")
+    return Path(named)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
     python scripts/fidelity.py --out docs/fidelity.md
 
 Each module ``scripts/fidelity_<part>.py`` gives a part of the page by ``section(paths)``. The raw data
-are found by LLMSCHED_CALIBRATION, LLMSCHED_PEERS and LLMSCHED_TRACES, else in ../shared.
+lie in the folders that LLMSCHED_CALIBRATION, LLMSCHED_PEERS and LLMSCHED_TRACES name.
 """
 
 from __future__ import annotations

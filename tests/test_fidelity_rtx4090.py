@@ -18,7 +18,7 @@ from llmsched_env.types import RequestLog
 from scripts import calibrate
 from scripts import fidelity_rtx4090 as fidelity
 from scripts.calibration_llmservingsim import import_profile, leave_one_out, read_profile
-from scripts.evidence import MISSED, ROOT, Paths
+from scripts.evidence import MISSED, Paths
 
 SHIPPED = resources.files("llmsched_env.perf") / "calibrations" / f"{fidelity.CALIBRATION}.npz"
 FILES = ("dense.csv", "per_sequence.csv", "attention.csv.gz", "meta.yaml")
@@ -26,9 +26,9 @@ FILES = ("dense.csv", "per_sequence.csv", "attention.csv.gz", "meta.yaml")
 
 def raw(variable: str, name: str) -> Path:
     """A folder of raw data, or skip. It is not part of the project; the environment variable names it."""
-    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
+    folder = Path(os.environ.get(variable, "not set"))
     if not folder.is_dir():
-        pytest.skip(f"raw data not found: {folder} (set {variable})")
+        pytest.skip(f"raw {name} not found: {folder} (set {variable})")
     return folder
 
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def raw_trace(name: str) -> Path:
     """A raw trace, or skip. The files are not part of the project; ``LLMSCHED_TRACES`` names their folder."""
-    folder = Path(os.environ.get("LLMSCHED_TRACES") or ROOT.parent / "shared" / "traces")
+    folder = Path(os.environ.get("LLMSCHED_TRACES", "not set"))
     if not (folder / name).is_file():
         pytest.skip(f"raw trace {name} not found (set LLMSCHED_TRACES to its folder)")
     return folder / name
