@@ -17,6 +17,7 @@ Every action is legal. The ``reserve`` policy of ``baselines`` is one constant a
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -204,8 +205,44 @@ def whole_number(action: Any, most: int) -> int:
     return int(values[0])
 
 
+class Codec(ABC):
+    """What every action set has; the numbers of an action are W integers from 0 to ``bounds``."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Integers in one action, W."""
+
+    @property
+    @abstractmethod
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """(W,) largest value of each component; the smallest is 0."""
+
+    @abstractmethod
+    def space(self) -> gym.Space[Any]:
+        """The action space of one environment."""
+
+    def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
+        """``action`` as (W,) int64.
+
+        Raises:
+            ConfigError: another shape, or numbers that are not whole.
+        """
+        return _as_integers(action, self.width, self.space)
+
+    def as_integers_of(self, actions: Any, count: int) -> npt.NDArray[np.int64]:
+        """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
+        return _all_as_integers(actions, count, self.width, self.space)
+
+    def refuse(self, values: npt.NDArray[np.int64], who: str = "") -> NoReturn:
+        """Raise the error of an action outside the space."""
+        _refuse(values, self.bounds, who)
+
+
 @dataclass(frozen=True, slots=True)
-class ActionCodec:
+class ActionCodec(Codec):
     """Action <-> Decision of the set ``admit`` for Q queues.
 
     Attributes:
@@ -248,22 +285,6 @@ class ActionCodec:
         """``legal`` (mask size,) as ``MultiDiscrete.sample(mask=...)`` takes it: an int8 array for each component."""
         return tuple(np.split(legal.view(np.int8), np.cumsum(self.bounds + 1)[:-1]))
 
-    def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
-        """``action`` as (W,) int64.
-
-        Raises:
-            ConfigError: another shape, or numbers that are not whole.
-        """
-        return _as_integers(action, self.width, self.space)
-
-    def as_integers_of(self, actions: Any, count: int) -> npt.NDArray[np.int64]:
-        """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
-        return _all_as_integers(actions, count, self.width, self.space)
-
-    def refuse(self, values: npt.NDArray[np.int64], who: str = "") -> NoReturn:
-        """Raise the error of an action outside the space."""
-        _refuse(values, self.bounds, who)
-
     def decode(self, action: npt.ArrayLike, out: Decision) -> Decision:
         """Write the decision an action stands for into ``out``; ``evict`` stays 0."""
         values = self.as_integers(action)
@@ -284,7 +305,7 @@ class ActionCodec:
 
 
 @dataclass(frozen=True, slots=True)
-class ReserveCodec:
+class ReserveCodec(Codec):
     """The action set ``reserve``.
 
     Attributes:
@@ -325,22 +346,6 @@ class ReserveCodec:
     def sample_mask(self, legal: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
         """``legal`` (n,) as ``Discrete.sample(mask=...)`` takes it."""
         return legal.view(np.int8)
-
-    def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
-        """``action`` as (W,) int64.
-
-        Raises:
-            ConfigError: another shape, or numbers that are not whole.
-        """
-        return _as_integers(action, self.width, self.space)
-
-    def as_integers_of(self, actions: Any, count: int) -> npt.NDArray[np.int64]:
-        """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
-        return _all_as_integers(actions, count, self.width, self.space)
-
-    def refuse(self, values: npt.NDArray[np.int64], who: str = "") -> NoReturn:
-        """Raise the error of an action outside the space."""
-        _refuse(values, self.bounds, who)
 
 
 def make_codec(action_set: str, num_queues: int, max_admit: int, thetas: Sequence[float]) -> ActionCodec | ReserveCodec:

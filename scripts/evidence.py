@@ -10,7 +10,6 @@ from pathlib import Path
 
 from llmsched_env.errors import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
 _FOLDERS = {"calibration": "LLMSCHED_CALIBRATION", "peers": "LLMSCHED_PEERS", "traces": "LLMSCHED_TRACES"}
 
 

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from llmsched_env.errors import ConfigError
 from llmsched_env.workload import read_trace
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def raw_trace(name: str) -> Path:
     """A raw trace, or skip. The files are not part of the project; ``LLMSCHED_TRACES`` names their folder."""
