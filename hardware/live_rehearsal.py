@@ -60,5 +60,5 @@ def rehearse(policy: Policy, mirror: LiveMirror) -> None:
         entered.num_computed_tokens = entered.num_tokens - 1
         ask(0.03)
         policy.reset()
-    except Exception as error:
+    except Exception as error:  # the operator's own policy: whatever it raises, the server does not start with it
         raise ConfigError(f"policy {policy.name!r} fails on an almost empty server: {type(error).__name__}: {error}") from error

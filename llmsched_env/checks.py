@@ -31,7 +31,7 @@ def shown(value: object) -> str:
     """``repr`` for a message: short, and there even where ``repr`` fails (integers of more than 4,300 digits)."""
     try:
         text = repr(value)
-    except Exception:
+    except Exception:  # an object's own repr may raise anything; it must not hide the error that names the field
         return f"a {type(value).__name__}"
     return text if len(text) <= 120 else f"{text[:110]}... ({type(value).__name__})"
 

@@ -92,27 +92,31 @@ def remove(engine: Engine, r: int) -> None:
 
 
 @compiled
-def next_outside(engine: Engine) -> int:
-    """Outside queue whose head is next in the global admission order among those with ``left`` above 0; -1 if none.
+def precedes(engine: Engine, q: int, r: int, best: int, other: int) -> bool:
+    """Whether request r of outside queue q is admitted before request ``other`` of queue ``best`` (-1: there is none).
 
     Timely requests before late ones; then, in the order by class, the rank of the class; then the queue key.
     """
-    requests, queues, settings = engine.requests, engine.queues, engine.settings
+    if best < 0:
+        return True
+    queues = engine.queues
+    key, other_key = engine.requests.key[r], engine.requests.key[other]
+    late, other_late = key >= LATE_KEY // 2, other_key >= LATE_KEY // 2
+    if late != other_late:
+        return other_late
+    if engine.settings.by_class != 0 and queues.rank[q] != queues.rank[best]:
+        return queues.rank[q] < queues.rank[best]
+    return key < other_key
+
+
+@compiled
+def next_outside(engine: Engine) -> int:
+    """Outside queue whose head is next in the global admission order among those with ``left`` above 0; -1 if none."""
+    queues, settings = engine.queues, engine.settings
     best = -1
-    best_rank = 0
-    best_key = 0
     for q in range(0, settings.num_queues, settings.num_segments):
-        head = queues.head[q]
-        if head < 0 or queues.left[q] <= 0:
-            continue
-        key = requests.key[head]
-        rank = queues.rank[q] if settings.by_class != 0 else 0
-        if queues.timely[q] < 0:
-            rank += LATE_KEY
-        if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
+        if queues.head[q] >= 0 and queues.left[q] > 0 and precedes(engine, q, queues.head[q], best, queues.head[max(best, 0)]):
             best = q
-            best_rank = rank
-            best_key = key
     return best
 
 
@@ -126,26 +130,12 @@ def start_of_queues(engine: Engine) -> None:
 
 @compiled
 def next_in_order(engine: Engine) -> int:
-    """The outside queue whose next request of the walk is admitted before all others; -1 if none is left.
-
-    The order is that of ``next_outside``, which looks at heads alone.
-    """
-    requests, queues, settings = engine.requests, engine.queues, engine.settings
+    """The outside queue whose next request of the walk is admitted before all others; -1 if none is left."""
+    queues, settings = engine.queues, engine.settings
     best = -1
-    best_rank = 0
-    best_key = 0
     for q in range(0, settings.num_queues, settings.num_segments):
-        r = queues.left[q]
-        if r < 0:
-            continue
-        key = requests.key[r]
-        rank = queues.rank[q] if settings.by_class != 0 else 0
-        if key >= LATE_KEY // 2:
-            rank += LATE_KEY
-        if best < 0 or rank < best_rank or (rank == best_rank and key < best_key):
+        if queues.left[q] >= 0 and precedes(engine, q, queues.left[q], best, queues.left[max(best, 0)]):
             best = q
-            best_rank = rank
-            best_key = key
     return best
 
 

@@ -290,3 +290,16 @@ def complete(engine: Engine, r: int, tokens: int) -> None:
     engine.events.finished[report.completed] = r
     report.completed += 1
     report.completed_tokens += tokens
+
+
+@compiled
+def running_members(engine: Engine):  # type: ignore[no-untyped-def]
+    """(members of the queues that run, each of which decodes; tokens of KV that they attend to, the new ones included)."""
+    queues = engine.queues
+    decodes = 0
+    decode_kv = 0
+    for q in range(engine.settings.num_queues):
+        if queues.runs[q] != 0:
+            decodes += queues.members[q]
+            decode_kv += queues.member_kv[q] + queues.members[q]
+    return decodes, decode_kv

@@ -173,7 +173,7 @@ class Rule:
                 self._address = address_of(self.function, ((Engine, level), type(self.policy), Decision))
             except (TypeError, AttributeError) as error:
                 raise ConfigError(f"rule {getattr(self.function, '__name__', self.function)!r}: {error}") from error
-            except Exception as error:
+            except Exception as error:  # numba has several families of errors; all others pass
                 if type(error).__module__.startswith("numba"):
                     raise ConfigError(f"rule {self.function.__name__!r} cannot be compiled: {error}") from error
                 raise

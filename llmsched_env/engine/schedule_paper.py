@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_outside
-from llmsched_env.engine.residents import admit, computed, preempt
+from llmsched_env.engine.residents import admit, computed, preempt, running_members
 from llmsched_env.engine.state import BOUNDARY, ENTERING, PREFILL, Engine
 
 
@@ -52,12 +52,7 @@ def schedule_paper(engine: Engine) -> None:
 def describe_paper_batch(engine: Engine) -> None:
     """The batch: every running member decodes, whoever has just been admitted is prefilled whole."""
     requests, queues, settings, batch = engine.requests, engine.queues, engine.settings, engine.batch
-    decodes = 0
-    decode_kv = 0
-    for q in range(settings.num_queues):
-        if queues.runs[q] != 0:
-            decodes += queues.members[q]
-            decode_kv += queues.member_kv[q] + queues.members[q]
+    decodes, decode_kv = running_members(engine)
     load = decode_kv
     size = decodes
     prefills = 0

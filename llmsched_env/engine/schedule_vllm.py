@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_outside
-from llmsched_env.engine.residents import admit, blocks_for, computed, insert_peer, leave_group, preempt
+from llmsched_env.engine.residents import admit, blocks_for, computed, insert_peer, leave_group, preempt, running_members
 from llmsched_env.engine.state import BOUNDARY, ENTERING, PREFILL, Engine
 from llmsched_env.pointers import call, call_int
 
@@ -265,12 +265,7 @@ def admit_outside(engine: Engine, budget: int) -> None:
 def describe_batch(engine: Engine) -> None:
     """Describe the scheduled tokens to the iteration-time model."""
     requests, queues, settings, batch = engine.requests, engine.queues, engine.settings, engine.batch
-    decodes = 0
-    decode_kv = 0
-    for q in range(settings.num_queues):
-        if queues.runs[q] != 0:
-            decodes += queues.members[q]
-            decode_kv += queues.member_kv[q] + queues.members[q]
+    decodes, decode_kv = running_members(engine)
     prefills = 0
     prefill_tokens = 0
     context_sum = 0
