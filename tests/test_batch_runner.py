@@ -294,6 +294,27 @@ def test_an_episode_cut_into_many_calls_is_the_same(monkeypatch: pytest.MonkeyPa
     assert_same(whole, run_episode(policy, workload))
 
 
+@pytest.mark.parametrize(("seconds_a_step", "least", "most"), [(0.05, 1, 4), (1e-3, 50, 200), (1e-6, 1000, 10_000_000)])
+def test_the_slower_a_rule_the_fewer_steps_between_two_looks_for_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, seconds_a_step: float, least: int, most: int
+) -> None:
+    policy, _, workload = made("wait", "overload")
+    rule = rule_of(policy)
+    assert rule is not None
+    play, asked, clock = rules._play, [], [0.0]
+
+    def played(address: int, steps: int, *args: Any) -> Any:
+        asked.append(steps)
+        clock[0] += steps * seconds_a_step
+        return play(address, steps, *args)
+
+    monkeypatch.setattr(rules, "_play", played)
+    monkeypatch.setattr(rules, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    run_episode(policy, workload)
+    assert asked[0] == 100 and all(least <= steps <= most for steps in asked[1:]) and len(asked) > 1
+    assert seconds_a_step > 0.01 or max(asked) >= 100
+
+
 @pytest.mark.parametrize("name", policy_names())
 def test_policies_survive_copies_and_pickles(name: str) -> None:
     policy, _, workload = made(name, "overload")

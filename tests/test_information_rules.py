@@ -400,3 +400,17 @@ def test_a_rule_cannot_raise_its_own_level() -> None:
     shown = _five_requests().record.at_level(Level.VISIBLE)
     with pytest.raises(AttributeError, match="not shown"):
         shown.at_level(Level.HIDDEN)
+
+
+def test_a_python_policy_finds_the_record_at_its_own_level() -> None:
+    backend, view = started(reveal=False)
+    for _ in range(5):
+        backend.step(Decision.greedy(LAYOUT.num_queues))
+    for read in (lambda: view.record.hidden, lambda: view.record.next_arrival, lambda: view.record.requests.output):
+        with pytest.raises(AttributeError, match="not shown"):
+            read()
+    assert view.record.clock == view.clock > 0 and view.record.requests.prompt[0] > 0
+    _, view = started(reveal=True)
+    assert len(view.record.requests.output) == len(view.record.requests)
+    with pytest.raises(AttributeError, match="not shown"):
+        view.record.hidden  # noqa: B018
