@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from llmsched_env.engine.state import Engine
-from llmsched_env.errors import ConfigError
 from llmsched_env.types import (
     Decision,
     EngineConfig,
@@ -195,32 +191,4 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-_BACKENDS = {
-    "sim": "llmsched_env.engine.simulator:SimBackend",
-    "sim-prefix-cache": "llmsched_env.engine.simulator:PrefixCachingBackend",
-    "vllm-scheduler": "hardware.vllm_scheduler:VllmSchedulerBackend",
-    "vllm": "hardware.vllm_engine:VllmEngineBackend",
-}
-
-
-def make_backend(name: str, **config: Any) -> Backend:
-    """Build a backend by name; the module is imported only then.
-
-    Raises:
-        ConfigError: unknown name (the nearest one is given).
-    """
-    if not isinstance(name, str) or name not in _BACKENDS:
-        near = difflib.get_close_matches(str(name), _BACKENDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"backend: {name!r} is unknown{hint} (available: {', '.join(_BACKENDS)})")
-    module, _, attribute = _BACKENDS[name].partition(":")
-    made = getattr(importlib.import_module(module), attribute)
-    try:
-        inspect.signature(made).bind(**config)
-    except TypeError as error:
-        raise ConfigError(f"backend_config of {name!r}: {error}") from error
-    backend: Backend = made(**config)
-    return backend
-
-
-__all__ = ["Backend", "Counters", "ResidentRequests", "View", "WaitingRequests", "make_backend"]
+__all__ = ["Backend", "Counters", "ResidentRequests", "View", "WaitingRequests"]

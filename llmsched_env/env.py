@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from llmsched_env import checks
 from llmsched_env.action import ActionCodec, link_codec, whole_number
-from llmsched_env.backend import View, make_backend
+from llmsched_env.backend import View
+from llmsched_env.backends import make_backend
 from llmsched_env.compiled import entry
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import END_FINISHED, END_STUCK, RUNNING, Engine

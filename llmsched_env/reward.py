@@ -7,7 +7,6 @@ specification stays serialisable.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.pointers import address_of, call_float
 from llmsched_env.records import Numbers, reader
+from llmsched_env.registry import REWARDS, is_reference, load_reference
 from llmsched_env.types import FloatArray, IntArray
 
 
@@ -224,15 +224,13 @@ def compiled_reward(reward: Reward) -> CompiledReward | None:
     return None
 
 
-_REWARDS: dict[str, type[LatencyReward] | type[ThroughputReward] | type[SloGoodputReward]] = {
-    "latency": LatencyReward,
-    "throughput": ThroughputReward,
-    "slo_goodput": SloGoodputReward,
-}
+REWARDS.built_in({"latency": LatencyReward, "throughput": ThroughputReward, "slo_goodput": SloGoodputReward})
 
 
 def make_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
-    """A reward from its name, from ``{"name": ..., **arguments}``, or the callable itself.
+    """A reward from its name or ``module:attribute``, from ``{"name": ..., **arguments}``, or the callable itself.
+
+    What a name stands for is a class or a function that is called with the arguments, or, without arguments, the reward itself.
 
     Raises:
         ConfigError: unknown name (the nearest one is given) or argument; a callable that cannot be called with one outcome,
@@ -244,15 +242,19 @@ def make_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
         _check_callable(spec)
         return spec
     if not isinstance(spec, str | Mapping):
-        raise ConfigError(f"reward: {checks.shown(spec)}, must be a name, an object with one, or a callable (known: {', '.join(_REWARDS)})")
+        raise ConfigError(
+            f"reward: {checks.shown(spec)}, must be a name, an object with one, or a callable (known: {', '.join(REWARDS.names())})"
+        )
     arguments = {"name": spec} if isinstance(spec, str) else checks.mapping("reward", spec)
     name = arguments.pop("name", None)
-    if not isinstance(name, str) or name not in _REWARDS:
-        near = difflib.get_close_matches(str(name)[:100], _REWARDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"reward: {checks.shown(name)} is unknown{hint} (known: {', '.join(_REWARDS)}, or a callable)")
+    if isinstance(name, str) and is_reference(name):
+        found = load_reference("reward", name)
+    else:
+        found = REWARDS.find(name, "; or module:attribute, or a callable")
+    if not isinstance(found, type) and not arguments:
+        return make_reward(found)
     try:
-        return _REWARDS[name](**arguments)
+        return make_reward(found(**arguments))
     except TypeError as error:
         raise ConfigError(f"reward {name!r}: {error}") from error
 

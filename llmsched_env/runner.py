@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from llmsched_env.backend import Backend, Counters, View, make_backend
+from llmsched_env.backend import Backend, Counters, View
+from llmsched_env.backends import make_backend
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.metrics import Summary, summarize

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,43 +13,13 @@ import numpy as np
 from llmsched_env import checks
 from llmsched_env.action import THETAS, ActionCodec, CodecRecord, ReserveCodec, make_codec
 from llmsched_env.engine.record_backend import check_served
-from llmsched_env.errors import ConfigError
+from llmsched_env.engine_changes import engine_with
+from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.fluid.equilibrium import check_rate
 from llmsched_env.forecast import Forecast, make_forecast
-from llmsched_env.perf import LinearTime, load_calibration
 from llmsched_env.reward import Reward, make_reward
 from llmsched_env.types import ClassBy, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.workload import Scenario, load_scenario, scenario_from_trace
-
-
-def engine_with(base: EngineConfig, changes: Mapping[str, Any] | EngineConfig | None) -> EngineConfig:
-    """``base`` with plain-value changes; ``d0``, ``d1`` set a linear time model, ``time_model`` loads a calibration by name.
-
-    Raises:
-        ConfigError: unknown field, or a value the engine refuses.
-    """
-    if changes is None:
-        return base
-    if isinstance(changes, EngineConfig):
-        return changes
-    if not isinstance(changes, Mapping):
-        raise ConfigError(f"engine: {checks.shown(changes)}, must be an EngineConfig or a mapping of its fields")
-    fields = dict(changes)
-    if isinstance(fields.get("time_model"), str):
-        fields["time_model"] = load_calibration(fields["time_model"])
-    if "d0" in fields or "d1" in fields:
-        model = fields.get("time_model", base.time_model)
-        known = {"d0": model.d0, "d1": model.d1} if isinstance(model, LinearTime) else {}
-        known.update({k: checks.number(f"engine.{k}", fields.pop(k)) for k in ("d0", "d1") if k in fields})
-        missing = [k for k in ("d0", "d1") if k not in known]
-        if missing:
-            raise ConfigError(f"engine.{missing[0]}: missing, a linear time model needs d0 and d1")
-        fields["time_model"] = LinearTime(known["d0"], known["d1"])
-    allowed = EngineConfig.__dataclass_fields__
-    for name in fields:
-        if name not in allowed:
-            raise ConfigError(f"engine.{name}: unknown field (allowed: {', '.join(allowed)}, d0, d1)")
-    return base.replace(**fields)
 
 
 def checked_rate(rate: Any) -> float:
@@ -144,8 +113,7 @@ class EnvSpec:
         known = EnvSettings.__dataclass_fields__
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, known)
                 raise ConfigError(f"{name}: unknown setting of an environment{hint} (allowed: scenario, {', '.join(known)})")
         given = EnvSettings(**settings)
         for name in ("reveal_output_length", "drain"):
@@ -215,4 +183,4 @@ def _layout(scenario: Scenario, given: EnvSettings) -> QueueLayout:
     return base
 
 
-__all__ = ["EnvSettings", "EnvSpec", "checked_backlog", "checked_count", "checked_rate", "draw_backlog", "engine_with"]
+__all__ = ["EnvSettings", "EnvSpec", "checked_backlog", "checked_count", "checked_rate", "draw_backlog"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from llmsched_env.backend import View, make_backend
+from llmsched_env.backend import View
+from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, Workload
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as hs
 from reference_paper_rules import ReferencePaperRules
 from reference_vllm import ReferenceVLLM, Step
 
-from llmsched_env.backend import View, make_backend
+from llmsched_env.backend import View
+from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.perf import LinearTime
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, Workload

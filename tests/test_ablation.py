@@ -11,20 +11,20 @@ import pytest
 
 pytest.importorskip("safetensors", reason="safetensors is not installed (extra: checkpoints)")
 
-from agents.checkpoint import save_checkpoint
-from agents.domain import Domain
-from agents.interface import Interface
-from agents.network import Network
-from agents.recipe import Recipe
-from baselines import Setting
+from llmsched_agents.checkpoint import save_checkpoint
+from llmsched_agents.domain import Domain
+from llmsched_agents.interface import Interface
+from llmsched_agents.network import Network
+from llmsched_agents.recipe import Recipe
+from llmsched_baselines import Setting
+from llmsched_env.bench.ablation_table import REFERENCE_ROW, Ablation
+from llmsched_env.bench.boundary import Boundaries
+from llmsched_env.bench.suite import Bench, Cell, warmup_seconds
+from llmsched_env.cli import ablation, evaluate
+from llmsched_env.cli.ablation import Candidate, candidates, constant_agent, figures, part_changes, run_cell
 from llmsched_env.metrics import summarize
 from llmsched_env.runner import run_episode
 from llmsched_env.workload import load_scenario
-from scripts import ablation, evaluate
-from scripts.ablation import Candidate, candidates, constant_agent, figures, part_changes, run_cell
-from scripts.ablation_table import REFERENCE_ROW, Ablation
-from scripts.boundary import Boundaries
-from scripts.suite import Bench, Cell, warmup_seconds
 
 LEVELS = (0.3, 0.97, 1.0)
 RECIPE = Recipe(

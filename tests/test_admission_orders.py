@@ -11,10 +11,10 @@ from gymnasium.utils.env_checker import check_env
 from hypothesis import given, settings
 from hypothesis import strategies as hs
 
-from baselines import Setting, make_policy
+from llmsched_baselines import Setting, make_policy
 from llmsched_env import ConfigError, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.action import decode_reserve
-from llmsched_env.backend import make_backend
+from llmsched_env.backends import make_backend
 from llmsched_env.engine import state as st
 from llmsched_env.forecast import expected_output, expected_output_by_class, expected_remaining, make_forecast
 from llmsched_env.runner import run_episode

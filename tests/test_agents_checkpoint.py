@@ -16,15 +16,15 @@ import pytest
 
 pytest.importorskip("safetensors", reason="safetensors is not installed (extra: agents)")
 
-from agents import kernel
-from agents.agent import Agent
-from agents.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_record, save_checkpoint
-from agents.domain import Domain
-from agents.interface import Interface
-from agents.kernel import HELD_ITERATIONS, AgentRecord
-from agents.network import Network
-from agents.recipe import Recipe
-from baselines import make_policy
+from llmsched_agents import kernel
+from llmsched_agents.agent import Agent
+from llmsched_agents.checkpoint import CONFIG, WEIGHTS, load_checkpoint, read_record, save_checkpoint
+from llmsched_agents.domain import Domain
+from llmsched_agents.interface import Interface
+from llmsched_agents.kernel import HELD_ITERATIONS, AgentRecord
+from llmsched_agents.network import Network
+from llmsched_agents.recipe import Recipe
+from llmsched_baselines import make_policy
 from llmsched_env import ConfigError
 from llmsched_env.runner import run_episode
 
@@ -73,7 +73,7 @@ def test_what_comes_back_is_what_was_saved(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", RECIPES)
 def test_one_engine_and_many_decide_alike(kind: str) -> None:
     pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: agents)")
-    from agents.training_env import AgentVecEnv
+    from llmsched_agents.training_env import AgentVecEnv
     from llmsched_env.types import Workload
 
     recipe, setting = RECIPES[kind], DOMAIN.grid()[0]
@@ -194,8 +194,8 @@ def test_torch_is_not_needed(tmp_path: Path) -> None:
 import sys
 sys.modules["torch"] = None
 sys.modules["stable_baselines3"] = None
-from agents.checkpoint import load_checkpoint
-from agents.domain import Domain
+from llmsched_agents.checkpoint import load_checkpoint
+from llmsched_agents.domain import Domain
 from llmsched_env.runner import run_episode
 agent = load_checkpoint({str(tmp_path)!r})
 setting = Domain(("azure-conv",), (1.0,), (300,)).grid()[0]

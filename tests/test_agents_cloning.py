@@ -14,16 +14,16 @@ pytest.importorskip("safetensors", reason="safetensors is not installed (extra: 
 
 import torch as th
 
-from agents.agent import Agent
-from agents.checkpoint import load_checkpoint, read_record
-from agents.cloning import clone_policy, fit
-from agents.demonstrations import Demonstrations, expert_recipe, read_demonstrations, read_episode, record_episode, write_episode
-from agents.domain import Domain
-from agents.network import network_of, set_actor
-from baselines import Policy, make_policy
+from llmsched_agents.agent import Agent
+from llmsched_agents.checkpoint import load_checkpoint, read_record
+from llmsched_agents.cloning import clone_policy, fit
+from llmsched_agents.demonstrations import Demonstrations, expert_recipe, read_demonstrations, read_episode, record_episode, write_episode
+from llmsched_agents.domain import Domain
+from llmsched_agents.network import network_of, set_actor
+from llmsched_baselines import Policy, make_policy
 from llmsched_env import ConfigError
+from llmsched_env.cli import collect
 from llmsched_env.runner import run_episode
-from scripts import collect
 
 DOMAIN = Domain(("azure-conv",), (0.95,), (400,))
 SETTING = DOMAIN.grid()[0]

@@ -12,13 +12,13 @@ pytest.importorskip("safetensors", reason="safetensors is not installed (extra: 
 
 from test_agents_checkpoint import DOMAIN, RECIPES, network_for
 
-from agents.checkpoint import load_checkpoint, read_record, save_checkpoint
-from agents.ensemble import averaged, with_bonus
-from agents.network import Network
-from agents.recipe import Recipe
+from llmsched_agents.checkpoint import load_checkpoint, read_record, save_checkpoint
+from llmsched_agents.ensemble import averaged, with_bonus
+from llmsched_agents.network import Network
+from llmsched_agents.recipe import Recipe
 from llmsched_env import ConfigError
+from llmsched_env.cli.ensemble import main
 from llmsched_env.runner import run_episode
-from scripts.ensemble import main
 
 
 def member(seed: int) -> Network:

@@ -14,16 +14,16 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra: agents)")
 pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: agents)")
 
-from agents.domain import Domain, EnvSetting, arrivals_of, workload_of
-from agents.interface import FIELDS, Interface
-from agents.kernel import FEATURES, GRID, HIDDEN
-from agents.peak import forecast_steps
-from agents.recipe import LEVELS, Recipe, boundary_with_prefill, class_tokens, class_work, first_token_budget, fluid_budget
-from agents.sb3_vec import SB3VecEnv
-from agents.training_env import AgentVecEnv
-from baselines import Setting
+from llmsched_agents.domain import Domain, EnvSetting, arrivals_of, workload_of
+from llmsched_agents.interface import FIELDS, Interface
+from llmsched_agents.kernel import FEATURES, GRID, HIDDEN
+from llmsched_agents.peak import forecast_steps
+from llmsched_agents.recipe import LEVELS, Recipe, boundary_with_prefill, class_tokens, class_work, first_token_budget, fluid_budget
+from llmsched_agents.sb3_vec import SB3VecEnv
+from llmsched_agents.training_env import AgentVecEnv
+from llmsched_baselines import Setting
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv
-from llmsched_env.backend import make_backend
+from llmsched_env.backends import make_backend
 from llmsched_env.compiled import compiled
 from llmsched_env.perf import LinearTime
 from llmsched_env.reward import CompiledReward

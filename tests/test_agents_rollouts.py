@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("torch", reason="torch is not installed (extra: agents)")
 pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: agents)")
 
-from agents.checkpoint import load_checkpoint, read_record
-from agents.domain import Domain
-from agents.hyperparameters import read_hyperparameters
-from agents.rollout_training import RolloutTraining
+from llmsched_agents.checkpoint import load_checkpoint, read_record
+from llmsched_agents.domain import Domain
+from llmsched_agents.hyperparameters import read_hyperparameters
+from llmsched_agents.rollout_training import RolloutTraining
 from llmsched_env import ConfigError
 from llmsched_env.runner import run_episode
 

@@ -12,14 +12,14 @@ import pytest
 
 pytest.importorskip("safetensors", reason="safetensors is not installed (extra: checkpoints)")
 
-from agents.checkpoint import CONFIG, RECORD, WEIGHTS, load_checkpoint, read_record
-from baselines import Setting, make_policy
+from llmsched_agents.checkpoint import CONFIG, RECORD, WEIGHTS, load_checkpoint, read_record
+from llmsched_baselines import Setting, make_policy
 from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.runner import run_episode
 from llmsched_env.workload import load_scenario, scenario_names
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKPOINTS = ROOT / "agents" / "checkpoints"
+CHECKPOINTS = ROOT / "agents" / "llmsched_agents" / "checkpoints"
 NAMES = ("generalist", "slo")
 
 
@@ -61,10 +61,10 @@ import sys
 sys.modules["torch"] = None
 sys.modules["stable_baselines3"] = None
 sys.modules["yaml"] = None
-from agents.checkpoint import load_checkpoint
+from llmsched_agents.checkpoint import load_checkpoint
 from llmsched_env.runner import run_episode
 from llmsched_env.workload import load_scenario
-from baselines import Setting
+from llmsched_baselines import Setting
 scenario = load_scenario("azure-conv")
 for name in {NAMES!r}:
     agent = load_checkpoint({str(CHECKPOINTS)!r} + "/" + name, Setting(scenario.statistics, 4.0, scenario.engine))
@@ -77,7 +77,7 @@ for name in {NAMES!r}:
 
 def test_an_agent_is_compared_beside_the_experts(tmp_path: Path) -> None:
     pytest.importorskip("joblib", reason="joblib is not installed (extra: plots)")
-    from scripts.compare import main
+    from llmsched_env.cli.compare import main
 
     words = ["--scenario", "azure-conv", "--rates", "5", "--policies", "vllm", str(CHECKPOINTS / "generalist"), "--seeds", "2"]
     words += ["--num-requests", "40", "--jobs", "1", "--quiet", "--out", str(tmp_path / "out")]

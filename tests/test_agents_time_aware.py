@@ -15,10 +15,10 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import nn
 
-from agents.policy import AgentPolicy, MaskableAgentPolicy, greedy_bias, masked_kl
-from agents.ppo import Decay, Discounting
-from agents.time_aware import GroupScale, TimeAwareReplayBuffer, TimeAwareRolloutBuffer, time_aware_gae
-from agents.training_env import StepRecord
+from llmsched_agents.policy import AgentPolicy, MaskableAgentPolicy, greedy_bias, masked_kl
+from llmsched_agents.ppo import Decay, Discounting
+from llmsched_agents.time_aware import GroupScale, TimeAwareReplayBuffer, TimeAwareRolloutBuffer, time_aware_gae
+from llmsched_agents.training_env import StepRecord
 from llmsched_env import ConfigError
 
 OBSERVATION = gym.spaces.Box(0.0, 1.0, (3,), np.float32)

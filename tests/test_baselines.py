@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from baselines import Setting, make_policy, policy_names
-from baselines.mc_sf import fits_forever
-from baselines.policy import bucket_edges, output_classes, prompt_classes
-from llmsched_env.backend import make_backend
+from llmsched_baselines import Setting, make_policy, policy_names
+from llmsched_baselines.mc_sf import fits_forever
+from llmsched_baselines.policy import bucket_edges, output_classes, prompt_classes
+from llmsched_env.backends import make_backend
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.forecast import expected_output
 from llmsched_env.metrics import lost

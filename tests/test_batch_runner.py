@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as hst
 
-from baselines import Policy, Setting, make_policy, policy_class, policy_names
-from llmsched_env.backend import View, make_backend
+from llmsched_baselines import Policy, Setting, make_policy, policy_class, policy_names
+from llmsched_env.backend import View
+from llmsched_env.backends import make_backend
 from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.compiled import compiled
 from llmsched_env.engine import rules

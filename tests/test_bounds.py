@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baselines import Setting, make_policy
+from llmsched_baselines import Setting, make_policy
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv, QueueLayout, Workload
-from llmsched_env.backend import make_backend
+from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.vector import LLMSchedVectorEnv
 from llmsched_env.workload import load_scenario

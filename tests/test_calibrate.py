@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from baselines import Setting
+from llmsched_baselines import Setting
+from llmsched_baselines.overrides import Overrides, with_calibration
 from llmsched_env import EngineConfig
+from llmsched_env.cli import calibrate, compare, replay
 from llmsched_env.errors import ConfigError
+from llmsched_env.pages.fidelity.evidence import Paths
 from llmsched_env.perf import TableTime, load_calibration
 from llmsched_env.types import LengthStatistics
-from scripts import calibrate, compare, replay
-from scripts.calibration_vidur import ARRAYS, read_iterations
-from scripts.evidence import Paths
-from scripts.settings import Overrides, with_calibration
+from llmsched_hardware.calibration.importers.vidur import ARRAYS, read_iterations
 
 SHIPPED = Path(__file__).resolve().parents[1] / "llmsched_env" / "perf" / "calibrations"
 ITERATIONS = "n_decode,decode_kv_total,n_prefill,prefill_tokens,prefill_sq_sum,prefill_ctx_total,prefill_cross_sum,iteration_s"

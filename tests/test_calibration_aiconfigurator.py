@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmsched_env.cli import calibrate
 from llmsched_env.errors import ConfigError, MissingExtraError
+from llmsched_env.pages.fidelity import a100 as fidelity_a100
+from llmsched_env.pages.fidelity.evidence import Paths
 from llmsched_env.perf import Batch, TableTime, load_calibration
-from scripts import calibrate, fidelity_a100
-from scripts.aiconfigurator_profile import AttentionRows, Profile, System, read_profile
-from scripts.calibration_aiconfigurator import (
+from llmsched_hardware.calibration.importers.aiconfigurator import (
     MODELS,
     NO_OVERHEAD,
     SYNCHRONOUS_STEP,
@@ -36,7 +37,7 @@ from scripts.calibration_aiconfigurator import (
     rule_error,
     sampled_seconds,
 )
-from scripts.evidence import Paths
+from llmsched_hardware.calibration.importers.aiconfigurator_profile import AttentionRows, Profile, System, read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {"a100-llama2-7b-vllm": "llama-2-7b", "a100-llama3-8b-vllm": "llama-3-8b"}

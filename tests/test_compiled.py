@@ -241,7 +241,7 @@ def test_the_key_follows_modules_intrinsics_and_circles() -> None:
 def test_the_key_does_not_depend_on_the_process(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.append({str(ROOT / 'tests')!r})\n"
-        "from agents.kernel import advance_range, agent_rule\n"
+        "from llmsched_agents.kernel import advance_range, agent_rule\n"
         "from test_compiled import outside, reach\n"
         """print(reach(agent_rule.py_func), reach(advance_range.py_func), reach(outside("def f(x): return x in {'a', 'b', 'c'}")))"""
     )

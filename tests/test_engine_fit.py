@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from hardware.shapes import SHAPES, model_shape, write_shape
+from llmsched_env.cli import calibrate
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import Batch, FormulaTime, IterationTimeModel, LinearTime, Provenance, load_calibration, save_calibration
-from scripts import calibrate
-from scripts.engine_fit import batches_of, fit_error, fit_formula, fit_linear, fit_tables, modelled
-from scripts.engine_plan import CHUNK_STEPS, EngineLimits, geometric, plan
-from scripts.engine_points import Point, PointsFile, Probe, combined, drift, read_points, seconds_of
-from scripts.engine_settings import LONGEST, TINY, backend_settings, engine_config, engine_options
+from llmsched_hardware.calibration.fit import batches_of, fit_error, fit_formula, fit_linear, fit_tables, modelled
+from llmsched_hardware.calibration.plan import CHUNK_STEPS, EngineLimits, geometric, plan
+from llmsched_hardware.calibration.points import Point, PointsFile, Probe, combined, drift, read_points, seconds_of
+from llmsched_hardware.calibration.settings import LONGEST, TINY, backend_settings, engine_config, engine_options
+from llmsched_hardware.shapes import SHAPES, model_shape, write_shape
 
 LIMITS = EngineLimits(max_batch=64, max_num_seqs=64, budget=1024, max_model_len=1024, num_blocks=512, block_size=16)
 # No step in the token line; KV, prefill work and decodes each cost something.

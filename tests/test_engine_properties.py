@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as hs
 from local_policies import GreedyFCFS, PrefixNested, ThresholdWait, play
 
-from llmsched_env.backend import View, make_backend
+from llmsched_env.backend import View
+from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime, load_calibration

@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from baselines import Setting
+from llmsched_baselines import Setting
+from llmsched_env.bench.boundary import Boundaries, Boundary, measure
+from llmsched_env.bench.evaluation import Row, lengths_known, missing_tasks, run_cell, variants_of
+from llmsched_env.bench.results import BAR_TEXTS, NO_AGENT, NOT_TOGETHER, NOT_TUNED, Results, bars
+from llmsched_env.bench.seeds import PURPOSES, seed_of
+from llmsched_env.bench.suite import LOADS, MEMORY, MOVING, SCENARIOS, Bench, Cell, cells, engine_of, one_after_the_other, warmup_seconds
+from llmsched_env.bench.tuning import GRIDS, THETAS, TOGETHER, Tuned, search, tune_together
+from llmsched_env.bench.variants import Kind, Variant, make, runs_on
+from llmsched_env.cli import evaluate, tune
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
+from llmsched_env.row_file import RowFile, read_rows
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Workload
 from llmsched_env.workload import load_scenario
-from scripts import evaluate, tune
-from scripts.boundary import Boundaries, Boundary, measure
-from scripts.evaluation import Row, lengths_known, missing_tasks, run_cell, variants_of
-from scripts.results import BAR_TEXTS, NO_AGENT, NOT_TOGETHER, NOT_TUNED, Results, bars
-from scripts.row_file import RowFile, read_rows
-from scripts.seeds import PURPOSES, seed_of
-from scripts.suite import LOADS, MEMORY, MOVING, SCENARIOS, Bench, Cell, cells, engine_of, one_after_the_other, warmup_seconds
-from scripts.tuning import GRIDS, THETAS, TOGETHER, Tuned, search, tune_together
-from scripts.variants import Kind, Variant, make, runs_on
 
 CELL = Cell("stationary", "azure-conv", "40GB", 1.0)
 
@@ -593,11 +593,11 @@ def test_a_few_policies_and_an_agent_are_enough_for_a_page(tmp_path: Path) -> No
 
 def checkpoint(folder: Path) -> Path:
     """An agent of the action set ``reserve`` whose weights are random."""
-    from agents.checkpoint import save_checkpoint
-    from agents.domain import Domain
-    from agents.interface import Interface
-    from agents.network import Network
-    from agents.recipe import Recipe
+    from llmsched_agents.checkpoint import save_checkpoint
+    from llmsched_agents.domain import Domain
+    from llmsched_agents.interface import Interface
+    from llmsched_agents.network import Network
+    from llmsched_agents.recipe import Recipe
 
     recipe = Recipe(action_set="reserve")
     scenario = load_scenario("azure-conv")

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmsched_env.cli import calibrate
 from llmsched_env.engine.simulator import PrefixCachingBackend
 from llmsched_env.errors import ConfigError
+from llmsched_env.pages.fidelity import rtx4090 as fidelity
+from llmsched_env.pages.fidelity.evidence import MISSED, Paths
 from llmsched_env.perf import MixedAttentionTime, load_calibration
 from llmsched_env.types import RequestLog
-from scripts import calibrate
-from scripts import fidelity_rtx4090 as fidelity
-from scripts.calibration_llmservingsim import import_profile, leave_one_out, read_profile
-from scripts.evidence import MISSED, Paths
+from llmsched_hardware.calibration.importers.llmservingsim import import_profile, leave_one_out, read_profile
 
 SHIPPED = resources.files("llmsched_env.perf") / "calibrations" / f"{fidelity.CALIBRATION}.npz"
 FILES = ("dense.csv", "per_sequence.csv", "attention.csv.gz", "meta.yaml")

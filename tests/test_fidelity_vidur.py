@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-import types
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from baselines import Setting, make_policy
+from llmsched_baselines import Setting, make_policy
 from llmsched_env import EngineConfig, EpisodeLimits
+from llmsched_env.cli import fidelity
 from llmsched_env.engine.rules import run_constant
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
+from llmsched_env.pages.fidelity import page
+from llmsched_env.pages.fidelity import vidur as fidelity_vidur
+from llmsched_env.pages.fidelity.evidence import MISSED, Check, Paths, check_table, percent
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Decision, LengthStatistics, QueueLayout, Workload
-from scripts import fidelity, fidelity_vidur
-from scripts.calibration_vidur import read_iterations
-from scripts.evidence import MISSED, Check, Paths, check_table, percent
+from llmsched_hardware.calibration.importers.vidur import read_iterations
 
 RUNS = (
     "up_sarathi_swconv_q5",
@@ -177,26 +176,18 @@ def test_the_page_defines_its_words_once_and_takes_every_part_in_order(
 ) -> None:
     for name in ("LLMSCHED_CALIBRATION", "LLMSCHED_PEERS", "LLMSCHED_TRACES"):
         monkeypatch.setenv(name, str(tmp_path))
-    for name, line in (("rtx4090", f"x {MISSED}"), ("zebra", "z")):
-        part: Any = types.ModuleType(f"scripts.fidelity_{name}")
-        part.section = lambda paths, name=name, line=line: [f"## {name}", str(paths.peers), line, "", ""]
-        monkeypatch.setitem(sys.modules, f"scripts.fidelity_{name}", part)
-    monkeypatch.setattr(fidelity, "part_names", lambda: ["rtx4090", "zebra"])
+    lines = {"zebra": "z", "rtx4090": f"x {MISSED}"}
+    parts = {name: lambda paths, name=name, line=line: [f"## {name}", str(paths.peers), line, "", ""] for name, line in lines.items()}
+    monkeypatch.setattr(page, "PARTS", parts)
+    monkeypatch.setattr(fidelity, "PARTS", parts)
     out = tmp_path / "page.md"
     assert fidelity.main(["--out", str(out)]) == 0
     text = out.read_text()
-    assert text.index("## rtx4090") < text.index("## zebra") and str(tmp_path) in text
+    assert text.index("## zebra") < text.index("## rtx4090") and str(tmp_path) in text
     assert "\n\n\n" not in text
     assert "TTFT is the end of the iteration that yields the first output token minus arrival" in text
     assert "TPOT (latency - TTFT) / (output_tokens - 1)" in text
     assert f"bars missed: 1\nx {MISSED}" in capsys.readouterr().out
-
-
-def test_parts_come_in_the_order_of_the_page() -> None:
-    names = fidelity.part_names()
-    assert "vidur" in names
-    known = [name for name in names if name in fidelity.FIRST]
-    assert known == [name for name in fidelity.FIRST if name in names] == names[: len(known)]
 
 
 def test_missing_raw_data_leave_the_page_alone(

@@ -8,9 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as hst
 
-from baselines import Setting, make_policy
+from llmsched_baselines import Setting, make_policy
 from llmsched_env import Decision, EngineConfig, EpisodeLimits, LLMSchedEnv, Workload
-from llmsched_env.backend import make_backend
+from llmsched_env.backends import make_backend
 from tests.engine_walk import differing, shown
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agents.ensemble import averaged, with_bonus
-from agents.network import Network
-from hardware.live_config import LiveConfig, build_policy
+from llmsched_agents.ensemble import averaged, with_bonus
+from llmsched_agents.network import Network
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Decision, EngineConfig, QueueLayout
+from llmsched_hardware.live_config import LiveConfig, build_policy
 
 ENGINE = EngineConfig.vllm()
 GOOD: dict[str, Any] = {

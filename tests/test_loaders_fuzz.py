@@ -17,16 +17,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hs
 
-from agents.checkpoint import CONFIG, RECORD, WEIGHTS, load_checkpoint, read_record, save_checkpoint
-from agents.domain import Domain
-from agents.interface import Interface
-from agents.network import Network
-from agents.recipe import Recipe
-from hardware.live_config import LiveConfig, build_policy
+from llmsched_agents.checkpoint import CONFIG, RECORD, WEIGHTS, load_checkpoint, read_record, save_checkpoint
+from llmsched_agents.domain import Domain
+from llmsched_agents.interface import Interface
+from llmsched_agents.network import Network
+from llmsched_agents.recipe import Recipe
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import Batch, FormulaTime, LinearTime, MixedAttentionTime, Provenance, TableTime, load_calibration
 from llmsched_env.perf.store import calibration_bytes, parse_calibration
 from llmsched_env.types import EngineConfig
+from llmsched_hardware.live_config import LiveConfig, build_policy
 
 FEW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=int(os.environ.get("LLMSCHED_FUZZ_EXAMPLES", "2000")), suppress_health_check=list(HealthCheck))

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from baselines import Setting, make_policy
-from baselines.modified_wait import cycle_of
-from baselines.wait_cp import WaitCp
-from llmsched_env.backend import make_backend
+from llmsched_baselines import Setting, make_policy
+from llmsched_baselines.modified_wait import cycle_of
+from llmsched_baselines.wait_cp import WaitCp
+from llmsched_env.backends import make_backend
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import equilibrium_of, wait_thresholds_of
 from llmsched_env.metrics import lost

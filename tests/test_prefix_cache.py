@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as hs
 
-from llmsched_env.backend import Backend, make_backend
+from llmsched_env.backend import Backend
+from llmsched_env.backends import make_backend
 from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import PrefixCachingBackend, SimBackend
 from llmsched_env.errors import ConfigError

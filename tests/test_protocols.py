@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llmsched_env import LLMSchedEnv, checks, fluid
-from llmsched_env.backend import make_backend
+from llmsched_env.backends import make_backend
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import mean_interval

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from baselines import policy_names
-from scripts import replay
+from llmsched_baselines import policy_names
+from llmsched_env.cli import replay
 
 HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens"
 

@@ -9,15 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmsched_env.cli import reproduce
 from llmsched_env.metrics import Interval
+from llmsched_env.pages.reproduction.cases import (
+    Case,
+    Group,
+    Outcome,
+    drift,
+    group_from_json,
+    group_to_json,
+    measure,
+    run_case,
+    without_prefill,
+)
+from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, stable_rate
+from llmsched_env.pages.reproduction.memory import buffer, toy
+from llmsched_env.pages.reproduction.stability import fit, fluid_rate, growth
+from llmsched_env.pages.reproduction.systems import LOADS, PLANS, evaluate, of_plan, stable_on_grid
 from llmsched_env.runner import run_episode
 from llmsched_env.types import EngineConfig
-from scripts import reproduce
-from scripts.reproduction_cases import Case, Group, Outcome, drift, group_from_json, group_to_json, measure, run_case, without_prefill
-from scripts.reproduction_lab import Claim, Lab, Section, number, stable_rate
-from scripts.reproduction_memory import buffer, toy
-from scripts.reproduction_stability import fit, fluid_rate, growth
-from scripts.reproduction_systems import LOADS, PLANS, evaluate, of_plan, stable_on_grid
 
 TINY = Case(
     "wait",

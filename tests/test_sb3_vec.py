@@ -23,7 +23,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 
-from agents.sb3_vec import SB3VecEnv
+from llmsched_agents.sb3_vec import SB3VecEnv
 
 ROOT = Path(__file__).resolve().parents[1]
 # Episodes of a few dozen random steps: SHORT's end by completion, CUT's by the horizon of one second.
@@ -294,7 +294,7 @@ def test_wrappers_of_stable_baselines() -> None:
 def test_missing_extra_says_what_to_install(missing: str) -> None:
     program = (
         f"import sys\nsys.modules[{missing!r}] = None\nimport agents\nfrom llmsched_env.errors import MissingExtraError\n"
-        "try:\n    import agents.sb3_vec\nexcept MissingExtraError as error:\n    print(error)\n"
+        "try:\n    import llmsched_agents.sb3_vec\nexcept MissingExtraError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == f"{missing} is not installed; run: pip install 'llmsched-env[agents]'\n", done.stderr

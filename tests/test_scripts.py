@@ -19,19 +19,20 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 import pytest
 
+from llmsched_baselines.overrides import Overrides, parse_overrides, parse_value
+from llmsched_env import parallel
 from llmsched_env.backend import View
+from llmsched_env.bench.comparison import COLUMNS, Comparison, SummaryFile, Task, chunks, read_rows, record, run_tasks, write_rows
+from llmsched_env.bench.plots import plot_against_rate
+from llmsched_env.bench.tables import Cell, Column, cells, short_footnotes
+from llmsched_env.cli import compare, replay
 from llmsched_env.errors import ConfigError, require
+from llmsched_env.files import replacing
 from llmsched_env.metrics import Interval
+from llmsched_env.parallel import _in_waves
 from llmsched_env.runner import run_episode
 from llmsched_env.types import IterationReport
 from llmsched_env.workload import load_scenario
-from scripts import compare, parallel, replay
-from scripts.comparison import COLUMNS, Comparison, SummaryFile, Task, chunks, read_rows, record, run_tasks, write_rows
-from scripts.output import replacing
-from scripts.parallel import _in_waves
-from scripts.plots import plot_against_rate
-from scripts.settings import Overrides, parse_overrides, parse_value
-from scripts.tables import Cell, Column, cells, short_footnotes
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY_HEADING = (
@@ -610,8 +611,8 @@ def test_values_of_the_wrong_type_are_refused(text: str, hint: Any) -> None:
 
 
 def test_every_option_of_every_policy_can_be_set() -> None:
-    from baselines import policy_names
-    from scripts.settings import engine_keys, policy_keys
+    from llmsched_baselines import policy_names
+    from llmsched_baselines.overrides import engine_keys, policy_keys
 
     samples = ("1", "1.5", "true", "1,2", "auto", "A")
     for name in policy_names():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from agents.statistics import (
+from llmsched_agents.statistics import (
     Estimate,
     bootstrap,
     interquartile_mean,

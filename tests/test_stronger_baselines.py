@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from baselines import Setting, make_policy
-from baselines.expected_work import expected_prompt_by_class
-from baselines.policy import prompt_classes
+from llmsched_baselines import Setting, make_policy
+from llmsched_baselines.expected_work import expected_prompt_by_class
+from llmsched_baselines.policy import prompt_classes
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import expected_output_by_class, middles
 from llmsched_env.metrics import summarize

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmsched_env.backend import make_backend
+from llmsched_env.backends import make_backend
+from llmsched_env.cli import hardware_page, validate
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, LinearTime, Provenance, save_calibration
+from llmsched_env.row_file import RowFile, read_rows
 from llmsched_env.types import Decision, EngineConfig
 from llmsched_env.workload import load_scenario
-from scripts import hardware_page, validate
-from scripts.row_file import RowFile, read_rows
-from scripts.validation import (
+from llmsched_hardware.validation import (
     ENGINE,
     METRICS,
     SIM,
@@ -33,7 +33,7 @@ from scripts.validation import (
     rankings,
     run_task,
 )
-from scripts.validation_report import error_table, figure_table, measured_page, summary_lines, virtual_page, write_table
+from llmsched_hardware.validation_report import error_table, figure_table, measured_page, summary_lines, virtual_page, write_table
 
 SMALL = EngineConfig.vllm(time_model=LinearTime(1e-3, 1e-7), num_blocks=40, max_model_len=256, max_num_seqs=16, max_num_batched_tokens=256)
 POLICIES = ("vllm", "wait", "nested-wait")
@@ -238,7 +238,7 @@ def test_validate_refuses_before_it_builds_anything(
 
 
 def test_the_hardware_page_says_that_the_gpu_part_is_open(calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "docs" / "hardware.md"
+    out = tmp_path / "docs" / "llmsched_hardware.md"
     assert hardware_page.main(["--calibrations", str(calibration), "--out", str(out)]) == 0
     text = out.read_text()
     assert "**This part is open.**" in text and "### `c.json`" in text and "512 blocks of 16 tokens" in text

@@ -23,8 +23,8 @@ done = False
 while not done:
     _, _, terminated, truncated, info = env.step(env.action_space.sample())
     done = terminated or truncated
-import agents, baselines, hardware, llmsched_env
-from baselines import Setting, make_policy
+import llmsched_agents, baselines, hardware, llmsched_env
+from llmsched_baselines import Setting, make_policy
 scenario = env.unwrapped.scenario
 make_policy("wait", Setting(statistics=scenario.statistics, rate=4.0, engine=scenario.engine), overload=True)
 print(int(info["summary"]["completed"]))

@@ -185,7 +185,7 @@ def schedule(engine: Engine, decision: Decision, run_all: bool) -> None:
 
 @compiled
 def schedule_elsewhere(engine: Engine) -> None:
-    """Another engine schedules (``hardware/external.py``)."""
+    """Another engine schedules (``llmsched_hardware/external.py``)."""
     call_back(engine.code.callback)
 
 

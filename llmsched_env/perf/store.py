@@ -8,7 +8,6 @@ tables by field name in single precision (double where that would lose points) a
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import io
 import json
@@ -24,11 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
-from llmsched_env.errors import ConfigError
+from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance
 from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.perf.models import FormulaTime, LinearTime
 from llmsched_env.perf.tables import TableTime
+from llmsched_env.registry import CALIBRATIONS
 
 _FORMS: dict[str, type[IterationTimeModel]] = {
     "linear": LinearTime,
@@ -41,7 +41,11 @@ _TEXT = "calibration"
 
 
 def calibration_names() -> list[str]:
-    """Names of the calibrations shipped with the package."""
+    """Names of the calibrations that ship, that this program registered and that installed packages offer."""
+    return [*_shipped_names(), *(name for name in CALIBRATIONS.names() if name not in _shipped_names())]
+
+
+def _shipped_names() -> list[str]:
     return sorted(name.rsplit(".", 1)[0] for name in _shipped_files())
 
 
@@ -67,8 +71,10 @@ def load_calibration(name_or_file: str | os.PathLike[str]) -> IterationTimeModel
         if not isinstance(model, TableTime):
             raise ConfigError(f"calibration {given!r}: 'clip' is an option of tables, {name!r} has none")
         return model.clipped()
-    if name in calibration_names():
+    if name in _shipped_names():
         return _shipped(name)
+    if name in CALIBRATIONS:
+        return _offered(name, CALIBRATIONS.find(name))
     path = Path(name)
     if path.suffix not in _SUFFIXES:
         try:
@@ -78,9 +84,8 @@ def load_calibration(name_or_file: str | os.PathLike[str]) -> IterationTimeModel
         if found:
             raise ConfigError(f"calibration {name!r}: not a calibration file (must be .json or .npz)")
         names = calibration_names()
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(f"calibration {name!r} is unknown{hint} (shipped: {', '.join(names)}; or a .json or .npz file)")
+        hint = did_you_mean(name, names)
+        raise ConfigError(f"calibration {name!r} is unknown{hint} (known: {', '.join(names)}; or a .json or .npz file)")
     return parse_calibration(name, checks.file_bytes(f"calibration {name!r}", path))
 
 
@@ -88,6 +93,19 @@ def load_calibration(name_or_file: str | os.PathLike[str]) -> IterationTimeModel
 def _shipped(name: str) -> IterationTimeModel:
     file = next(f for f in _shipped_files() if f.rsplit(".", 1)[0] == name)
     return parse_calibration(name, (resources.files("llmsched_env.perf") / "calibrations" / file).read_bytes())
+
+
+def _offered(name: str, thing: object) -> IterationTimeModel:
+    """What a program registered or a package offers: a model, a function that gives one, or a file."""
+    if callable(thing) and not isinstance(thing, IterationTimeModel):
+        with checks.told(f"calibration {name!r}"):
+            thing = thing()
+    if isinstance(thing, str | os.PathLike):
+        return parse_calibration(name, checks.file_bytes(f"calibration {name!r}", thing))
+    if not isinstance(thing, IterationTimeModel):
+        allowed = "must be an IterationTimeModel, a function that gives one or a file"
+        raise ConfigError(f"calibration {name!r} is {checks.shown(thing)}, {allowed}")
+    return thing
 
 
 def parse_calibration(label: str, data: bytes) -> IterationTimeModel:
@@ -168,8 +186,7 @@ def _build(label: str, form: type, values: dict[str, Any]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(form) if f.init}
     for name in values:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, fields)
             raise ConfigError(f"calibration {label!r}: unknown field {name!r}{hint} (allowed: {', '.join(fields)})")
     for name, f in fields.items():
         if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:

@@ -87,7 +87,7 @@ class HttpServer:
             env["LLMSCHED_POLICY"] = self.policy
             env["LLMSCHED_POLICY_CONFIG"] = str(self.folder / "policy.json")
             env["PROMETHEUS_MULTIPROC_DIR"] = str(self.folder / "metrics")
-            command += ["--scheduler-cls", "hardware.serve.PolicyScheduler"]
+            command += ["--scheduler-cls", "llmsched_hardware.serve.PolicyScheduler"]
         self._log = (self.folder / "log").open("wb")
         self.process = subprocess.Popen(
             command, stdout=self._log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, cwd=self.folder, start_new_session=True

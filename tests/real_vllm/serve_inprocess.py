@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hardware.versions import prepare_environment
+from llmsched_hardware.versions import prepare_environment
 
 prepare_environment()  # vLLM reads it when it is imported
 
@@ -19,9 +19,9 @@ from vllm import SamplingParams
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from hardware.serve import PolicyScheduler
-from hardware.vllm_scheduler import VllmSchedulerBackend, faked_scheduler
 from llmsched_env.types import Decision, EngineConfig, QueueLayout
+from llmsched_hardware.serve import PolicyScheduler
+from llmsched_hardware.vllm_scheduler import VllmSchedulerBackend, faked_scheduler
 
 TOKEN = 7
 END_OF_TEXT = 2

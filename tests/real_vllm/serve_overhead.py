@@ -24,8 +24,8 @@ import numpy as np
 from serve_inprocess import Server
 from serve_policies import random_agent
 
-from hardware.vllm_scheduler import VllmSchedulerBackend, faked_scheduler
 from llmsched_env.types import Decision, EngineConfig
+from llmsched_hardware.vllm_scheduler import VllmSchedulerBackend, faked_scheduler
 
 ENGINE = EngineConfig.vllm(max_num_batched_tokens=32_768)
 LENGTHS = {"prompt": [64, 64], "output": [200, 400], "weight": [1, 1]}

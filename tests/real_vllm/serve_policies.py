@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from baselines import Setting
+from llmsched_baselines import Setting
 from llmsched_env.backend import View
 from llmsched_env.types import Decision, EngineConfig, QueueLayout
 
@@ -58,11 +58,11 @@ class Stubborn:
 
 def random_agent(folder: Path, **recipe: Any) -> Path:
     """A learned agent with random weights."""
-    from agents.checkpoint import save_checkpoint
-    from agents.domain import Domain
-    from agents.interface import Interface
-    from agents.network import Network
-    from agents.recipe import Recipe
+    from llmsched_agents.checkpoint import save_checkpoint
+    from llmsched_agents.domain import Domain
+    from llmsched_agents.interface import Interface
+    from llmsched_agents.network import Network
+    from llmsched_agents.recipe import Recipe
 
     made, domain = Recipe(**recipe), Domain(scenarios=("sharegpt",))
     interface = Interface(made, domain.grid()[0].setting)

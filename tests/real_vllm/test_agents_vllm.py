@@ -12,13 +12,13 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 pytest.importorskip("safetensors", reason="safetensors is not installed (extra: checkpoints)")
 
-from agents.checkpoint import load_checkpoint
-from baselines import Setting
-from llmsched_env.backend import make_backend
+from llmsched_agents.checkpoint import load_checkpoint
+from llmsched_baselines import Setting
+from llmsched_env.backends import make_backend
 from llmsched_env.runner import run_episode
 from llmsched_env.workload import load_scenario
 
-CHECKPOINTS = Path(__file__).resolve().parents[2] / "agents" / "checkpoints"
+CHECKPOINTS = Path(__file__).resolve().parents[2] / "agents" / "llmsched_agents" / "checkpoints"
 
 
 @pytest.mark.parametrize("name", ["generalist", "slo"])

@@ -23,19 +23,19 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
 
 import gymnasium as gym
 
-from hardware.real_engine import EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks
-from hardware.shapes import model_shape, write_shape
-from hardware.versions import prepare_environment
+from llmsched_baselines.overrides import Overrides, with_calibration
+from llmsched_env.cli import calibrate
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, TableTime, load_calibration
-from scripts import calibrate
-from scripts.engine_points import Probe, read_points
-from scripts.settings import Overrides, with_calibration
+from llmsched_hardware.calibration.points import Probe, read_points
+from llmsched_hardware.real_engine import EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks
+from llmsched_hardware.shapes import model_shape, write_shape
+from llmsched_hardware.versions import prepare_environment
 
 prepare_environment()
 
-from scripts.engine_plan import EngineLimits, Group, plan
-from scripts.engine_sweep import NotReachedError, Stepper, measure, warm_up
+from llmsched_hardware.calibration.plan import EngineLimits, Group, plan
+from llmsched_hardware.calibration.sweep import NotReachedError, Stepper, measure, warm_up
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS, LONGEST, SEQS, BUDGET = 48, 256, 8, 64

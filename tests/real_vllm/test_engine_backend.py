@@ -23,18 +23,18 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
 
 from gymnasium.utils.env_checker import check_env
 
-from baselines import Setting, make_policy
-from hardware import real_engine
-from hardware.gated_scheduler import Admission
-from hardware.real_engine import EngineError, EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks
-from hardware.vllm_engine import VllmEngineBackend
-from llmsched_env.backend import make_backend
+from llmsched_baselines import Setting, make_policy
+from llmsched_env.backends import make_backend
 from llmsched_env.engine import state as st
-from llmsched_env.errors import ConfigError
+from llmsched_env.errors import ConfigError, EngineError
 from llmsched_env.perf import LinearTime
 from llmsched_env.runner import run_episode
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, RequestLog, Workload
 from llmsched_env.workload.lengths import Types
+from llmsched_hardware import real_engine
+from llmsched_hardware.gated_scheduler import Admission
+from llmsched_hardware.real_engine import EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks
+from llmsched_hardware.vllm_engine import VllmEngineBackend
 
 ENGINE = EngineConfig.vllm(
     block_size=16,
@@ -402,7 +402,7 @@ def test_an_engine_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_models_whose_cache_is_not_counted_in_blocks_of_full_attention_are_refused(tmp_path: Path) -> None:
-    from hardware.shapes import model_shape
+    from llmsched_hardware.shapes import model_shape
 
     layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 64}
     (tmp_path / "config.json").write_text(json.dumps(model_shape("tiny").config() | layers))
@@ -459,7 +459,7 @@ def test_bad_settings_are_refused_before_any_engine_is_built(config: dict[str, A
 
 
 def test_requests_that_do_not_fit_are_refused_before_any_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hardware.vllm_engine.build_engine", lambda options: pytest.fail("an engine was built"))
+    monkeypatch.setattr("llmsched_hardware.vllm_engine.build_engine", lambda options: pytest.fail("an engine was built"))
     backend = VllmEngineBackend()
     with pytest.raises(ConfigError, match=r"request 0 needs 100 prompt \+ 61 output tokens, more than engine\.max_model_len = 160"):
         backend.reset(together((100, 61)), QueueLayout(), ENGINE, EpisodeLimits())

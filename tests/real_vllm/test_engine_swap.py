@@ -10,7 +10,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
-from scripts import swap_backends
+from llmsched_env.cli import swap_backends
 
 ARGUMENTS = ["--requests", "8", "--num-blocks", "300"]
 

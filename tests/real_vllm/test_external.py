@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from hardware.external import Executed, ExternalBackend
-from hardware.gate import Gate
-from llmsched_env.backend import make_backend
+from llmsched_env.backends import make_backend
 from llmsched_env.perf import LinearTime
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_hardware.external import Executed, ExternalBackend
+from llmsched_hardware.gate import Gate
 from tests.engine_walk import check_engine
 
 BLOCK = 4

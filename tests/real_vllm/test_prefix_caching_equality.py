@@ -18,14 +18,14 @@ import pytest
 if importlib.util.find_spec("vllm") is None:  # importing it would read its settings before the backend has made them
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
-from hardware import vllm_scheduler as hw
-from hardware.gated_scheduler import Admission, GatedScheduler
-from hardware.options import engine_arguments
-from hardware.real_engine import write_tiny_llama
 from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import PrefixCachingBackend
 from llmsched_env.perf import LinearTime
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_hardware import vllm_scheduler as hw
+from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
+from llmsched_hardware.options import engine_arguments
+from llmsched_hardware.real_engine import write_tiny_llama
 
 WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_PREFIX_WORKLOADS", "60"))
 

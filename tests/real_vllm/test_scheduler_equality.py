@@ -18,7 +18,7 @@ import pytest
 if importlib.util.find_spec("vllm") is None:  # importing it would read its settings before the backend has made them
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
-from llmsched_env.backend import make_backend
+from llmsched_env.backends import make_backend
 from llmsched_env.engine import state as st
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.batch import BatchSums
@@ -280,7 +280,7 @@ def test_settings_vllm_does_not_have_are_refused() -> None:
 
 
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hardware import versions
+    from llmsched_hardware import versions
 
     monkeypatch.setattr(versions.metadata, "version", lambda name: "0.99.0")
     with pytest.raises(ConfigError, match=r"0\.99\.0 is not supported \(tested: 0\.28\.0\)"):

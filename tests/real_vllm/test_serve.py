@@ -19,8 +19,8 @@ if importlib.util.find_spec("vllm") is None:
 from serve_http import Answer, HttpServer, write_tokenizer
 from serve_policies import RAISING_PROMPT
 
-from hardware.real_engine import EngineOptions, build_engine, free_engine, write_tiny_llama
-from hardware.versions import prepare_environment
+from llmsched_hardware.real_engine import EngineOptions, build_engine, free_engine, write_tiny_llama
+from llmsched_hardware.versions import prepare_environment
 
 prepare_environment()
 

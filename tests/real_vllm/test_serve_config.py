@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from serve_policies import random_agent
 
-from hardware import live
-from hardware.live import LiveMirror
-from hardware.live_config import LiveConfig, build_policy
-from hardware.live_rehearsal import rehearse
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.types import EngineConfig, QueueLayout
+from llmsched_hardware import live
+from llmsched_hardware.live import LiveMirror
+from llmsched_hardware.live_config import LiveConfig, build_policy
+from llmsched_hardware.live_rehearsal import rehearse
 
 ENGINE = EngineConfig.vllm()
 

@@ -22,12 +22,12 @@ from serve_policies import random_agent
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
-from hardware import live, serve
-from hardware.live import LiveMirror
-from hardware.live_rehearsal import rehearse
 from llmsched_env.errors import ConfigError
 from llmsched_env.records import Level
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, QueueLayout
+from llmsched_hardware import live, serve
+from llmsched_hardware.live import LiveMirror
+from llmsched_hardware.live_rehearsal import rehearse
 from tests.engine_walk import shown
 
 ENGINE = EngineConfig.vllm(num_blocks=64, block_size=4, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=128)

@@ -11,10 +11,10 @@ import pytest
 if importlib.util.find_spec("vllm") is None:  # importing it would read its settings before the backend has made them
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
+from llmsched_env.cli import hardware_page, validate
 from llmsched_env.perf import FormulaTime, Provenance, save_calibration
-from scripts import hardware_page, validate
-from scripts.row_file import read_rows
-from scripts.validation import METRICS, Run, Schedules
+from llmsched_env.row_file import read_rows
+from llmsched_hardware.validation import METRICS, Run, Schedules
 
 POLICIES = ("vllm", "sarathi", "wait", "nested-wait")
 # About as fast as a CPU runs the tiny model; only the virtual clock depends on it.
@@ -49,7 +49,7 @@ def test_under_the_virtual_clock_every_step_is_the_simulator_s(
     assert all(r.identical and r.steps > 60 for r in rows)
     assert sum(r.evictions for r in rows if r.backend == "vllm") > 40  # or nothing much was compared
     assert "8 of 8 episodes are identical" in (out / "report.md").read_text()
-    page = tmp_path / "hardware.md"
+    page = tmp_path / "llmsched_hardware.md"
     assert hardware_page.main(["--validations", str(out), "--out", str(page)]) == 0
     assert "**8 of 8 episodes identical**" in page.read_text() and "**This part is open.**" in page.read_text()
 

@@ -1,4 +1,0 @@
-"""What trains policies. ``agents.sb3_vec.SB3VecEnv`` presents the vector environment to stable-baselines3 (extra ``agents``).
-
-No learned policy ships in this version: train with SB3 through the adapter, or with any Gymnasium library on ``LLMSched-v0``.
-"""

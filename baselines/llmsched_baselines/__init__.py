@@ -1,0 +1,94 @@
+"""Expert policies: one file a policy, one method ``decide(view) -> Decision``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from llmsched_baselines.expected_work import ExpectedWork
+from llmsched_baselines.greedy import Fcfs, Sarathi, Vllm
+from llmsched_baselines.late_last import LateLast
+from llmsched_baselines.mc_sf import McSf
+from llmsched_baselines.modified_wait import ModifiedWait
+from llmsched_baselines.nested_wait import NestedWait
+from llmsched_baselines.oracle import OracleSjf
+from llmsched_baselines.policy import Policy, Setting
+from llmsched_baselines.reserve import Reserve, ShortestPrompt
+from llmsched_baselines.vllm_v0 import VllmV0
+from llmsched_baselines.wait import Wait
+from llmsched_baselines.wait_cp import WaitCp
+from llmsched_env import checks
+from llmsched_env.errors import ConfigError, did_you_mean
+from llmsched_env.registry import POLICIES, is_reference, load_reference
+
+SHIPPED: tuple[type[Policy], ...] = (
+    Fcfs,
+    Vllm,
+    VllmV0,
+    Sarathi,
+    Wait,
+    NestedWait,
+    ShortestPrompt,
+    Reserve,
+    ExpectedWork,
+    LateLast,
+    McSf,
+    OracleSjf,
+    ModifiedWait,
+    WaitCp,
+)
+POLICIES.built_in({cls.name: cls for cls in SHIPPED})
+
+
+def policy_names() -> list[str]:
+    """Names of the policies that ship, that this program registered and that installed packages offer."""
+    return POLICIES.names()
+
+
+def policy_class(name: str) -> Callable[..., Policy]:
+    """The class or factory behind a name, or behind ``module:attribute``: called with a ``Setting`` and options it gives the policy.
+
+    Raises:
+        ConfigError: unknown name (the nearest one is given), or a module that cannot be imported.
+    """
+    if isinstance(name, str) and is_reference(name):
+        found: Callable[..., Policy] = load_reference("policy", name)
+        if not callable(found):
+            raise ConfigError(f"policy: {name!r} is {checks.shown(found)}, must be a class or function of a setting")
+        return found
+    factory: Callable[..., Policy] = POLICIES.find(name, "; or module:attribute")
+    return factory
+
+
+def policy_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options a policy's constructor takes, by name: all its parameters but the first, the setting."""
+    parameters = list(inspect.signature(policy_class(name)).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {parameter.name: parameter for parameter in parameters if parameter.kind in kinds}
+
+
+def make_policy(name: str, setting: Setting, *, overload: bool = False, **options: Any) -> Policy:
+    """Build a policy for a setting.
+
+    Args:
+        name: of a policy, or ``module:attribute``.
+        overload: let policies whose theory has a stability region run outside it (said in ``notes``).
+        options: arguments of the policy's constructor.
+
+    Raises:
+        ConfigError: unknown policy or option (the nearest one is given), or a refused value.
+        InfeasibleError: parameters that violate a condition, unless ``overload``.
+    """
+    factory = policy_class(name)
+    allowed = policy_options(name)
+    for option in options:
+        if option not in allowed:
+            hint = did_you_mean(option, allowed)
+            raise ConfigError(f"policy.{option}: not an option of {name!r}{hint} (options: {', '.join(allowed) or 'none'})")
+    if "overload" in allowed:
+        options.setdefault("overload", overload)
+    return factory(setting, **options)
+
+
+__all__ = ["Policy", "Setting", "make_policy", "policy_class", "policy_names", "policy_options"]

@@ -1,0 +1,85 @@
+"""vLLM's scheduling settings, once: what ``EngineConfig`` calls them, what vLLM does, and where a running scheduler has them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulingSetting:
+    """One setting on both sides.
+
+    Attributes:
+        name: field of ``EngineConfig`` and of ``llmsched_hardware.real_engine.EngineOptions``.
+        found: its value in a running vLLM scheduler, in our terms.
+        argument: of ``vllm.EngineArgs``; the flag of ``vllm serve`` is the same with dashes.
+        added: what vLLM's value counts more than ours.
+    """
+
+    name: str
+    found: Callable[[Any], Any]
+    argument: str
+    added: int = 0
+
+    def to_vllm(self, value: Any) -> Any:
+        """A value of ours as vLLM takes it; None leaves it to vLLM."""
+        return value + self.added if self.added and value is not None else value
+
+    def flag(self, value: Any) -> str:
+        """The words of ``vllm serve`` that set it."""
+        word = self.argument.replace("_", "-")
+        if isinstance(value, bool):
+            return f"--{'' if value else 'no-'}{word}"
+        return f"--{word} {self.to_vllm(value)}"
+
+    def differs(self, a: Any, b: Any) -> bool:
+        """Whether two values of ours are not the same setting; shares went through text on their way to vLLM."""
+        if isinstance(a, float) or isinstance(b, float):
+            return not math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+        return bool(a != b)
+
+
+SETTINGS = (
+    SchedulingSetting("max_num_batched_tokens", lambda s: s.max_num_scheduled_tokens, "max_num_batched_tokens"),
+    SchedulingSetting("max_num_seqs", lambda s: s.max_num_running_reqs, "max_num_seqs"),
+    SchedulingSetting("enable_chunked_prefill", lambda s: s.scheduler_config.enable_chunked_prefill, "enable_chunked_prefill"),
+    SchedulingSetting("watermark", lambda s: s.scheduler_config.watermark, "watermark"),
+    SchedulingSetting("scheduler_reserve_full_isl", lambda s: s.scheduler_reserve_full_isl, "scheduler_reserve_full_isl"),
+    SchedulingSetting("block_size", lambda s: s.block_size, "block_size"),
+    SchedulingSetting("max_model_len", lambda s: s.max_model_len, "max_model_len"),
+    # vLLM counts one null block that no request can use.
+    SchedulingSetting("num_blocks", lambda s: s.kv_cache_manager.block_pool.num_gpu_blocks - 1, "num_gpu_blocks_override", added=1),
+)
+
+FIXED: dict[str, Any] = {
+    "enable_prefix_caching": False,  # blocks that several requests share are not accounted for
+    "async_scheduling": False,  # CUDA's default is a queue of two batches, where step() may return before its results
+    "skip_tokenizer_init": True,
+    "disable_log_stats": True,
+}
+"""``vllm.EngineArgs`` under which one step is one iteration that we can describe."""
+
+
+def setting_names() -> tuple[str, ...]:
+    return tuple(setting.name for setting in SETTINGS)
+
+
+def engine_arguments(settings: Any) -> dict[str, Any]:
+    """``vllm.EngineArgs`` by name for an object with the fields of ``SETTINGS``, with ``FIXED``."""
+    return {s.argument: s.to_vllm(getattr(settings, s.name)) for s in SETTINGS} | FIXED
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """What a running vLLM scheduler really has, by our names."""
+    return {setting.name: setting.found(scheduler) for setting in SETTINGS}
+
+
+def differing(wanted: Any, found: Any) -> Iterable[tuple[SchedulingSetting, Any, Any]]:
+    """(setting, wanted, found) where two objects with the fields of ``SETTINGS`` differ; None is wanted where it does not matter."""
+    for setting in SETTINGS:
+        a, b = getattr(wanted, setting.name), getattr(found, setting.name)
+        if a is not None and setting.differs(a, b):
+            yield setting, a, b

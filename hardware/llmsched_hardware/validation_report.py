@@ -1,0 +1,168 @@
+"""A validation's tables: sim_to_real.csv and a Markdown page."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmsched_env.files import replacing
+from llmsched_hardware.validation import METRICS, Gap, Ranking, Schedules
+
+TABLE_FILE = "sim_to_real.csv"
+REPORT_FILE = "report.md"
+ERRORS = (
+    ("throughput", "throughput_tok_s"),
+    ("latency", "latency_mean"),
+    ("latency P99", "latency_p99"),
+    ("TTFT", "ttft_mean"),
+    ("TTFT P99", "ttft_p99"),
+    ("TPOT", "tpot_mean"),
+    ("TPOT P99", "tpot_p99"),
+)
+DEFINITIONS = (
+    "Error: simulator / engine - 1, of the mean over seeds; for evictions the difference of their numbers. "
+    "Spread: (largest - smallest) / mean over the engine's counted repeats of the same workload. "
+    "TTFT is the end of the iteration that yields the first output token minus arrival; latency the end of the last iteration minus "
+    "arrival; TPOT (latency - TTFT) / (output tokens - 1). Throughput counts output tokens of completed requests. The engine's "
+    "seconds are its measured clock: the sum of its own step times, arrivals on it, the policy's thinking not counted."
+)
+
+
+def write_table(path: Path, found: Sequence[Gap]) -> None:
+    """Every metric of every policy and rate."""
+    with replacing(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(("rate", "policy", "metric", "sim", "engine", "engine_low", "engine_high", "repeats", "error", "spread"))
+        writer.writerows((g.rate, g.policy, g.metric, g.sim, g.real, g.low, g.high, g.repeats, g.error, g.spread) for g in found)
+
+
+def measured_page(title: str, facts: Sequence[tuple[str, str]], found: Sequence[Gap], ranks: Sequence[Ranking]) -> str:
+    """Markdown of a validation under the measured or wall clock."""
+    parts = [f"# {title}", _facts(facts), DEFINITIONS, "## Error of the simulator (spread of the engine)", error_table(found)]
+    if ranks:
+        swapped = sum(r.swapped_outside for r in ranks)
+        parts += [
+            "## Ranking of the policies",
+            ranking_sentence(ranks),
+            ranking_table(ranks),
+            "Order: best to worst. Swapped pairs stand in another order on the simulator than on the engine; inside the spread where "
+            "the engine's own ranges over repeats overlap, so that the engine itself does not tell the two apart."
+            + (f" {swapped} swapped outside it." if swapped else ""),
+        ]
+    parts += ["## All figures", figure_table(found)]
+    return "\n\n".join(parts) + "\n"
+
+
+def virtual_page(title: str, facts: Sequence[tuple[str, str]], checks: Sequence[Schedules]) -> str:
+    """Markdown of a validation under the virtual clock."""
+    same = sum(check.identical for check in checks)
+    parts = [
+        f"# {title}",
+        _facts(facts),
+        f"{same} of {len(checks)} episodes are identical to the simulator's: every report of every step and all times of every request.",
+        _table(
+            ("req/s", "policy", "seed", "backend", "steps", "evictions", "against the simulator"),
+            [
+                (f"{c.rate:.4g}", c.policy, str(c.seed), c.backend, f"{c.steps:,}", f"{c.evictions:,}", c.difference or "identical")
+                for c in checks
+            ],
+        ),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def error_table(found: Sequence[Gap]) -> str:
+    """A row for each rate and policy, a column for each metric of ``ERRORS``."""
+    by_place = {(g.rate, g.policy, g.metric): g for g in found}
+    places = list(dict.fromkeys((g.rate, g.policy) for g in found))
+    rows = []
+    for rate, policy in places:
+        evictions = by_place[rate, policy, "evictions"]
+        own = [by_place[rate, policy, metric] for _, metric in ERRORS]
+        rows.append((f"{rate:.4g}", policy, *map(_error, own), f"{evictions.sim:.3g} / {evictions.real:.3g}"))
+    return _table(("req/s", "policy", *(heading for heading, _ in ERRORS), "evictions sim / engine"), rows)
+
+
+def figure_table(found: Sequence[Gap]) -> str:
+    """A row for each rate, policy and metric."""
+    rows = []
+    for g in found:
+        low_high = f"{_number(g.low)} to {_number(g.high)}" if g.repeats > 1 else "-"
+        error = f"{g.error:+.3g}" if g.metric == "evictions" else _percent(g.error, signed=True)
+        rows.append((f"{g.rate:.4g}", g.policy, g.metric, _number(g.sim), _number(g.real), low_high, error))
+    return _table(("req/s", "policy", "metric", "sim", "engine", "engine's repeats", "error"), rows)
+
+
+def ranking_table(ranks: Sequence[Ranking]) -> str:
+    rows = [
+        (
+            f"{r.rate:.4g}",
+            r.metric,
+            ", ".join(r.real),
+            "the same" if r.sim == r.real else ", ".join(r.sim),
+            "-" if math.isnan(r.tau) else f"{r.tau:.2f}",
+            str(r.swapped_inside),
+            str(r.swapped_outside),
+        )
+        for r in ranks
+    ]
+    return _table(("req/s", "metric", "engine", "simulator", "Kendall's tau", "swapped inside the spread", "swapped outside"), rows)
+
+
+def ranking_sentence(ranks: Sequence[Ranking]) -> str:
+    """The rankings in one sentence."""
+    same = sum(r.sim == r.real for r in ranks)
+    pairs = sum(r.pairs for r in ranks)
+    inside, outside = sum(r.swapped_inside for r in ranks), sum(r.swapped_outside for r in ranks)
+    return (
+        f"{same} of {len(ranks)} rankings (a rate and a metric each) are the same; of {pairs} pairs {outside} are swapped outside the "
+        f"engine's spread and {inside} inside it."
+    )
+
+
+def summary_lines(found: Sequence[Gap], ranks: Sequence[Ranking]) -> list[str]:
+    """What the program prints."""
+    lines = []
+    for heading, metric in ERRORS:
+        own = [g for g in found if g.metric == metric and math.isfinite(g.error)]
+        if own:
+            mean = sum(abs(g.error) for g in own) / len(own)
+            worst = max(own, key=lambda g: abs(g.error))
+            spreads = [g.spread for g in own if math.isfinite(g.spread)]
+            spread = f", engine's own spread {_percent(sum(spreads) / len(spreads))} in the mean" if spreads else ""
+            lines.append(
+                f"{heading:<12} error {_percent(mean)} in the mean, at most {_percent(worst.error, signed=True)} "
+                f"({worst.policy} at {worst.rate:.4g} req/s){spread}"
+            )
+    if ranks:
+        lines.append(f"{'ranking':<12} {ranking_sentence(ranks)}")
+    return lines
+
+
+def _facts(facts: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"- {name}: {text}" for name, text in facts)
+
+
+def _error(gap: Gap) -> str:
+    spread = f" ({_percent(gap.spread)})" if math.isfinite(gap.spread) else ""
+    return _percent(gap.error, signed=True) + spread
+
+
+def _percent(value: float, *, signed: bool = False) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{100 * value:+.1f} %" if signed else f"{100 * value:.1f} %"
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+__all__ = ["METRICS", "REPORT_FILE", "TABLE_FILE", "measured_page", "summary_lines", "virtual_page", "write_table"]

@@ -1,0 +1,136 @@
+"""What runs in an evaluation: baselines as they ship, with tuned parameters or with those of a whole part; trained agents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from llmsched_baselines import Setting, make_policy, policy_class
+from llmsched_env.bench.suite import PAIRS, Bench, Cell, engine_of
+from llmsched_env.errors import ConfigError
+from llmsched_env.runner import Policy
+from llmsched_env.types import EngineConfig
+from llmsched_env.workload import Scenario, load_scenario
+
+Kind = Literal["default", "tuned", "together", "agent"]
+SUFFIXES: dict[Kind, str] = {"default": " (default)", "tuned": " (tuned)", "together": " (tuned together)", "agent": ""}
+"""What follows a variant's name in its label."""
+
+POLICIES = (
+    "fcfs", "vllm", "vllm-v0", "sarathi", "wait", "nested-wait", "shortest-prompt", "reserve", "expected-work", "late-last", "mc-sf",
+    "oracle-sjf",
+)  # fmt: skip
+"""Baselines of the suite; ``fcfs`` is greedy FIFO in the ``paper`` preset, ``vllm`` in the other."""
+
+VLLM_ONLY = ("vllm", "vllm-v0", "sarathi")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to decide in one cell.
+
+    Attributes:
+        name: of the policy or the agent.
+        kind: ``tuned`` in that very cell, or ``together`` for the non-stationary part as a whole.
+        options: (name, value) pairs of a baseline's constructor, engine fields with the prefix ``engine.``.
+        folder: an agent's checkpoint.
+    """
+
+    name: str
+    kind: Kind
+    options: tuple[tuple[str, Any], ...] = ()
+    folder: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.name + SUFFIXES[self.kind]
+
+    @property
+    def options_text(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.options)
+
+    def build(self, bench: Bench, cell: Cell) -> Policy:
+        """The policy in the setting of a cell.
+
+        Raises:
+            ConfigError: it cannot run there.
+        """
+        setting = bench.setting(cell)
+        if self.kind == "agent":
+            from llmsched_agents.checkpoint import load_checkpoint
+
+            return load_checkpoint(self.folder, setting, name=self.name)
+        return make(self.name, setting, dict(self.options))
+
+
+def make(policy: str, setting: Setting, options: Mapping[str, Any]) -> Policy:
+    """A baseline with options of its constructor and, prefixed with ``engine.``, fields of the engine; beyond its theory if need be.
+
+    Raises:
+        ConfigError: a refused option.
+    """
+    engine = {name.removeprefix("engine."): value for name, value in options.items() if name.startswith("engine.")}
+    own = {name: value for name, value in options.items() if not name.startswith("engine.")}
+    return make_policy(policy, replace(setting, overrides={**setting.overrides, **engine}), overload=True, **own)
+
+
+def runs_on(policy: str, cell: Cell) -> bool:
+    """Whether a baseline belongs to a cell: each preset has its own name for greedy FIFO."""
+    paper = load_scenario(cell.scenario).engine.preset == "paper"
+    return policy not in VLLM_ONLY if paper else policy != "fcfs"
+
+
+GREEDY = ("fcfs", "vllm")
+"""Greedy FIFO by preset."""
+
+
+def greedy_of(cell: Cell) -> str:
+    """Greedy FIFO's name in a cell."""
+    return "fcfs" if load_scenario(cell.scenario).engine.preset == "paper" else "vllm"
+
+
+def known_lengths(policy: str) -> bool:
+    return bool(getattr(policy_class(policy), "known_lengths", False))
+
+
+def needed_boundaries(chosen: Iterable[Cell]) -> dict[tuple[str, str], tuple[Scenario, EngineConfig]]:
+    """Scenario and engine of every boundary that the cells' loads refer to."""
+    pairs = {(cell.scenario, cell.kv) for cell in chosen}
+    pairs |= {(PAIRS[cell.scenario], cell.kv) for cell in chosen if cell.part == "shift"}
+    return {(name, kv): (load_scenario(name), engine_of(name, kv)) for name, kv in sorted(pairs)}
+
+
+def is_agent(text: str) -> bool:
+    """Whether a policy given on a command line is the folder of a checkpoint; baselines have plain names."""
+    return "/" in text or (Path(text) / "config.json").is_file()
+
+
+def named_policies(given: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The names of the policies of ``--policies``, each once, and the folders of those that are checkpoints.
+
+    Raises:
+        ConfigError: an unknown baseline, or two policies of one name.
+    """
+    unique = list(dict.fromkeys(given))
+    agents = {name: str(folder) for name, folder in agent_names([Path(text) for text in unique if is_agent(text)]).items()}
+    policies = tuple(Path(text).resolve().name if is_agent(text) else text for text in unique)
+    if len(set(policies)) < len(policies):
+        raise ConfigError(f"--policies: {', '.join(unique)}, a checkpoint's folder must not have the name of a baseline")
+    for name in policies:
+        if name not in agents:
+            policy_class(name)
+    return policies, agents
+
+
+def agent_names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Names for the agents of these folders.
+
+    Raises:
+        ConfigError: two folders of one name.
+    """
+    names = {folder.resolve().name: folder for folder in folders}
+    if len(names) < len(folders):
+        raise ConfigError(f"--agents: {', '.join(map(str, folders))}, the folders must have different names")
+    return names

@@ -1,0 +1,392 @@
+"""Theory, part 2: the eviction cascade, the safety buffer and the number of segments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsched_env.bench.plots import COLOURS
+from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.errors import require
+from llmsched_env.fluid import continuation, equal_width_ends, nested_memory, required_memory
+from llmsched_env.fluid.nested import design_memory
+from llmsched_env.pages.reproduction.cases import Case
+from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish, thin
+from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, picture, show, table
+from llmsched_env.pages.reproduction.stability import LABEL, STYLE, TWO, paper_engine
+from llmsched_env.runner import Policy
+from llmsched_env.types import EngineConfig, EpisodeLimits, LengthStatistics, Workload
+
+NESTED = (("thresholds", (16, 6)), ("segment_ends", (10,)))
+BASE, M_STAR = 4170, 3000
+HORIZON = 20000.0
+DELTAS = (0.5, 0.2, 0.1, 0.05, 0.01)
+
+
+def section(lab: Lab) -> Section:
+    parts = [cascade(lab), buffer(lab), segments(lab)]
+    return Section(
+        "Eviction cascade, safety buffer, segments (`paper` preset)",
+        [claim for claims, _ in parts for claim in claims],
+        [line for _, body in parts for line in body],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """One run step by step: (T,) end of the step, KV tokens charged, evictions in it, requests completed in it."""
+
+    time: npt.NDArray[np.float64]
+    kv: npt.NDArray[np.float64]
+    evictions: npt.NDArray[np.float64]
+    completed: npt.NDArray[np.float64]
+
+
+def course(policy: Policy, workload: Workload, horizon: float) -> Course:
+    backend = SimBackend()
+    policy.reset()
+    limits = EpisodeLimits(drain=False, horizon=horizon)
+    view = backend.reset(workload, policy.layout, policy.engine, limits, reveal_output_length=policy.known_lengths)
+    steps = []
+    now, last = backend.record, backend.record.report
+    while not backend.done:
+        backend.advance(policy.decide(view))
+        steps.append((now.clock, last.kv_reserved, last.evicted + last.preempted, last.completed))
+    columns = np.array(steps, dtype=np.float64).T
+    return Course(*columns)
+
+
+def toy(start: tuple[int, int], arrivals: str, iterations: int) -> Course:
+    """FCFS with C = 12 and l = l' = 1, one second an iteration, from [being prefilled, in decode] = ``start``.
+
+    ``arrivals``: ``backlog`` (always more than fits) or ``4`` (four an iteration).
+    """
+    first = [0.0] * start[1] + [1.0] * start[0]
+    rest = [1.0] * (12 * iterations) if arrivals == "backlog" else [float(t) for t in range(2, iterations) for _ in range(4)]
+    times = first + rest
+    policy = Case("fcfs", 4.0, (), (("capacity_tokens", 12), ("d0", 1.0), ("d1", 0.0)), types=((1, 1, 1.0),), horizon=1.0).build()
+    return course(policy, Workload.of(times, [1] * len(times), [1] * len(times)), float(iterations) + 0.5)
+
+
+def cascade(lab: Lab) -> tuple[list[Claim], list[str]]:
+    long = 400
+    runs = {(s, a): toy(s, a, long + 2) for s in ((4, 4), (6, 3)) for a in ("backlog", "4")}
+    # The first iteration only prepares the start state; the second completes its decodes.
+    done = {key: run.completed[1 : long + 1] for key, run in runs.items()}
+    rows = [
+        [
+            f"[{s[0]}, {s[1]}], {'backlog' if a == 'backlog' else '4 arrivals an iteration'}",
+            ", ".join(f"{int(c)}" for c in d[:12]),
+            number(float(d.mean()), 5),
+            f"{int(runs[s, a].evictions.sum()):,}",
+        ]
+        for (s, a), d in done.items()
+    ]
+    bad, good = float(done[(6, 3), "backlog"].mean()), float(done[(4, 4), "backlog"].mean())
+
+    capacities = {f"M* = {M_STAR:,}": M_STAR, "1.125 M* = 3,375": 3375, "M_req = 5,003": 5003}
+    policies: dict[str, tuple[tuple[str, Any], ...]] = {"fcfs": (), "wait": (), "nested-wait": NESTED}
+    span = lab.pick(3000.0, 1500.0)
+    cases = {
+        (p, c): Case(p, 3.0, o, paper_engine(c), types=TWO, horizon=lab.pick(HORIZON, 6000.0), seeds=lab.pick(10, 3))
+        for c in capacities.values()
+        for p, o in policies.items()
+    }
+    groups = dict(zip(cases, lab.run("eviction cascade", list(cases.values())), strict=True))
+    with figure(lab.figures / "cascade.png", 3, 3, width=3.6, height=2.3) as axes:
+        draw_toy(axes[0], runs)
+        for column, (label, capacity) in enumerate(capacities.items()):
+            for p in policies:
+                case = cases[p, capacity].but(horizon=span)
+                run = course(case.build(), case.workload(0), span)
+                time, kv = thin(run.time, run.kv, 400)
+                axes[1][column].plot(time, kv, color=COLOURS[STYLE[p]], linewidth=0.7, label=LABEL[p])
+                axes[2][column].plot(run.time, np.cumsum(run.evictions), color=COLOURS[STYLE[p]], linewidth=1.2, label=LABEL[p])
+            axes[1][column].axhline(capacity, color="black", linestyle=":", linewidth=1)
+            axes[1][column].set_ylim(0, 5300)
+            finish(axes[1][column], f"C = {label}", "time (s)", "KV (tokens)", legend=False)
+            finish(axes[2][column], f"C = {label}", "time (s)", "evictions so far", legend=column == 0)
+            axes[2][column].set_ylim(bottom=0, top=max(axes[2][column].get_ylim()[1], 10))
+    summary = [
+        [f"{LABEL[p]}, C = {c:,}", show(g.interval("tokens"), 4), show(g.interval("latency")), show(g.interval("evictions"))]
+        for (p, c), g in groups.items()
+    ]
+    wait_evictions = max(int(groups["wait", c].values("evictions").max()) for c in capacities.values())
+    body = [
+        "### The eviction cascade",
+        "",
+        "Greedy FCFS with C = 12 and l = l' = 1 (d0 = 1, d1 = 0): the balanced state [4, 4] (requests in prefill, in decode) and [6, 3].",
+        "",
+        *table(["start, arrivals", "completions, first 12 iterations", f"mean of {long}", "evictions"], rows),
+        *table(
+            ["types (10, 10, 2/s), (10, 20, 1/s)", "throughput (tok/s), fluid 40", "mean latency (s)", "evictions"],
+            summary,
+        ),
+        f"T = {cases['fcfs', 3000].horizon:,.0f} s, {cases['fcfs', 3000].seeds} seeds. Below M_req Nested WAIT runs outside its "
+        "conditions.",
+        "",
+        *picture(
+            "cascade.png",
+            "Top: the toy system. Below: KV charged (dotted: C) and evictions over time, one seed.",
+        ),
+    ]
+    claims = [
+        Claim(
+            "FCFS from [6, 3] falls into an eviction cycle",
+            "about 3 to 3.5 completions an iteration against 4 from [4, 4]",
+            f"{bad:.2f} against {good:.2f} with a backlog, {done[(6, 3), '4'].mean():.3f} with four arrivals an iteration",
+            "agrees" if bad < 3.5 and good == 4.0 else "differs",
+            "the paper's narrative is no deterministic rule; ours is greedy fill, eviction of the newest, no admission beside an eviction",
+        ),
+        Claim(
+            "WAIT from an empty start never evicts (M^pi <= C)",
+            "0 evictions",
+            f"at most {wait_evictions} on any seed and capacity",
+            "agrees" if wait_evictions == 0 else "differs",
+        ),
+    ]
+    return claims, body
+
+
+def draw_toy(axes: Any, runs: dict[tuple[tuple[int, int], str], Course]) -> None:
+    names = {"backlog": "always a backlog", "4": "4 arrivals an iteration"}
+    for column, kind in enumerate(("backlog", "4")):
+        for start, style in (((4, 4), 0), ((6, 3), 1)):
+            run = runs[start, kind]
+            axes[column].plot(
+                run.time[1:26], run.completed[1:26], color=COLOURS[style], marker=".", linewidth=0.9, label=f"from {list(start)}"
+            )
+        finish(axes[column], f"C = 12, {names[kind]}", "iteration", "completions", legend=column == 0)
+        axes[column].set_ylim(-0.5, 9.5)
+    for start, style in (((4, 4), 0), ((6, 3), 1)):
+        run = runs[start, "4"]
+        axes[2].plot(run.time[1:100], np.cumsum(run.evictions)[1:100], color=COLOURS[style], label=f"from {list(start)}")
+    finish(axes[2], "C = 12, 4 arrivals an iteration", "iteration", "evictions so far", legend=False)
+
+
+def buffer(lab: Lab) -> tuple[list[Claim], list[str]]:
+    """Overflow against C between M^pi and M_req, and against delta."""
+    horizon = lab.pick(HORIZON, 6000.0)
+    engine = EngineConfig.paper(100_000, 1.0, 1e-3)
+
+    def m_req(delta: float) -> float:
+        return required_memory((16, 6), (10, 20), (1 / 3,), 10, engine, num_types=2, horizon_seconds=horizon, delta=delta)
+
+    capacities = (4170, 4250, 4300, 4400, 4500, 4600, 4700, 4850, 5003)
+    case = Case("nested-wait", 3.0, NESTED, (), types=TWO, horizon=horizon)
+    tight = [case.but(engine=paper_engine(c), seeds=lab.pick(10, 3)) for c in capacities]
+    loose = case.but(engine=paper_engine(100_000), seeds=lab.pick(1000, 100))
+    *groups, free = lab.run("safety buffer", [*tight, loose])
+    peaks = np.sort(free.values("kv_peak"))
+    n = peaks.size
+
+    def overflow(capacity: float) -> tuple[float, float, float]:
+        """P(peak > capacity) with its 95 % interval (Clopper and Pearson)."""
+        count = int(np.count_nonzero(peaks > capacity))
+        interval = require("scipy.stats", "plots").binomtest(count, n).proportion_ci(method="exact")
+        return count / n, float(interval.low), float(interval.high)
+
+    rows, within, shares = [], True, []
+    for delta in DELTAS:
+        p, low, high = overflow(m_req(delta))
+        within = within and low <= delta
+        needed = float(np.quantile(peaks, 1 - delta, method="inverted_cdf"))
+        shares.append((needed - BASE) / (m_req(delta) - BASE))
+        rows.append([f"{delta:g}", f"{m_req(delta):,.0f}", f"{p:.4f} [{low:.4f}, {high:.4f}]", f"{needed:,.0f}", f"{shares[-1]:.2f}"])
+    sizes = [
+        [f"{c:,}", show(g.interval("evictions")), f"{overflow(c)[0]:.3f}", show(g.interval("latency"))]
+        for c, g in zip(capacities, groups, strict=True)
+    ]
+    with figure(lab.figures / "buffer.png", 1, 2) as axes:
+        left, right = axes[0]
+        draw(left, [Curve("evictions in [0, T]", [float(c) for c in capacities], [g.interval("evictions") for g in groups], 2)])
+        left.axvline(BASE, color="black", linestyle="--", linewidth=1, label="M^pi")
+        left.axvline(m_req(0.1), color="black", linestyle=":", linewidth=1, label="M_req, delta = 0.1")
+        left.set_yscale("symlog", linthresh=1)
+        left.set_ylim(bottom=0)
+        finish(left, "Nested WAIT (16, 6)", "KV capacity C (tokens)", "evictions")
+        grid = np.arange(BASE, m_req(0.001), 5.0)
+        right.step(grid, [np.mean(peaks > c) for c in grid], color=COLOURS[2], where="post", label=f"measured, {n} seeds")
+        deltas = np.geomspace(1e-3, 0.99, 60)
+        right.plot([m_req(d) for d in deltas], deltas, color="black", linestyle=":", label="bound: delta at C = M_req(delta)")
+        right.set_yscale("log")
+        finish(right, "overflow in [0, T]", "KV capacity C (tokens)", "probability")
+    body = [
+        "### The safety buffer",
+        "",
+        f"Nested WAIT (16, 6) on the two types with hidden lengths, d0 = 1 s, T = {horizon:,.0f} s: M^pi = {BASE:,}. Overflow is measured "
+        f"as the peak of the KV charged over {n} seeds without a memory limit, so that one set of runs serves every C.",
+        "",
+        *table(["C", "evictions in [0, T]", "P(overflow), no limit", "mean latency (s)"], sizes),
+        *table(["delta", "M_req", "P(peak > M_req)", "C needed", "share of the buffer needed"], rows),
+        "*C needed* is the (1 - delta) quantile of the peak.",
+        "",
+        *picture("buffer.png", "Left: evictions against the capacity. Right: measured overflow probability and the bound."),
+    ]
+    claims = [
+        Claim(
+            "C >= M_req(delta) overflows with probability at most delta",
+            "P(overflow) <= delta",
+            f"holds at delta = {', '.join(f'{d:g}' for d in DELTAS)} over {n} seeds" if within else "exceeded, see the table",
+            "agrees" if within else "differs",
+        ),
+        Claim(
+            "the buffer is not an artefact",
+            "at C = M^pi (and M*) evictions persist",
+            f"{groups[0].mean('evictions'):,.0f} evictions at M^pi, {groups[-1].mean('evictions'):,.0f} at C = 5,003",
+            "agrees" if groups[0].mean("evictions") > 100 and groups[-1].mean("evictions") < 1 else "differs",
+        ),
+        Claim(
+            "tightness of the buffer",
+            "no statement",
+            f"measured need is {min(shares):.0%} to {max(shares):.0%} of the buffer M_req - M^pi",
+            "not comparable",
+            "the paper bounds, it does not claim tightness",
+        ),
+    ]
+    return claims, body
+
+
+def uniform_types(count: int = 20, step: int = 10, prompt: int = 10) -> tuple[tuple[int, int, float], ...]:
+    return tuple((prompt, step * (j + 1), 1.0) for j in range(count))
+
+
+def statistics_of(types: tuple[tuple[int, int, float], ...]) -> LengthStatistics:
+    prompt, output, weight = zip(*types, strict=True)
+    return LengthStatistics.of(prompt, output, weight)
+
+
+def segments(lab: Lab) -> tuple[list[Claim], list[str]]:
+    """Base memory, buffer and latency against the number of segments."""
+    types, rate = uniform_types(), 3.0
+    engine = (("capacity_tokens", 10_000_000), ("d0", 1.0), ("d1", 1e-5))
+    model = EngineConfig.paper(10_000_000, 1.0, 1e-5)
+    statistics = statistics_of(types)
+    counts = (1, 2, 3, 4, 5, 7, 10, 20)
+    plans = ((200.0, 0.1), (200.0, 1e-5), (20.0, 1e-3), (2000.0, 1e-3))
+    ends = {k: equal_width_ends(statistics, k) for k in counts}
+    memory = {
+        (t, d): [design_memory(statistics, rate, model, ends[k], horizon_seconds=t, slack=1.25, eta=0.1, delta=d) for k in counts]
+        for t, d in plans
+    }
+    seeds, horizon = lab.pick(10, 3), lab.pick(3000.0, 1500.0)
+    cases = [
+        Case("nested-wait", rate, (("segment_ends", ends[k][:-1]),), engine, types=types, horizon=horizon, seeds=seeds) for k in counts
+    ]
+    real = (("capacity_tokens", 10_000_000), ("d0", 10.6e-3), ("d1", 0.401e-6))
+    lmsys = Case("nested-wait", 30.0, (), real, lengths="lmsys", horizon=lab.pick(120.0, 40.0), seeds=seeds)
+    chat = lmsys.statistics()
+    chat_counts = (2, 3, 4, 6, 8, 12, 16)
+    chat_ends = {k: equal_width_ends(chat, k) for k in chat_counts}
+    chat_cases = [lmsys.but(options=(("segment_ends", chat_ends[k][:-1]),)) for k in chat_counts]
+    groups = lab.run("number of segments", [*cases, *chat_cases])
+    own, chats = groups[: len(counts)], groups[len(counts) :]
+    chat_model = EngineConfig.paper(10_000_000, 10.6e-3, 0.401e-6)
+    chat_memory = [
+        design_memory(chat, 30.0, chat_model, chat_ends[k], horizon_seconds=120.0, slack=1.25, eta=0.1, delta=0.1) for k in chat_counts
+    ]
+
+    best = {plan: counts[int(np.argmin([m[2] for m in values]))] for plan, values in memory.items()}
+    u_shape = all(1 < k < counts[-1] for k in best.values())
+    first = memory[plans[0]]
+    rows = [
+        [str(k), *memory_cells(m), show(g.interval("latency")), show(g.interval("ttft"))]
+        for k, m, g in zip(counts, first, own, strict=True)
+    ]
+    chat_rows = [
+        [str(k), *memory_cells(m), show(g.interval("latency")), show(g.interval("ttft"))]
+        for k, m, g in zip(chat_counts, chat_memory, chats, strict=True)
+    ]
+    with figure(lab.figures / "segments.png", 1, 3, width=3.6, height=3.2) as axes:
+        x = [float(k) for k in counts]
+        for style, ((t, d), values) in enumerate(memory.items()):
+            axes[0][0].plot(x, [m[2] / 1000 for m in values], marker=".", color=COLOURS[style], label=f"T = {t:g} s, delta = {d:g}")
+        axes[0][0].plot(x, [m[0] / 1000 for m in first], color="black", linestyle=":", label="base memory M^pi")
+        finish(axes[0][0], "20 lengths, 3 requests/s", "segments L", "M_req (thousand KV tokens)")
+        draw(
+            axes[0][1],
+            [Curve("latency", x, [g.interval("latency") for g in own], 2), Curve("TTFT", x, [g.interval("ttft") for g in own], 0)],
+        )
+        finish(axes[0][1], "20 lengths, C large", "segments L", "seconds", log="y")
+        y = [float(k) for k in chat_counts]
+        axes[0][2].plot(y, [m[2] / 1000 for m in chat_memory], marker=".", color=COLOURS[0], label="M_req, T = 120 s, delta = 0.1")
+        axes[0][2].plot(y, [m[0] / 1000 for m in chat_memory], color="black", linestyle=":", label="base memory M^pi")
+        finish(axes[0][2], "continuous lengths (lmsys), 30/s", "segments L", "thousand KV tokens")
+        axes[0][0].set_ylim(bottom=0)
+        axes[0][2].set_ylim(bottom=0)
+    prompts_claim, prompts_body = prompts(lab)
+    body = [
+        "### The number of segments",
+        "",
+        "Twenty output lengths 10, 20, ..., 200 with prompt 10 at 3 requests/s in all (d0 = 1 s, d1 = 0.01 ms), cut into L segments of "
+        f"equal width; latency with memory to spare, {seeds} seeds. The paper does not state the lengths behind its figures, so only "
+        "shapes compare.",
+        "",
+        *table(["L", "M^pi", "buffer (T = 200 s, delta = 0.1)", "M_req", "mean latency (s)", "mean TTFT (s)"], rows),
+        "A dash: no cycle is stable with so few segments. Continuous lengths: the lmsys distribution at 30 requests/s with d0 = 10.6 ms "
+        "and d1 = 0.401 us (fractional thresholds, rotated).",
+        "",
+        *table(["L", "M^pi", "buffer", "M_req", "mean latency (s)", "mean TTFT (s)"], chat_rows),
+        *picture("segments.png", "Required memory over the number of segments; latency (bars: 95 % intervals)."),
+        *prompts_body,
+    ]
+    claims = [
+        Claim(
+            "memory over the number of segments is U-shaped",
+            "U shape, the base term dominates",
+            "; ".join(f"smallest at L = {best[p]} for T = {p[0]:g} s, delta = {p[1]:g}" for p in plans),
+            "agrees" if u_shape else "differs",
+            "" if u_shape else "the minimum is at an end of the range for some of the settings",
+        ),
+        prompts_claim,
+    ]
+    return claims, body
+
+
+def memory_cells(memory: tuple[float, float, float]) -> list[str]:
+    """M^pi, buffer and M_req; a dash where no cycle is stable."""
+    base, _, required = memory
+    return [f"{v:,.0f}" if np.isfinite(v) else "-" for v in (base, required - base if np.isfinite(base) else np.nan, required)]
+
+
+def prompts(lab: Lab) -> tuple[Claim, list[str]]:
+    """Prompts that differ with the output length: memory by the longest prompt of each segment."""
+    types = ((100, 50, 1.0), (40, 100, 1.0), (10, 200, 1.0))
+    statistics, ends = statistics_of(types), (50, 100, 200)
+    case = Case(
+        "nested-wait",
+        1.0,
+        (("segment_ends", ends[:-1]),),
+        (("capacity_tokens", 1_000_000), ("d0", 1.0), ("d1", 2e-5)),
+        types=types,
+        horizon=lab.pick(10000.0, 3000.0),
+        seeds=lab.pick(20, 4),
+    )
+    policy: Any = case.build()
+    n = policy.parameters.thresholds
+    model = case.base_engine()
+    p = continuation(statistics, list(ends))
+    peak = lab.run("prompts by segment", [case])[0].values("kv_peak").max()
+
+    def need(prompt: Any) -> tuple[float, float]:
+        whole = required_memory(n, ends, p, prompt, model, num_types=3, horizon_seconds=case.horizon, delta=0.1)
+        return nested_memory(n, ends, prompt, model), whole
+
+    by_segment, everywhere = need([100.0, 40.0, 10.0]), need([100.0, 100.0, 100.0])
+    fits = peak <= by_segment[1]
+    body = [
+        "**Prompts that differ by segment.** Types (100, 50), (40, 100), (10, 200) at 1 request/s, segments ending at the three lengths: "
+        f"with the longest prompt of each segment M^pi = {by_segment[0]:,.0f} and M_req = {by_segment[1]:,.0f}; with the longest of all "
+        f"in every segment {everywhere[0]:,.0f} and {everywhere[1]:,.0f}. Highest peak over {case.seeds} seeds: {peak:,.0f} tokens.",
+        "",
+    ]
+    claim = Claim(
+        "prompts that differ: the longest of each segment suffices",
+        "memory terms with the per-segment maximum",
+        f"peak {peak:,.0f} <= M_req {by_segment[1]:,.0f}" if fits else f"peak {peak:,.0f} > M_req {by_segment[1]:,.0f}",
+        "agrees" if fits else "differs",
+    )
+    return claim, body

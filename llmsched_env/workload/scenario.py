@@ -1,0 +1,232 @@
+"""``Scenario``: lengths, arrivals, engine and queue layout that belong together; and one that replays a trace."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmsched_env.errors import ConfigError
+from llmsched_env.fluid.segments import equal_probability_ends
+from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Workload
+from llmsched_env.workload.arrivals import ArrivalProcess, Poisson, TraceArrivals, check_count, check_positive
+from llmsched_env.workload.lengths import LengthModel, TraceLengths
+from llmsched_env.workload.readers import REORDER_SECONDS, InvalidRows, TimeUnit, Trace, read_trace
+
+QUARTERS = 4
+DEFAULT_MODEL_LEN = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """A workload and the engine it is meant for.
+
+    Attributes:
+        name, description: for people.
+        source: where lengths and arrivals come from.
+        lengths: distribution of prompt, output and type.
+        arrivals: process with its default rate.
+        engine: default engine.
+        layout: queues of LLMSched-v0; never by output length.
+        known_layout: queues of LLMSchedKnown-v0: by type, or by output length.
+        num_requests: default length of an episode.
+        ttft_slo, tpot_slo: default latency limits, seconds.
+        rows: exact requests to replay, in order, or None to sample ``lengths``. Their times come
+            from ``arrivals``.
+        trace: the file that ``rows`` were read from, with what was left out of it or put in order.
+    """
+
+    name: str
+    description: str
+    source: str
+    lengths: LengthModel
+    arrivals: ArrivalProcess
+    engine: EngineConfig
+    layout: QueueLayout
+    known_layout: QueueLayout
+    num_requests: int = 2000
+    ttft_slo: float = 1.0
+    tpot_slo: float = 0.1
+    rows: Workload | None = None
+    trace: Trace | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout.reveals_output_length:
+            raise ConfigError("scenario.layout: by='output' reveals hidden lengths, must be single, type or prompt")
+        check_count("scenario.num_requests", self.num_requests, low=1)
+        for name in ("ttft_slo", "tpot_slo"):
+            check_positive(f"scenario.{name}", getattr(self, name), "seconds")
+
+    @property
+    def rate(self) -> float:
+        """Default mean arrival rate, requests per second."""
+        return float(self.arrivals.rate)
+
+    @property
+    def dropped(self) -> int:
+        """Rows of the trace file that were left out (``Trace.dropped_reason`` says why); 0 without a file."""
+        return 0 if self.trace is None else self.trace.dropped
+
+    @functools.cached_property
+    def statistics(self) -> LengthStatistics:
+        """What an operator knows of the lengths. For a trace: of the trace itself, a perfect forecast."""
+        return self.lengths.statistics()
+
+    def generate(
+        self,
+        seed: int | np.random.SeedSequence | np.random.Generator,
+        *,
+        rate: float | None = None,
+        num_requests: int | None = None,
+        horizon: float | None = None,
+    ) -> Workload:
+        """Draw the requests of one episode.
+
+        Arrivals and lengths have a random stream each: the same seed at two rates gives the same
+        requests in the same order. A seed s and a fresh ``np.random.default_rng(s)`` give the same
+        workload; a generator gives a new one at each call.
+
+        Args:
+            seed: int >= 0, seed sequence, or generator (of which two children are spawned).
+            rate: mean rate in requests/s; None for the scenario's.
+            num_requests: how many; None for the scenario's, or all until ``horizon``.
+            horizon: only arrivals in [0, ``horizon``] seconds; there may be none.
+
+        Raises:
+            ConfigError: a value out of range, or more requests than an exact trace has.
+        """
+        arrivals = self.arrivals if rate is None else self.arrivals.with_rate(rate)
+        if num_requests is not None:
+            check_count("num_requests", num_requests, low=1)
+        if horizon is not None:
+            check_positive("horizon", horizon, "seconds")
+        for_times, for_lengths = _two_streams(seed)
+        limit = len(self.rows) if self.rows is not None else None
+        if limit is not None and num_requests is not None and num_requests > limit:
+            raise ConfigError(f"num_requests: {num_requests}, but {self.name} has {limit} requests")
+        if limit is not None:
+            # An exact replay does not repeat, however long the horizon.
+            times = arrivals.sample(for_times, num_requests or limit)
+            times = times if horizon is None else times[times <= horizon]
+        elif horizon is None:
+            times = arrivals.sample(for_times, num_requests or self.num_requests)
+        else:
+            times = arrivals.sample_until(for_times, horizon)[:num_requests]
+        n = times.shape[0]
+        if self.rows is not None:
+            rows = self.rows
+            return Workload.of(times, rows.prompt_tokens[:n], rows.output_tokens[:n], rows.type_id[:n], rows.request_id[:n])
+        # Valid by construction: the checks of Workload.of would take as long as the draws.
+        return Workload(times, *self.lengths.sample(for_lengths, n))
+
+
+def _two_streams(seed: int | np.random.SeedSequence | np.random.Generator) -> tuple[np.random.Generator, np.random.Generator]:
+    if isinstance(seed, np.random.Generator):
+        first, second = seed.spawn(2)
+        return first, second
+    if isinstance(seed, np.random.SeedSequence):
+        # A copy: spawning would change the caller's sequence.
+        root = np.random.SeedSequence(seed.entropy, spawn_key=seed.spawn_key, pool_size=seed.pool_size)
+    elif isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ConfigError(f"seed: {seed!r}, must be an integer >= 0, a SeedSequence or a Generator")
+    else:
+        root = np.random.SeedSequence(int(seed))
+    first, second = (np.random.default_rng(child) for child in root.spawn(2))
+    return first, second
+
+
+def _quartiles(statistics: LengthStatistics) -> tuple[int, ...]:
+    """Output quartiles (tokens), equal ones merged; the longest output is not among them."""
+    return equal_probability_ends(statistics, QUARTERS)[:-1]
+
+
+def hidden_layout(statistics: LengthStatistics) -> QueueLayout:
+    """One class; segments end at the quartiles of the output length."""
+    return QueueLayout(segment_ends=_quartiles(statistics))
+
+
+def bucket_layout(statistics: LengthStatistics) -> QueueLayout:
+    """Known lengths: a class for each quarter of the output lengths."""
+    return QueueLayout(by="output", edges=_quartiles(statistics))
+
+
+def scenario_from_trace(
+    path: str | Path,
+    *,
+    rate: float | None = None,
+    name: str | None = None,
+    engine: EngineConfig | None = None,
+    layout: QueueLayout | None = None,
+    known_layout: QueueLayout | None = None,
+    ttft_slo: float = 1.0,
+    tpot_slo: float = 0.1,
+    jitter_seconds: float = 0.0,
+    time_unit: TimeUnit | None = None,
+    invalid_rows: InvalidRows = "error",
+    reorder_seconds: float = REORDER_SECONDS,
+) -> Scenario:
+    """A scenario that replays exactly the requests of a file, in order.
+
+    Times are as recorded, from the first arrival at 0, or stretched by one factor to the mean ``rate``. A file with lengths only
+    gets Poisson arrivals at ``rate``, drawn anew for each seed. ``statistics`` are those of the
+    file's own lengths: policies work with a perfect forecast of the distribution.
+
+    Args:
+        path: any format of ``read_trace``.
+        rate: mean arrival rate, requests/s; None keeps the recorded times.
+        name: default the file's name without suffixes.
+        engine: default ``EngineConfig.vllm()`` whose ``max_model_len`` is raised to the longest
+            request where that is above 4,096, at most to the KV cache. What is longer still is
+            refused or rejected by the engine (``EngineConfig.oversize``).
+        layout, known_layout: default one class with segments at the output quartiles; classes by the
+            file's ``type`` column, or by output quartiles where it has none.
+        ttft_slo, tpot_slo: seconds.
+        jitter_seconds, time_unit, invalid_rows, reorder_seconds: see ``read_trace``.
+
+    Raises:
+        ConfigError: a file ``read_trace`` refuses, a bad rate, or lengths without times and no rate.
+    """
+    trace = read_trace(path, jitter_seconds=jitter_seconds, time_unit=time_unit, invalid_rows=invalid_rows, reorder_seconds=reorder_seconds)
+    if trace.arrival is None:
+        if rate is None:
+            raise ConfigError(f"rate: None, but {trace.path} has lengths only: give a rate for Poisson arrivals")
+        arrivals: ArrivalProcess = Poisson(rate)
+    else:
+        arrivals = TraceArrivals(trace.arrival)
+        if rate is not None:
+            arrivals = arrivals.with_rate(rate)
+    rows = Workload.of(
+        np.zeros(len(trace)) if trace.arrival is None else trace.arrival,
+        trace.prompt_tokens,
+        trace.output_tokens,
+        trace.type_id,
+        trace.request_id,
+    )
+    changed = f", {trace.dropped} rows dropped: {trace.dropped_reason}" if trace.dropped else ""
+    changed += f", {trace.reordered} rows put in order" if trace.reordered else ""
+    lengths = TraceLengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, f"{trace.path} ({trace.format})")
+    statistics = lengths.statistics()
+    if engine is None:
+        longest = int((trace.prompt_tokens.astype(np.int64) + trace.output_tokens).max())
+        engine = EngineConfig.vllm()
+        engine = engine.replace(max_model_len=min(max(DEFAULT_MODEL_LEN, longest), engine.kv_capacity_tokens))
+    if known_layout is None:
+        types = len(trace.type_names)
+        known_layout = QueueLayout(by="type", num_types=types) if types else bucket_layout(statistics)
+    return Scenario(
+        name=name or Path(path).name.split(".")[0] or "trace",
+        description=f"replay of {len(trace)} requests of {Path(path).name} ({trace.format} format{changed})",
+        source=trace.path,
+        lengths=lengths,
+        arrivals=arrivals,
+        engine=engine,
+        layout=layout or hidden_layout(statistics),
+        known_layout=known_layout,
+        num_requests=len(trace),
+        ttft_slo=ttft_slo,
+        tpot_slo=tpot_slo,
+        rows=rows,
+        trace=trace,
+    )

@@ -1,1 +1,0 @@
-"""Programs a person runs, from a checkout: ``python scripts/compare.py --help``."""
