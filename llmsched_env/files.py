@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from llmsched_env.errors import ConfigError
 
@@ -55,3 +56,44 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def goes_on(out: Path, there: bool, *, resume: bool, overwrite: bool, what: str = "results") -> bool:
+    """Whether to go on with what an earlier run left: the one rule of all commands.
+
+    Args:
+        out: what ``--out`` names.
+        there: whether it holds finished work.
+
+    Raises:
+        ConfigError: it does, and neither ``--resume`` nor ``--overwrite`` says what is to become of it.
+    """
+    if there and not (resume or overwrite):
+        raise ConfigError(f"--out: {out} holds {what} already; use --resume, --overwrite or another place")
+    return there and resume
+
+
+def check_same_settings(path: Path, description: Mapping[str, Any]) -> None:
+    """Refuse to mix the results of two different settings.
+
+    Args:
+        path: JSON file that ``write_settings`` left beside the results.
+        description: the settings now, as plain values.
+
+    Raises:
+        ConfigError: the settings kept are missing, unreadable or differ.
+    """
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {path} cannot be read ({error}), use --overwrite") from error
+    for name, value in json.loads(json.dumps(description)).items():
+        if kept.get(name) != value:
+            raise ConfigError(f"--resume: {name} is {value!r}, but what {path.parent} holds was made with {kept.get(name)!r}")
+
+
+def write_settings(path: Path, description: Mapping[str, Any]) -> None:
+    """Write down what results were made with."""
+    with replacing(path) as file:
+        json.dump(description, file, indent=2)
+        file.write("\n")

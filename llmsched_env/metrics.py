@@ -209,6 +209,6 @@ def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence:
     mean, n = float(array.mean()), int(array.size)
     if n == 1:
         return Interval(mean, math.nan, math.nan, 1)
-    quantile = float(require("scipy.special", "plots").stdtrit(n - 1, (1 + confidence) / 2))
+    quantile = float(require("scipy.special", "cli").stdtrit(n - 1, (1 + confidence) / 2))
     half = quantile * float(array.std(ddof=1)) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)

@@ -70,7 +70,7 @@ def _folders() -> list[Path]:
 
 def unordered(backend: str, jobs: int, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Generator[Any]:
     """``function(*a)`` for each ``a``, results as they are ready: one by one from ``loky``, in waves from ``ray``."""
-    joblib = require("joblib", "plots")
+    joblib = require("joblib", "cli")
     calls = (joblib.delayed(function)(*a) for a in arguments)
     jobs = min(jobs, max(len(arguments), 1))
     if backend == "loky":

@@ -32,7 +32,7 @@ class Viewer:
     def __init__(self, layout: QueueLayout, engine: EngineConfig, *, human: bool, fps: int) -> None:
         if not human:
             os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-        self._pygame: Any = require("pygame", "plots")
+        self._pygame: Any = require("pygame", "render")
         self._layout, self._engine, self._human, self._fps = layout, engine, human, fps
         pygame = self._pygame
         pygame.font.init()

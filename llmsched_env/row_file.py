@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from llmsched_env.errors import ConfigError
+from llmsched_env.files import replacing
 
 T = TypeVar("T")
-_FROM_TEXT: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "True"}
+_FROM_TEXT: dict[Any, Callable[[str], Any]] = {str: str, int: int, float: float, bool: lambda text: text == "True"}
 
 
 class RowFile(Generic[T]):
@@ -21,7 +23,8 @@ class RowFile(Generic[T]):
 
     Args:
         path: the file.
-        kind: a dataclass with fields of type str, int, float and bool; they are the columns, in this order.
+        kind: a dataclass with fields of type str, int, float, bool, or a dataclass of such, whose fields stand in its place; they are
+            the columns, in this order.
         resume: keep the rows in the file; otherwise it begins anew.
 
     Raises:
@@ -30,30 +33,40 @@ class RowFile(Generic[T]):
 
     def __init__(self, path: Path, kind: type[T], *, resume: bool) -> None:
         self._path = path
-        self._columns = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        self._kind = kind
         self.rows: list[T] = read_rows(path, kind) if resume and path.exists() else []
 
     def __enter__(self) -> RowFile[T]:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         # Written anew: a line that a kill cut off is gone.
-        self._file = self._path.open("w", encoding="utf-8", newline="")
+        write_rows(self._path, self._kind, self.rows)
+        self._file = self._path.open("a", encoding="utf-8", newline="")
         self._writer = csv.writer(self._file)
-        self._writer.writerow(self._columns)
-        self._writer.writerows(dataclasses.astuple(row) for row in self.rows)  # type: ignore[call-overload]
-        self._file.flush()
         return self
 
     def append(self, row: T) -> None:
         self.rows.append(row)
-        self._writer.writerow(dataclasses.astuple(row))  # type: ignore[call-overload]
+        self._writer.writerow(_cells(row))
         self._file.flush()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
 
 
+def columns(kind: type[Any]) -> list[str]:
+    """The heading of a file of such rows."""
+    return [name for name, _ in _leaves(kind)]
+
+
+def write_rows(path: Path, kind: type[T], rows: Iterable[T]) -> None:
+    """Replace the file by these rows."""
+    with replacing(path) as file:
+        writer = csv.writer(file)
+        writer.writerow(columns(kind))
+        writer.writerows(_cells(row) for row in rows)
+
+
 def read_rows(path: Path, kind: type[T]) -> list[T]:
-    """The whole lines of a file as records.
+    """The whole lines of a file as records; a last line cut off by a kill is left out.
 
     Raises:
         ConfigError: other columns, or a line that is not a row.
@@ -62,13 +75,37 @@ def read_rows(path: Path, kind: type[T]) -> list[T]:
     lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
     if not lines:
         return []
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    if lines[0] != [f.name for f in fields]:
+    if lines[0] != columns(kind):
         raise ConfigError(f"{path}: the columns are not those of this version, use --overwrite or another --out")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:
-            rows.append(kind(**{f.name: _FROM_TEXT[str(f.type)](text) for f, text in zip(fields, line, strict=True)}))
+            values = [_FROM_TEXT[form](text) for (_, form), text in zip(_leaves(kind), line, strict=True)]
         except ValueError as error:
             raise ConfigError(f"{path}, line {number}: not a row ({error})") from error
+        rows.append(_record(kind, iter(values)))
     return rows
+
+
+def _leaves(kind: type[Any]) -> list[tuple[str, Any]]:
+    """(column, type) of a record's fields, those of a record within it in its place."""
+    hints = typing.get_type_hints(kind)
+    found: list[tuple[str, Any]] = []
+    for field in dataclasses.fields(kind):
+        form = hints[field.name]
+        found += _leaves(form) if isinstance(form, type) and dataclasses.is_dataclass(form) else [(field.name, form)]
+    return found
+
+
+def _cells(row: Any) -> list[Any]:
+    found: list[Any] = []
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        found += _cells(value) if dataclasses.is_dataclass(value) else [value]
+    return found
+
+
+def _record(kind: Any, values: Iterator[Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    forms = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return kind(**{name: _record(form, values) if dataclasses.is_dataclass(form) else next(values) for name, form in forms.items()})

@@ -1,8 +1,8 @@
-"""Compare scheduling policies on one workload over arrival rates and seeds."""
+"""Compare scheduling policies on one workload over arrival rates and seeds: `llmsched compare`."""
 
 import sys
 
-from llmsched_env.cli.compare import main
+from llmsched_env.cli.compare import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

@@ -43,16 +43,19 @@ def engine_keys(exclude: Iterable[str] = ()) -> dict[str, Any]:
     return {name: hint for name, hint in keys.items() if name not in set(exclude)}
 
 
-def policy_keys(name: str) -> dict[str, Any]:
-    """Options of a policy and their types."""
-    factory = policy_class(name)
+def policy_keys(text: str) -> dict[str, Any]:
+    """Options of a policy, a name or ``module:attribute``, and their types; text where none is declared."""
+    factory = policy_class(text)
     signature: Any = inspect.getattr_static(factory, "__init__") if isinstance(factory, type) else factory
     hints = typing.get_type_hints(signature)
-    return {option: hints.get(option, str) for option in policy_options(name)}
+    return {option: hints.get(option, str) for option in policy_options(text)}
 
 
-def parse_overrides(pairs: Sequence[str], policies: Sequence[str], *, exclude_engine: Iterable[str] = ()) -> Overrides:
+def parse_overrides(pairs: Sequence[str], policies: Mapping[str, str], *, exclude_engine: Iterable[str] = ()) -> Overrides:
     """Parse the words of ``--set``.
+
+    Args:
+        policies: whose options can be set: name to what has the signature (``policy_keys``).
 
     Raises:
         ConfigError: not KEY=VALUE, unknown key (the nearest is given), a value of the wrong type, a key given twice.
@@ -68,11 +71,11 @@ def parse_overrides(pairs: Sequence[str], policies: Sequence[str], *, exclude_en
             target, allowed = engine, engine_keys(exclude_engine)
         elif kind == "policy":
             owner, name = _policy_of(key, name, policies)
-            target, allowed = policy.setdefault(owner, {}), policy_keys(owner)
+            target, allowed = policy.setdefault(owner, {}), policy_keys(policies[owner])
         else:
-            raise ConfigError(f"--set {key}: must begin with 'engine.' or 'policy.'{_near(kind, ('engine', 'policy'))}")
+            raise ConfigError(f"--set {key}: must begin with 'engine.' or 'policy.'{did_you_mean(kind, ('engine', 'policy'))}")
         if name not in allowed:
-            raise ConfigError(f"--set {key}: unknown key{_near(name, allowed)} (allowed: {', '.join(allowed) or 'none'})")
+            raise ConfigError(f"--set {key}: unknown key{did_you_mean(name, allowed)} (allowed: {', '.join(allowed) or 'none'})")
         if name in target:
             raise ConfigError(f"--set {key}: given twice")
         target[name] = parse_value(key, text, allowed[name])
@@ -118,7 +121,7 @@ def parse_value(key: str, text: str, hint: Any) -> Any:
         return parse_value(key, text, kinds[-1])
     if origin is Literal:
         if text not in arguments:
-            raise ConfigError(f"--set {key}: {text!r}, must be one of {', '.join(arguments)}{_near(text, arguments)}")
+            raise ConfigError(f"--set {key}: {text!r}, must be one of {', '.join(arguments)}{did_you_mean(text, arguments)}")
         return text
     if hint is bool:
         if text.lower() not in ("true", "false", "1", "0"):
@@ -145,16 +148,15 @@ def parse_value(key: str, text: str, hint: Any) -> Any:
     raise ConfigError(f"--set {key}: cannot be set from the command line")
 
 
-def _policy_of(key: str, name: str, policies: Sequence[str]) -> tuple[str, str]:
+def _policy_of(key: str, name: str, policies: Mapping[str, str]) -> tuple[str, str]:
     owner, dot, option = name.partition(".")
     if dot:
         if owner not in policies:
-            raise ConfigError(f"--set {key}: policy {owner!r} does not run here{_near(owner, policies)} (policies: {', '.join(policies)})")
+            hint = did_you_mean(owner, policies)
+            raise ConfigError(f"--set {key}: policy {owner!r} does not run here{hint} (policies: {', '.join(policies)})")
         return owner, option
+    if not policies:
+        raise ConfigError(f"--set {key}: no policy with options runs here")
     if len(policies) == 1:
-        return policies[0], name
-    raise ConfigError(f"--set {key}: several policies run, name one, such as policy.{policies[0]}.{name}")
-
-
-def _near(word: str, allowed: Iterable[str]) -> str:
-    return did_you_mean(word, list(allowed))
+        return next(iter(policies)), name
+    raise ConfigError(f"--set {key}: several policies run, name one, such as policy.{next(iter(policies))}.{name}")

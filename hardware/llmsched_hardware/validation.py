@@ -405,7 +405,7 @@ def _ranking(rate: float, metric: str, own: Sequence[Gap]) -> Ranking:
     order: Callable[[Callable[[Gap], float]], tuple[str, ...]] = lambda value: tuple(  # noqa: E731
         g.policy for g in sorted(own, key=lambda g: sign * value(g))
     )
-    tau = require("scipy.stats", "plots").kendalltau([g.real for g in own], [g.sim for g in own]).statistic
+    tau = require("scipy.stats", "cli").kendalltau([g.real for g in own], [g.sim for g in own]).statistic
     inside = outside = 0
     for a, b in itertools.combinations(own, 2):
         if (a.real - b.real) * (a.sim - b.sim) < 0:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
-import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from llmsched_baselines import Setting, make_policy
+from llmsched_agents.lookup import NamedPolicy
+from llmsched_baselines import Setting
 from llmsched_baselines.overrides import Overrides
 from llmsched_env import __version__
 from llmsched_env.backends import make_backend
@@ -23,9 +18,8 @@ from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError
-from llmsched_env.files import replacing
 from llmsched_env.fluid import stability_boundary
-from llmsched_env.metrics import ttft
+from llmsched_env.metrics import Summary, summarize, ttft
 from llmsched_env.perf.base import CalibrationRangeWarning
 from llmsched_env.runner import EpisodeResult, Policy, run_episode
 from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, Workload
@@ -37,46 +31,20 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One finished run: one line of ``summary.csv``; the columns are these fields, in this order."""
+    """One finished run: one line of ``summary.csv``; the columns are these fields, the figures' own in their place."""
 
     scenario: str
     policy: str
     rate: float
     seed: int
-    requests: int
-    completed: int
-    throughput_tok_s: float
-    throughput_req_s: float
-    latency_mean: float
-    latency_p50: float
-    latency_p95: float
-    latency_p99: float
-    ttft_mean: float
-    ttft_p50: float
-    ttft_p95: float
-    ttft_p99: float
-    tpot_mean: float
-    tpot_p50: float
-    tpot_p95: float
-    tpot_p99: float
-    evictions: int
-    kv_mean: float
-    kv_max: float
-    sim_seconds: float
+    figures: Summary
     wall_seconds: float
     known_lengths: bool
     notes: str
-    iterations: int
-    out_of_range: int
 
     @property
     def task(self) -> Task:
         return Task(self.policy, self.rate, self.seed)
-
-
-COLUMNS = tuple(f.name for f in dataclasses.fields(Row))
-_FROM_TEXT: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "bool": lambda text: text == "True"}
-_PARSERS = {f.name: _FROM_TEXT[str(f.type)] for f in dataclasses.fields(Row)}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -96,17 +64,16 @@ class Comparison:
         rates: requests/s.
         num_requests: requests of one run.
         source: the trace file, if the workload is one.
-        agents: folders of checkpoints by the names they have among the policies.
+        policies: what runs, by name in tables.
     """
 
     scenario: Scenario
-    policies: tuple[str, ...]
+    policies: Mapping[str, NamedPolicy]
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     num_requests: int
     overrides: Overrides = field(default_factory=Overrides)
     source: str = ""
-    agents: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def engine(self) -> EngineConfig:
@@ -135,11 +102,7 @@ class Comparison:
             overrides=self.overrides.engine,
         )
         try:
-            if name in self.agents:
-                from llmsched_agents.checkpoint import load_checkpoint
-
-                return load_checkpoint(self.agents[name], setting, name=name)
-            return make_policy(name, setting, overload=True, **self.overrides.options(name))
+            return self.policies[name].build(setting, **self.overrides.options(name))
         except ConfigError as error:
             raise type(error)(f"policy {name!r} at rate {rate:g}: {error}") from error
 
@@ -169,7 +132,7 @@ class Comparison:
             "trace": self.source,
             "num_requests": self.num_requests,
             "set": {key: _plain(value) for key, value in self.overrides.items()},
-            **({"agents": dict(self.agents)} if self.agents else {}),
+            "policies": {name: policy.text for name, policy in self.policies.items() if policy.text != name},
         }
 
 
@@ -218,21 +181,23 @@ def extrapolation_reported() -> warnings.catch_warnings[None]:
 
 
 def _row(comparison: Comparison, task: Task, policy: Policy, result: EpisodeResult) -> Row:
-    summary = result.summary.as_dict()
+    scenario = comparison.scenario
+    limits = {"ttft_limit": scenario.ttft_slo, "tpot_limit": scenario.tpot_slo}
+    figures = summarize(result.log, result.counters, kv_capacity=policy.engine.kv_capacity, **limits)
     notes = [policy.notes] if policy.notes else []
-    if result.summary.truncated:
+    if figures.truncated:
         notes.append("stopped at max_iterations")
-    if result.summary.rejected:
-        notes.append(f"{result.summary.rejected} requests rejected")
+    if figures.rejected:
+        notes.append(f"{figures.rejected} requests rejected")
     return Row(
-        scenario=comparison.scenario.name,
+        scenario=scenario.name,
         policy=task.policy,
         rate=task.rate,
         seed=task.seed,
+        figures=figures,
         wall_seconds=result.wall_seconds,
         known_lengths=policy.known_lengths,
         notes="; ".join(notes),
-        **{name: summary[name] for name in COLUMNS if name in summary},  # type: ignore[arg-type]
     )
 
 
@@ -281,77 +246,6 @@ def record(comparison: Comparison, task: Task) -> Recording:
         eviction_times=np.repeat(starts, course[:, 3].astype(np.int64)),
         ttft=np.sort(first[np.isfinite(first)]),
     )
-
-
-class SummaryFile:
-    """``summary.csv``, there already with its heading: each row is on disk before the next run is waited for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> SummaryFile:
-        self._file = self._path.open("a", encoding="utf-8", newline="")
-        self._writer = csv.writer(self._file)
-        return self
-
-    def append(self, row: Row) -> None:
-        self._writer.writerow(dataclasses.astuple(row))
-        self._file.flush()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the file by these rows."""
-    with replacing(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(dataclasses.astuple(row) for row in rows)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a ``summary.csv``; a last line cut off by a kill is left out.
-
-    Raises:
-        ConfigError: other columns, or a line that is not a row.
-    """
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    lines = list(csv.reader(io.StringIO(whole)))
-    if not lines:
-        return []
-    if tuple(lines[0]) != COLUMNS:
-        raise ConfigError(f"{path}: the columns are not those of this version, use --overwrite or another --out")
-    rows = []
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            rows.append(Row(**{name: _PARSERS[name](text) for name, text in zip(COLUMNS, line, strict=True)}))
-        except ValueError as error:
-            raise ConfigError(f"{path}, line {number}: not a row ({error})") from error
-    return rows
-
-
-def write_settings(folder: Path, description: Mapping[str, Any]) -> None:
-    with replacing(folder / SETTINGS_FILE) as file:
-        json.dump(description, file, indent=2)
-        file.write("\n")
-
-
-def check_same_settings(folder: Path, description: Mapping[str, Any]) -> None:
-    """Refuse to mix the rows of two different comparisons.
-
-    Raises:
-        ConfigError: the settings kept in the folder are missing, unreadable or differ.
-    """
-    path = folder / SETTINGS_FILE
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path} cannot be read ({error}), use --overwrite") from error
-    for name, value in description.items():
-        if kept.get(name) != value:
-            raise ConfigError(f"--resume: {name} is {value!r}, but the rows in {folder} were made with {kept.get(name)!r}")
 
 
 def largest_stable(rates: Sequence[float], boundary: float) -> float:

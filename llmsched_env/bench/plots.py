@@ -31,8 +31,8 @@ class Figure:
 
 
 def _pyplot() -> Any:
-    require("matplotlib", "plots").use("Agg")
-    pyplot = require("matplotlib.pyplot", "plots")
+    require("matplotlib", "cli").use("Agg")
+    pyplot = require("matplotlib.pyplot", "cli")
     pyplot.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
     return pyplot
 

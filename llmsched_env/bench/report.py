@@ -42,8 +42,8 @@ DEFINITIONS = (
 
 def print_table(console: Any, table: Sequence[Cell], title: str) -> None:
     """A rich table: a row for each policy and rate."""
-    box, text = require("rich.box", "plots"), require("rich.text", "plots").Text
-    grid = require("rich.table", "plots").Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+    box, text = require("rich.box", "cli"), require("rich.text", "cli").Text
+    grid = require("rich.table", "cli").Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1))
     grid.add_column("req/s", justify="right", no_wrap=True)
     grid.add_column("policy", overflow="fold", min_width=max(len(cell.policy) for cell in table))
     for column in COLUMNS:
@@ -132,7 +132,7 @@ def write_html(
     warnings: Sequence[str],
 ) -> None:
     """Write the report; pictures are inside it."""
-    environment = require("jinja2", "plots").Environment(autoescape=True, undefined=require("jinja2", "plots").StrictUndefined)
+    environment = require("jinja2", "cli").Environment(autoescape=True, undefined=require("jinja2", "cli").StrictUndefined)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     html = template.render(
         title=f"Scheduling policies on {comparison.scenario.name}",

@@ -68,13 +68,13 @@ def _cell(rows: Sequence[Row]) -> Cell:
         policy=rows[0].policy,
         rate=rows[0].rate,
         seeds=len(rows),
-        requests=sum(row.requests for row in rows),
-        completed=sum(row.completed for row in rows),
+        requests=sum(row.figures.requests for row in rows),
+        completed=sum(row.figures.completed for row in rows),
         known_lengths=rows[0].known_lengths,
         notes=tuple(sorted({row.notes for row in rows if row.notes})),
-        intervals={metric: mean_interval([float(getattr(row, metric)) for row in rows]) for metric in METRICS},
-        iterations=sum(row.iterations for row in rows),
-        out_of_range=sum(row.out_of_range for row in rows),
+        intervals={metric: mean_interval([float(getattr(row.figures, metric)) for row in rows]) for metric in METRICS},
+        iterations=sum(row.figures.iterations for row in rows),
+        out_of_range=sum(row.figures.out_of_range for row in rows),
     )
 
 

@@ -181,8 +181,8 @@ def arguments() -> Parser:
 def main(words: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(words)
     try:
-        require("joblib", "plots")
-        require("scipy", "plots")
+        require("joblib", "cli")
+        require("scipy", "cli")
         check_counts(seeds=options.seeds, jobs=options.jobs)
         check_file("--out", options.out)
         agent = load_checkpoint(options.agent)

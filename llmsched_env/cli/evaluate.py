@@ -108,7 +108,7 @@ def main(words: Sequence[str] | None = None) -> int:
         options.num_requests = options.num_requests or QUICK_REQUESTS
     try:
         for module in ("joblib", "matplotlib", "scipy", "rich"):
-            require(module, "plots")
+            require(module, "cli")
         from llmsched_env.pages.results.page import Page
 
         if options.suite != SUITE:
@@ -162,8 +162,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _run(tasks: Sequence[tuple[Any, ...]], store: RowFile[Row], jobs: int) -> None:
-    progress = require("rich.progress", "plots")
-    console = require("rich.console", "plots").Console(stderr=True)
+    progress = require("rich.progress", "cli")
+    console = require("rich.console", "cli").Console(stderr=True)
     results = unordered("loky", jobs, run_cell, tasks)
     try:
         with progress.Progress(console=console) as bar:

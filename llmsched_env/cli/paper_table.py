@@ -150,7 +150,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error(f"--seeds {args.seeds}: must be >= 2, the table gives intervals")
-    joblib = require("joblib", "plots")
+    joblib = require("joblib", "cli")
     start = time.perf_counter()
     tasks = [(row, seed) for row in rows() for seed in range(args.seeds)]
     results = joblib.Parallel(n_jobs=args.jobs)(joblib.delayed(run_row)(row, seed) for row, seed in tasks)

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.jobs < 1:
             raise ConfigError(f"--jobs: {options.jobs}, must be >= 1")
         for module in ("joblib", "matplotlib", "rich", "scipy"):
-            require(module, "plots")
+            require(module, "cli")
         check_file("--out", options.out)
         if options.fresh and options.results.is_dir():
             for file in options.results.glob("*.json"):
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reproduce(options: argparse.Namespace) -> int:
     """Run what is missing and write the page."""
-    progress = require("rich.progress", "plots")
+    progress = require("rich.progress", "cli")
     columns = (
         progress.TextColumn("{task.description:<45}"),
         progress.BarColumn(),

@@ -123,7 +123,7 @@ def prepare(options: argparse.Namespace) -> tuple[list[Cell], Bench]:
 def main(words: Sequence[str] | None = None) -> int:
     options = arguments().parse_args(words)
     try:
-        require("joblib", "plots")
+        require("joblib", "cli")
         check_counts(seeds=options.seeds, trials=options.trials, jobs=options.jobs)
         for name in options.policies:
             policy_class(name)

@@ -247,8 +247,8 @@ def keep_machine(folder: Path, backend: Any) -> None:
 
 def progress(quiet: bool, total: int) -> tuple[Any, Any]:
     """A progress bar of rich and its task."""
-    rich = require("rich.progress", "plots")
-    console = require("rich.console", "plots").Console(stderr=True)
+    rich = require("rich.progress", "cli")
+    console = require("rich.console", "cli").Console(stderr=True)
     bar = rich.Progress(
         rich.TextColumn("{task.description:<44}"),
         rich.BarColumn(),
@@ -309,7 +309,7 @@ def carry_out(options: argparse.Namespace) -> int:
         raise ConfigError(f"--calibration: {error}") from error
     words = [word for word in options.set if word.startswith("policy.")]
     engine = engine_options(options.model, [word for word in options.set if word not in words], calibration)
-    require("scipy.stats", "plots")
+    require("scipy.stats", "cli")
     validation = plan(options, engine, calibration, words)
     description = describe(options, engine, calibration, validation)
     backend = make_backend("vllm", clock=options.clock, **backend_settings(engine))

@@ -108,8 +108,8 @@ def run(options: argparse.Namespace) -> int:
     points_path = options.out.with_suffix(".points.jsonl")
     if points_path.exists() and not (options.resume or options.overwrite):
         raise ConfigError(f"--out: {points_path} holds points already; use --resume, --overwrite or another file")
-    console = require("rich.console", "plots").Console(stderr=True)
-    require("scipy.optimize", "plots")
+    console = require("rich.console", "cli").Console(stderr=True)
+    require("scipy.optimize", "cli")
     if options.quiet:
         console = None
     deadline = started + options.budget_seconds
@@ -255,7 +255,7 @@ def run_sweep(engine: Any, limits: EngineLimits, file: PointsFile, until: float,
 
 
 def _bar(console: Any) -> Any:
-    progress = require("rich.progress", "plots")
+    progress = require("rich.progress", "cli")
     return progress.Progress(
         progress.TextColumn("{task.description:<44}"),
         progress.BarColumn(),

@@ -145,7 +145,7 @@ def _data(points: Sequence[Point], least: int) -> tuple[FloatArray, FloatArray]:
 
 def _non_negative(columns: FloatArray, seconds: FloatArray, floors: Sequence[int]) -> FloatArray:
     """Coefficients >= 0 of the smallest squared relative error; those at ``floors`` stay above 0."""
-    nnls = require("scipy.optimize", "plots").nnls
+    nnls = require("scipy.optimize", "cli").nnls
     floor = np.zeros(columns.shape[1])
     floor[list(floors)] = FLOOR * seconds.min()
     rows = columns / seconds[:, None]
@@ -205,7 +205,7 @@ def fit_tables(points: Sequence[Point], formula: FormulaTime) -> TableTime:
     # At least a hundredth of the formula's seconds by tokens stays: an iteration takes time.
     linear = slice(0, cells["linear"].size)
     lowest[linear] *= 1.0 - FLOOR
-    nnls = require("scipy.optimize", "plots").nnls
+    nnls = require("scipy.optimize", "cli").nnls
     solution, _ = nnls(system, target - system @ lowest)
     values = np.maximum(initial + scale * (lowest + solution), 0.0)
     tables, at = {}, 0

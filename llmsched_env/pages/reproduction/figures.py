@@ -31,8 +31,8 @@ class Curve:
 @contextmanager
 def figure(path: Path, rows: int, columns: int, *, width: float = 4.6, height: float = 3.5) -> Iterator[Any]:
     """(rows, columns) axes, saved when the block ends."""
-    require("matplotlib", "plots").use("Agg")
-    pyplot = require("matplotlib.pyplot", "plots")
+    require("matplotlib", "cli").use("Agg")
+    pyplot = require("matplotlib.pyplot", "cli")
     settings = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False}
     with pyplot.rc_context(settings):
         picture, axes = pyplot.subplots(rows, columns, figsize=(columns * width, rows * height), layout="constrained", squeeze=False)
@@ -47,7 +47,7 @@ def figure(path: Path, rows: int, columns: int, *, width: float = 4.6, height: f
 
 def shrink(path: Path) -> None:
     """A palette is enough for lines on white, in half of the bytes."""
-    image = require("PIL.Image", "plots")
+    image = require("PIL.Image", "cli")
     with image.open(path) as picture:
         small = picture.convert("RGB").quantize(256)
     small.save(path, optimize=True)

@@ -186,7 +186,7 @@ def buffer(lab: Lab) -> tuple[list[Claim], list[str]]:
     def overflow(capacity: float) -> tuple[float, float, float]:
         """P(peak > capacity) with its 95 % interval (Clopper and Pearson)."""
         count = int(np.count_nonzero(peaks > capacity))
-        interval = require("scipy.stats", "plots").binomtest(count, n).proportion_ci(method="exact")
+        interval = require("scipy.stats", "cli").binomtest(count, n).proportion_ci(method="exact")
         return count / n, float(interval.low), float(interval.high)
 
     rows, within, shares = [], True, []

@@ -175,7 +175,7 @@ def draw_region(
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Interval:
     """Slope of log y on log x with its 95 % interval (ordinary least squares, Student's t)."""
-    stats = require("scipy.stats", "plots")
+    stats = require("scipy.stats", "cli")
     line = stats.linregress(np.log(x), np.log(y))
     half = float(stats.t.ppf(0.975, len(x) - 2)) * float(line.stderr)
     return Interval(float(line.slope), float(line.slope) - half, float(line.slope) + half, len(x))
@@ -277,8 +277,8 @@ def _slope_claim(what: str, paper: str, measured: Interval, expected: float) -> 
 def growth(x: Sequence[float], y: Sequence[float]) -> Interval:
     """Power p of A + B x^p with its 95 % interval (least squares on relative errors); NaN where it is not determined."""
     scale, value = np.asarray(x, dtype=np.float64) / x[-1], np.asarray(y, dtype=np.float64)
-    stats = require("scipy.stats", "plots")
-    optimize = require("scipy.optimize", "plots")
+    stats = require("scipy.stats", "cli")
+    optimize = require("scipy.optimize", "cli")
 
     def curve(t: npt.NDArray[np.float64], a: float, b: float, p: float) -> npt.NDArray[np.float64]:
         return a + b * t**p

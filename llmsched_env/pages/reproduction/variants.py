@@ -48,7 +48,7 @@ def section(lab: Lab) -> Section:
 
 def significant(better: Group, worse: Group, metric: str) -> float:
     """P value of a paired t test that ``metric`` is the same: the seeds give both the same requests."""
-    result = require("scipy.stats", "plots").ttest_rel(better.values(metric), worse.values(metric))
+    result = require("scipy.stats", "cli").ttest_rel(better.values(metric), worse.values(metric))
     return float(result.pvalue)
 
 
