@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError, MissingExtraError, did_you_mean
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -74,8 +75,7 @@ class Registry:
         offers = self._offered().get(name, ()) if isinstance(name, str) else ()
         if not offers:
             known = self.names()
-            shown = name if isinstance(name, str) and len(name) <= 100 else f"{str(name)[:100]}..."
-            raise ConfigError(f"{self.kind}: {shown!r} is unknown{did_you_mean(str(name), known)} (known: {', '.join(known)}{also})")
+            raise ConfigError(f"{self.kind}: {checks.shown(name)} is unknown{did_you_mean(str(name), known)} (known: {', '.join(known)}{also})")
         if len({point.value for point in offers}) > 1:
             raise ConfigError(f"{self.kind}: {name!r} is offered by {' and by '.join(map(_owner, offers))}; uninstall one of them")
         try:
@@ -152,5 +152,8 @@ def register_backend(name: str, factory: Callable[..., Any]) -> None:
 
 
 def register_reward(name: str, factory: Callable[..., Any]) -> None:
-    """``factory(**arguments)`` gives the reward: a callable on an outcome, or a ``CompiledReward``. Raises as ``Registry.register``."""
+    """``factory(**arguments)`` gives a reward, a callable on an outcome or a ``CompiledReward``; or the reward itself.
+
+    Raises as ``Registry.register``.
+    """
     REWARDS.register(name, factory)

@@ -230,7 +230,7 @@ REWARDS.built_in({"latency": LatencyReward, "throughput": ThroughputReward, "slo
 def make_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
     """A reward from its name or ``module:attribute``, from ``{"name": ..., **arguments}``, or the callable itself.
 
-    What a name stands for is a class or a function that is called with the arguments, or, without arguments, the reward itself.
+    What a name stands for is a class or a function that gives a reward when it is called with the arguments, or the reward itself.
 
     Raises:
         ConfigError: unknown name (the nearest one is given) or argument; a callable that cannot be called with one outcome,
@@ -251,12 +251,23 @@ def make_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
         found = load_reference("reward", name)
     else:
         found = REWARDS.find(name, "; or module:attribute, or a callable")
-    if not isinstance(found, type) and not arguments:
+    if not arguments and not _is_factory(found):
         return make_reward(found)
     try:
         return make_reward(found(**arguments))
     except TypeError as error:
         raise ConfigError(f"reward {name!r}: {error}") from error
+
+
+def _is_factory(thing: Any) -> bool:
+    """Whether a thing behind a name gives the reward when it is called: it needs no argument, where a reward needs an outcome."""
+    if is_compiled(thing) or not callable(thing):
+        return False
+    try:
+        inspect.signature(thing).bind()
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _check_callable(reward: Callable[..., Any]) -> None:

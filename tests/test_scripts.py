@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import os
 import re
@@ -19,10 +20,11 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 import pytest
 
+from llmsched_agents.lookup import NamedPolicy, named_policies, option_owners
 from llmsched_baselines.overrides import Overrides, parse_overrides, parse_value
 from llmsched_env import parallel
 from llmsched_env.backend import View
-from llmsched_env.bench.comparison import COLUMNS, Comparison, SummaryFile, Task, chunks, read_rows, record, run_tasks, write_rows
+from llmsched_env.bench.comparison import Comparison, Row, Task, chunks, record, run_tasks
 from llmsched_env.bench.plots import plot_against_rate
 from llmsched_env.bench.tables import Cell, Column, cells, short_footnotes
 from llmsched_env.cli import compare, replay
@@ -30,15 +32,16 @@ from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import replacing
 from llmsched_env.metrics import Interval
 from llmsched_env.parallel import _in_waves
+from llmsched_env.row_file import RowFile, columns, read_rows
 from llmsched_env.runner import run_episode
 from llmsched_env.types import IterationReport
 from llmsched_env.workload import load_scenario
 
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY_HEADING = (
-    "scenario,policy,rate,seed,requests,completed,throughput_tok_s,throughput_req_s,latency_mean,latency_p50,latency_p95,latency_p99,"
-    "ttft_mean,ttft_p50,ttft_p95,ttft_p99,tpot_mean,tpot_p50,tpot_p95,tpot_p99,evictions,kv_mean,kv_max,sim_seconds,wall_seconds,"
-    "known_lengths,notes,iterations,out_of_range"
+    "scenario,policy,rate,seed,requests,completed,rejected,throughput_tok_s,throughput_req_s,latency_mean,latency_p50,latency_p95,"
+    "latency_p99,ttft_mean,ttft_p50,ttft_p95,ttft_p99,tpot_mean,tpot_p50,tpot_p95,tpot_p99,slo_goodput,evictions,forced_evictions,"
+    "kv_mean,kv_max,sim_seconds,iterations,idle_steps,drain_iterations,out_of_range,truncated,end,wall_seconds,known_lengths,notes"
 )
 REQUESTS_HEADING = "request_id,arrived_at,prompt_tokens,output_tokens,admitted_at,ttft,e2e,evictions,completed"
 ITERATIONS_HEADING = "start,duration,batch_size,prefill_tokens,total_tokens,kv_used,queue_length"
@@ -93,6 +96,10 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def named(*texts: str) -> dict[str, NamedPolicy]:
+    return named_policies("--policies", texts)
+
+
 SMALL = ("--scenario", "azure-conv", "--seeds", 2, "--num-requests", 40, "--jobs", 1)
 
 
@@ -105,7 +112,7 @@ def test_compare_writes_rows_plots_and_a_report_that_needs_nothing_else(tmp_path
     assert code == 0
     assert sorted(p.name for p in out.iterdir()) == sorted(["summary.csv", "settings.json", "report.html", *compare.FIGURES])
     rows = read_csv(out / "summary.csv")
-    assert ",".join(rows[0]) == SUMMARY_HEADING == ",".join(COLUMNS)
+    assert ",".join(rows[0]) == SUMMARY_HEADING == ",".join(columns(Row))
     assert [(r["rate"], r["policy"], r["seed"]) for r in rows] == [
         (rate, policy, seed) for rate in ("4.0", "12.0") for policy in ("vllm", "wait", "nested-wait") for seed in "01"
     ]
@@ -118,7 +125,7 @@ def test_compare_writes_rows_plots_and_a_report_that_needs_nothing_else(tmp_path
     html = (out / "report.html").read_text(encoding="utf-8")
     assert html.count("data:image/png;base64,") == 4
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
-    assert "known lengths" in html and "overload" in html and "scripts/compare.py --scenario azure-conv" in html
+    assert "known lengths" in html and "overload" in html and "llmsched compare --scenario azure-conv" in html
 
 
 def test_the_same_seed_gives_every_policy_the_same_requests(tmp_path: Path, run_compare: Program) -> None:
@@ -136,7 +143,7 @@ def test_worker_processes_and_one_process_give_the_same_rows(tmp_path: Path, run
     for jobs in (1, 2):
         words = (*SMALL[:-1], jobs, "--rates", 5, "--policies", "sarathi", "mc-sf", "--out", tmp_path / str(jobs), "--quiet")
         assert run_compare(*words)[0] == 0
-    one, two = (read_rows(tmp_path / jobs / "summary.csv") for jobs in "12")
+    one, two = (read_rows(tmp_path / jobs / "summary.csv", Row) for jobs in "12")
     assert [dataclasses.replace(r, wall_seconds=0) for r in one] == [dataclasses.replace(r, wall_seconds=0) for r in two]
 
 
@@ -160,22 +167,22 @@ def test_an_existing_comparison_is_kept_resumed_or_overwritten_as_asked(tmp_path
     assert set(kept[:3]) <= set(resumed)  # the rows that were finished are not run again: even their wall time is the same
     assert kept[3] not in resumed
     assert run_compare(*words, "--rates", 6, "--overwrite")[0] == 0
-    assert {r.rate for r in read_rows(tmp_path / "summary.csv")} == {6.0}
+    assert {r.rate for r in read_rows(tmp_path / "summary.csv", Row)} == {6.0}
 
 
 def test_a_trace_is_compared_at_its_own_rate_and_at_others(tmp_path: Path, trace: Path, run_compare: Program) -> None:
     own = tmp_path / "own"
     assert run_compare("--trace", trace, "--policies", "vllm", "--jobs", 1, "--out", own, "--quiet")[0] == 0
-    (row,) = read_rows(own / "summary.csv")
+    (row,) = read_rows(own / "summary.csv", Row)
     times = np.loadtxt(trace, delimiter=",", skiprows=1)[:, 0]
-    assert row.requests == row.completed == 60
+    assert row.figures.requests == row.figures.completed == 60
     assert row.rate == pytest.approx(59 / (times[-1] - times[0]))
     assert row.scenario == "trace"
     scaled = tmp_path / "scaled"
     assert run_compare("--trace", trace, "--rates", 1, 2, "--seeds", 2, "--policies", "vllm", "--jobs", 1, "--out", scaled)[0] == 0
-    rows = {(r.rate, r.seed): r for r in read_rows(scaled / "summary.csv")}
-    assert rows[1.0, 0].sim_seconds > 1.5 * rows[2.0, 0].sim_seconds
-    assert rows[1.0, 0].latency_mean == rows[1.0, 1].latency_mean
+    rows = {(r.rate, r.seed): r for r in read_rows(scaled / "summary.csv", Row)}
+    assert rows[1.0, 0].figures.sim_seconds > 1.5 * rows[2.0, 0].figures.sim_seconds
+    assert rows[1.0, 0].figures.latency_mean == rows[1.0, 1].figures.latency_mean
     assert "every seed is the same run" in (scaled / "report.html").read_text(encoding="utf-8")
 
 
@@ -186,24 +193,24 @@ def test_user_settings_reach_engine_and_policy(tmp_path: Path, run_compare: Prog
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "num_blocks = 400" in html and "policy.reserve.theta = 0.3" in html
     assert "max_num_batched_tokens = 256" in html
-    overrides = parse_overrides(settings, ["sarathi", "reserve"])
-    comparison = Comparison(load_scenario("azure-conv"), ("sarathi", "reserve"), (5.0,), (0,), 40, overrides)
+    policies = named("sarathi", "reserve")
+    overrides = parse_overrides(settings, option_owners(policies))
+    comparison = Comparison(load_scenario("azure-conv"), policies, (5.0,), (0,), 40, overrides)
     engine = comparison.policy("sarathi", 5.0).engine
     assert (engine.num_blocks, engine.max_num_batched_tokens) == (400, 256)
     # the memory of the rows is that of the setting: the same KV is a larger share of it
-    assert all(row.kv_max > 0.5 for row in read_rows(tmp_path / "summary.csv") if row.policy == "sarathi")
+    assert all(row.figures.kv_max > 0.5 for row in read_rows(tmp_path / "summary.csv", Row) if row.policy == "sarathi")
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_appended(tmp_path: Path, run_compare: Program) -> None:
     assert run_compare(*SMALL, "--rates", 5, "--policies", "vllm", "--out", tmp_path, "--quiet")[0] == 0
     path = tmp_path / "summary.csv"
-    first, second = read_rows(path)
-    write_rows(path, [])
-    with SummaryFile(path) as file:
+    first, second = read_rows(path, Row)
+    with RowFile(path, Row, resume=False) as file:
         file.append(second)
-        assert read_rows(path) == [second]
+        assert read_rows(path, Row) == [second]
         file.append(first)
-        assert read_rows(path) == [second, first]
+        assert read_rows(path, Row) == [second, first]
 
 
 @pytest.mark.parametrize(
@@ -212,13 +219,11 @@ def test_a_row_is_on_disk_as_soon_as_it_is_appended(tmp_path: Path, run_compare:
         (("--rates", "-1"), ["--rates", "-1", "> 0"]),
         (("--rates", "nan"), ["--rates", "nan"]),
         (("--rates", "4", "inf"), ["--rates", "inf"]),
-        (("--rates", "zero"), ["--rates", "zero"]),
         (("--policies", "saraty"), ["saraty", "'sarathi'"]),
         (("--scenario", "azure-con"), ["azure-con", "'azure-conv'"]),
         (("--seeds", "0"), ["--seeds", ">= 1"]),
         (("--num-requests", "-5"), ["--num-requests", ">= 1"]),
         (("--jobs", "0"), ["--jobs"]),
-        (("--backend", "rai"), ["--backend", "rai", "ray"]),
         (("--set", "engine.num_block=3"), ["engine.num_block", "'num_blocks'"]),
         (("--set", "engine.num_blocks=3.5"), ["engine.num_blocks", "3.5", "integer"]),
         (("--set", "engine.num_blocks=10"), ["max_model_len"]),
@@ -246,6 +251,35 @@ def test_compare_refuses_before_any_work(tmp_path: Path, run_compare: Program, w
     for part in expected:
         assert part in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--rates", "zero"), ["--rates", "zero"]),
+        (("--backend", "rai"), ["--backend", "rai", "ray"]),
+        (("--polices", "vllm"), ["--polices"]),
+        (("--trace", "x.csv"), ["--scenario", "--trace"]),
+        (("--resume", "--overwrite"), ["--resume", "--overwrite"]),
+    ],
+)
+def test_words_that_cannot_be_read_are_refused(tmp_path: Path, run_compare: Program, words: tuple[str, ...], expected: list[str]) -> None:
+    out = tmp_path / "out"
+    code, text, err = run_compare("--scenario", "azure-conv", "--policies", "vllm", "--out", out, *words)
+    assert code == 2 and text == ""
+    assert all(part in err for part in expected)
+    assert not out.exists()
+
+
+def test_json_holds_the_rows_and_nothing_else_is_on_standard_output(tmp_path: Path, run_compare: Program) -> None:
+    words = (*SMALL, "--rates", 5, "--policies", "vllm", "--out", tmp_path / "out", "--json", "-")
+    code, text, _ = run_compare(*words)
+    assert code == 0
+    record = json.loads(text)
+    assert record["command"].startswith("llmsched compare --scenario azure-conv")
+    assert [row["seed"] for row in record["found"]] == [0, 1]
+    rows = read_rows(tmp_path / "out" / "summary.csv", Row)
+    assert [row["figures"]["latency_mean"] for row in record["found"]] == [row.figures.latency_mean for row in rows]
 
 
 def test_compare_refusals_as_a_person_sees_them(tmp_path: Path) -> None:
@@ -298,16 +332,16 @@ def test_ctrl_c_keeps_the_finished_rows(tmp_path: Path, jobs: int) -> None:
             process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
-    rows = read_rows(summary)
+    rows = read_rows(summary, Row)
     assert 4 <= len(rows) < 2000
-    assert all(row.completed == row.requests for row in rows)
+    assert all(row.figures.completed == row.figures.requests for row in rows)
     assert f"Interrupted: {len(rows)} of 2000 runs are finished" in out
     assert f"Interrupted: {len(rows)} of 2000 runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_work_is_handed_out_whole_in_chunks_of_one_policy_and_rate() -> None:
-    comparison = Comparison(load_scenario("azure-conv"), ("vllm", "wait"), (4.0, 6.0), tuple(range(7)), 10)
+    comparison = Comparison(load_scenario("azure-conv"), named("vllm", "wait"), (4.0, 6.0), tuple(range(7)), 10)
     tasks = comparison.tasks()
     for size in (1, 3, 100):
         parts = chunks(tasks, size)
@@ -328,7 +362,7 @@ def test_a_policy_is_built_once_for_all_its_seeds(monkeypatch: pytest.MonkeyPatc
         return make(self, name, rate)
 
     monkeypatch.setattr(Comparison, "policy", counted)
-    comparison = Comparison(load_scenario("azure-conv"), ("vllm", "wait"), (4.0, 6.0), (0, 1, 2), 10)
+    comparison = Comparison(load_scenario("azure-conv"), named("vllm", "wait"), (4.0, 6.0), (0, 1, 2), 10)
     rows = list(run_tasks(comparison, comparison.tasks()))
     assert [row.task for row in rows] == comparison.tasks()
     assert sorted(built) == [("vllm", 4.0), ("vllm", 6.0), ("wait", 4.0), ("wait", 6.0)]
@@ -340,9 +374,9 @@ def test_extrapolated_iterations_are_named_with_their_share(tmp_path: Path, run_
     code, text, err = run_compare(*words, "--out", tmp_path)
     assert code == 0
     assert "CalibrationRangeWarning" not in err  # the report says it instead
-    rows = {(row.policy, row.rate): row for row in read_rows(tmp_path / "summary.csv")}
-    share = 100 * rows["vllm", 60.0].out_of_range / rows["vllm", 60.0].iterations
-    assert 1 < share < 100 and rows["vllm", 1.0].out_of_range == 0
+    rows = {(row.policy, row.rate): row for row in read_rows(tmp_path / "summary.csv", Row)}
+    share = 100 * rows["vllm", 60.0].figures.out_of_range / rows["vllm", 60.0].figures.iterations
+    assert 1 < share < 100 and rows["vllm", 1.0].figures.out_of_range == 0
     line = f"extrapolated: vllm at 60 req/s ({share:.2g} %), share of iterations outside the range"
     assert line in " ".join(text.split())
     assert line in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -356,7 +390,7 @@ def test_the_same_rows_come_from_a_local_ray_cluster(tmp_path: Path, run_compare
     # a program of its own: Ray keeps processes and changes joblib's pool for good
     done = subprocess_run("compare", *words, "--jobs", 2, "--backend", "ray", "--out", tmp_path / "ray")
     assert done.returncode == 0, done.stderr
-    one, two = (read_rows(tmp_path / name / "summary.csv") for name in ("here", "ray"))
+    one, two = (read_rows(tmp_path / name / "summary.csv", Row) for name in ("here", "ray"))
     assert [dataclasses.replace(r, wall_seconds=0) for r in one] == [dataclasses.replace(r, wall_seconds=0) for r in two]
     assert (tmp_path / "ray" / "kv.png").exists()
 
@@ -399,7 +433,7 @@ def test_waves_deliver_everything_in_between() -> None:
 def test_a_recording_is_the_run_itself() -> None:
     # A full memory: evictions, and the peak at capacity.
     scenario = load_scenario("azure-conv")
-    comparison = Comparison(scenario, ("vllm",), (7.0,), (0,), 400, Overrides(engine={"num_blocks": 2000}))
+    comparison = Comparison(scenario, named("vllm"), (7.0,), (0,), 400, Overrides(engine={"num_blocks": 2000}))
     one = record(comparison, Task("vllm", 7.0, 0))
     assert np.all(np.diff(one.time) >= 0)
     assert one.kv.min() >= 0
@@ -457,10 +491,10 @@ def test_marks_follow_the_policy_into_the_table() -> None:
 
 def test_cells_average_over_seeds(tmp_path: Path, run_compare: Program) -> None:
     assert run_compare(*SMALL, "--rates", 5, "--policies", "vllm", "--out", tmp_path, "--quiet")[0] == 0
-    rows = read_rows(tmp_path / "summary.csv")
+    rows = read_rows(tmp_path / "summary.csv", Row)
     (cell,) = cells(rows, ["vllm"])
     assert cell.seeds == 2 and cell.requests == 80
-    assert cell["latency_mean"].mean == pytest.approx((rows[0].latency_mean + rows[1].latency_mean) / 2)
+    assert cell["latency_mean"].mean == pytest.approx((rows[0].figures.latency_mean + rows[1].figures.latency_mean) / 2)
 
 
 @pytest.mark.parametrize("boundary", [5.5, 400.0, math.inf])
@@ -632,4 +666,4 @@ def test_every_option_of_every_policy_can_be_set() -> None:
 @pytest.mark.parametrize("pairs", [["engine.num_blocks"], ["engine.num_blocks=1", "engine.num_blocks=2"], ["motor.x=1"], ["engine.=1"]])
 def test_malformed_settings_are_refused(pairs: list[str]) -> None:
     with pytest.raises(ConfigError, match="--set"):
-        parse_overrides(pairs, ["vllm"])
+        parse_overrides(pairs, {"vllm": "vllm"})

@@ -42,10 +42,13 @@ class Setting:
 class Policy(ABC):
     """A scheduling policy for one setting.
 
+    Args:
+        setting: what is known beforehand; a policy with options of its own takes them as further arguments.
+
     Attributes:
-        name: as in ``policy_names()``.
+        name: as it stands in tables.
         known_lengths: needs output lengths at arrival; marked so in every table.
-        layout: the queues it wants the engine to keep.
+        layout: the queues it wants the engine to keep; one, unless it says otherwise.
         engine: the engine it runs on (a token budget is part of what ``sarathi`` means).
         notes: what a reader of a table must know, such as overload mode; empty if nothing.
         constant: the one decision of a policy that always decides the same; episodes then run without asking it.
@@ -54,11 +57,14 @@ class Policy(ABC):
 
     name: ClassVar[str]
     known_lengths: ClassVar[bool] = False
-    layout: QueueLayout
+    layout: QueueLayout = QueueLayout()
     engine: EngineConfig
     notes: str = ""
     constant: Decision | None = None
     rule: Rule | None = None
+
+    def __init__(self, setting: Setting) -> None:
+        self.engine = setting.engine_for()
 
     @abstractmethod
     def decide(self, view: View) -> Decision:
