@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,21 +68,10 @@ def test_a_replay_cut_off_fails_and_says_how_to_go_on(tmp_path: Path, run: Repla
 def test_the_default_limit_grows_with_the_trace(tmp_path: Path) -> None:
     for count, tokens, at_least in ((3, 100, 10_000_000), (1000, 2**29, 4 * 1000 * 2**29)):
         trace = write(tmp_path / "t.csv", [(i, tokens, 10) for i in range(count)])
-        options = replay.arguments().parse_args(
-            [
-                "--trace",
-                str(trace),
-                "--policy",
-                "fcfs",
-                "--engine",
-                "paper",
-                "--set",
-                "engine.oversize=reject",
-                "--out",
-                str(tmp_path / "o"),
-            ]
+        options = replay.ReplayTrace(
+            trace=trace, policy="fcfs", engine="paper", set=(("engine.oversize=reject",),), out=tmp_path / "out.csv"
         )
-        assert replay.prepare(options).limits.max_iterations >= at_least
+        assert replay.plan(options).limits.max_iterations >= at_least
 
 
 @pytest.mark.parametrize("limit", [0, -1, 10**30])
@@ -210,3 +200,37 @@ def test_plain_text_is_not_named_gz(tmp_path: Path, run: Replay, option: str) ->
 def test_a_request_too_long_is_refused_before_tables_of_its_length_are_made(tmp_path: Path, run: Replay) -> None:
     code, _, err = run(write(tmp_path / "t.csv", [(0, 1, 2**30)]), "reserve", tmp_path / "out.csv")
     assert code == 2 and "request 0 needs 1 prompt + 1073741824 output tokens, more than the 118784 of the KV capacity" in err
+
+
+# --- any policy -----------------------------------------------------------------------------------
+
+
+def test_a_shipped_agent_and_a_policy_of_ones_own_serve_a_trace(tmp_path: Path, run: Replay, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = write(tmp_path / "t.csv", [(0.1 * i, 100 + i, 20) for i in range(20)])
+    code, text, err = run(trace, "generalist", tmp_path / "agent.csv")
+    assert code == 0, err
+    assert "generalist" in text and "20 completed" in text and len(rows_of(tmp_path / "agent.csv")) == 20
+    (tmp_path / "my_policies.py").write_text(
+        "from llmsched_baselines.greedy import Vllm\nclass Mine(Vllm):\n    name = 'mine'\n", encoding="utf-8"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    code, text, err = run(trace, "my_policies:Mine", tmp_path / "mine.csv")
+    assert code == 0 and "mine" in text, err
+    assert run(trace, "vllm", tmp_path / "vllm.csv")[0] == 0
+    assert (tmp_path / "mine.csv").read_bytes() == (tmp_path / "vllm.csv").read_bytes()
+    for policy, words in (("generalist", ("--set", "policy.theta=1")), ("my_policies:Other", ()), (tmp_path, ())):
+        code, _, err = run(trace, policy, tmp_path / "none.csv", *words)
+        assert code == 2 and err.startswith("error: ") and not (tmp_path / "none.csv").exists()
+
+
+def test_a_replay_can_be_read_by_other_programs(tmp_path: Path, run: Replay) -> None:
+    trace = write(tmp_path / "t.csv", [(i, 10, 30) for i in range(10)])
+    code, text, _ = run(trace, "vllm", tmp_path / "out.csv", "--json", "-")
+    record = json.loads(text)
+    assert code == 0 and record["command"].startswith("llmsched replay --trace")
+    assert record["found"]["policy"] == "vllm" and record["found"]["summary"]["completed"] == 10
+    rows = rows_of(tmp_path / "out.csv")
+    mean = sum(float(r["e2e"]) for r in rows) / len(rows)
+    assert record["found"]["summary"]["latency_mean"] == pytest.approx(mean)
+    code, text, err = run(trace, "vllm", tmp_path / "out.csv", "--quiet")
+    assert (code, text, err) == (0, "", "")
