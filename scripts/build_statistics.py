@@ -1,8 +1,8 @@
-"""Build the joint quantile table of a trace: the JSON files of ``llmsched_env/workload/statistics``."""
+"""Build the joint quantile table of a trace: the JSON files of ``llmsched_env/workload/statistics``: `llmsched build-statistics`."""
 
 import sys
 
-from llmsched_env.cli.build_statistics import main
+from llmsched_env.cli.build_statistics import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

@@ -40,7 +40,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize(("name", "near"), [("azure-con", "azure-conv"), ("two_type", "two-type"), ("ShareGPT", None)])
 def test_unknown_names_give_the_nearest(name: str, near: str | None) -> None:
-    with pytest.raises(ConfigError, match=r"is unknown.*available: two-type") as caught:
+    with pytest.raises(ConfigError, match=r"is unknown.*known: two-type") as caught:
         load_scenario(name)
     assert near is None or f"did you mean {near!r}" in str(caught.value)
 
@@ -301,7 +301,11 @@ def test_the_script_takes_other_traces_with_their_source(tmp_path: Path, capsys:
     assert build_statistics.main(described) == 0
     table = load_lengths(str(out))
     assert table.source == "test rows" and table.statistics().mean_prompt == pytest.approx(25.5, rel=0.02)
-    assert build_statistics.main([*described[:4], str(tmp_path / "no" / "x.json"), *described[5:]]) == 2
+    capsys.readouterr()
+    below_a_file = [*described[:4], str(out / "x.json"), *described[5:]]
+    assert build_statistics.main(below_a_file) == 2 and capsys.readouterr().err.startswith("error: --out: ")
+    deeper = tmp_path / "new" / "x.json"
+    assert build_statistics.main([*described[:4], str(deeper), *described[5:]]) == 0 and deeper.read_bytes() == out.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["lmsys", *TABLES])

@@ -1,162 +1,69 @@
-"""Build the joint quantile table of a trace: the JSON files of ``llmsched_env/workload/statistics``.
-
-    python scripts/build_statistics.py azure_2023_conv.csv.gz --name azure-conv --out azure-conv.json
-
-Rows with prompt + output above ``--max-total`` tokens are left out (by default 4,096, the context of
-Llama-2-7B; 32,768 for ``mooncake``); the share left out is written into the file. The names of the shipped tables know their source;
-for another trace give ``--source`` and ``--licence``. The same trace gives the same bytes.
-"""
+"""``llmsched build-statistics``: the joint quantile table of a trace."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated
 
-import numpy as np
+import tyro
 
+from llmsched_env.cli.frame import Command, Options, Outcome, Screen, check_counts
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import FloatArray, IntArray
-from llmsched_env.workload.readers import Trace, read_trace
-
-PROMPT_LEVELS = np.linspace(0.0, 1.0, 101)
-BINS = 20
-# Dense at both ends: answers have long tails, and prompts that ask for code have very short answers.
-OUTPUT_LEVELS = np.array(
-    [0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98, 0.99, 0.995, 1]
-)
+from llmsched_env.files import check_file, replacing
+from llmsched_env.workload.build_statistics import MAX_TOTAL, SOURCES, Source, build, dump
+from llmsched_env.workload.readers import read_trace
 
 
-MAX_TOTAL = 4096
+@dataclass(frozen=True, kw_only=True)
+class BuildStatistics(Options):
+    """Build the joint quantile table of a trace, in the form of the tables that ship; the same trace gives the same bytes.
 
-
-class Source(NamedTuple):
-    source: str
-    licence: str
-    max_total: int = MAX_TOTAL
-
-
-AZURE = "github.com/Azure/AzurePublicDataset @ b469a113cedca53ddc3bdea71a143dc4b7d8700c, data/AzureLLMInferenceTrace_{}.csv"
-AZURE_LICENCE = "CC-BY 4.0, Microsoft Azure; cite Patel et al., Splitwise, ISCA 2024"
-SOURCES = {
-    "azure-conv": Source(AZURE.format("conv"), AZURE_LICENCE),
-    "azure-code": Source(AZURE.format("code"), AZURE_LICENCE),
-    "sharegpt": Source(
-        "ShareGPT conversations, lengths by the Llama-2 tokenizer: github.com/AKafakA/vidur_opt_scheduler "
-        "@ 20bdc49d6c1d23de84c9d4e7a8626ea33fe498f4, data/trace_data/sharegpt/sharegpt_val_10k_llama2.csv",
-        "MIT (repository)",
-    ),
-    "mooncake": Source(
-        "github.com/kvcache-ai/Mooncake @ 3b5a594133958449a1feaf1c9e0fc1b553e34a28, FAST25-release/traces/conversation_trace.jsonl",
-        "Apache-2.0; cite Qin et al., Mooncake, FAST 2025",
-        32_768,
-    ),
-}
-
-
-def joint_table(prompt: IntArray, output: IntArray) -> dict[str, list[Any]]:
-    """Prompt quantiles, and output quantiles in bins of equal count along the prompt.
-
-    Hazen's quantiles (level (i - 1/2) / n at the i-th smallest value) keep the mean under linear
-    interpolation. Rows of equal prompt stay in file order, so that a tie across two bins splits at random.
+    Rows with prompt + output above --max-total tokens are left out, and the share left out is written into the file. The names of the
+    tables that ship know their source; for another trace give --source and --licence.
     """
-    order = np.argsort(prompt, kind="stable")
-    bins = np.array_split(output[order], BINS)
 
-    def tokens(values: FloatArray) -> list[float]:
-        return [round(float(v), 2) for v in values]
-
-    return {
-        "prompt_levels": [round(float(v), 4) for v in PROMPT_LEVELS],
-        "prompt_quantiles": tokens(np.quantile(prompt, PROMPT_LEVELS, method="hazen")),
-        "bin_edges": [round(i / BINS, 4) for i in range(BINS + 1)],
-        "output_levels": [round(float(v), 4) for v in OUTPUT_LEVELS],
-        "output_quantiles": [tokens(np.quantile(b, OUTPUT_LEVELS, method="hazen")) for b in bins],
-    }
-
-
-def arrival_statistics(times: FloatArray) -> dict[str, float]:
-    """Mean rate (requests/s) and coefficient of variation of the gaps."""
-    gaps = np.diff(times)
-    return {"rate": round(float(1 / gaps.mean()), 4), "gap_cv": round(float(gaps.std() / gaps.mean()), 3)}
+    trace: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="TRACE")]]
+    """A trace file in any format that can be replayed."""
+    name: Annotated[str, tyro.conf.arg(metavar="NAME", help=f"Name of the table ({', '.join(SOURCES)} know their source).")]
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """JSON file to write; replaced."""
+    max_total: Annotated[
+        int | None,
+        tyro.conf.arg(metavar="TOKENS", help_behavior_hint=f"(default: {MAX_TOTAL}; {SOURCES['mooncake'].max_total} for mooncake)"),
+    ] = None
+    """Leave out requests above this many tokens."""
+    source: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """Where the trace comes from."""
+    licence: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """Its licence."""
 
 
-def build(trace: Trace, name: str, source: Source, max_total: int) -> dict[str, Any]:
-    """The JSON record. Raises ``ConfigError`` where fewer than 20 rows a bin are left."""
-    keep = trace.prompt_tokens.astype(np.int64) + trace.output_tokens <= max_total
-    kept = int(keep.sum())
-    if kept < 20 * BINS:
-        raise ConfigError(f"{trace.path}: {kept} requests of at most {max_total} tokens, must be at least {20 * BINS}")
-    prompt, output = trace.prompt_tokens[keep], trace.output_tokens[keep]
-    record: dict[str, Any] = {
-        "name": name,
-        "form": "joint",
-        "provenance": {
-            "source": source.source,
-            "licence": source.licence,
-            "script": "scripts/build_statistics.py",
-            "rule": f"prompt + output <= {max_total}",
-            "rows": len(trace),
-            "rows_kept": kept,
-            "share_left_out": round(1 - kept / len(trace), 4),
-            "rows_without_tokens": trace.dropped,
-            "mean_prompt": round(float(prompt.mean()), 2),
-            "mean_output": round(float(output.mean()), 2),
-        },
-    }
-    if trace.arrival is not None:
-        record["arrivals"] = {"all": arrival_statistics(trace.arrival), "kept": arrival_statistics(trace.arrival[keep])}
-    record["table"] = joint_table(prompt, output) | {"max_total": max_total}
-    return record
+def source_of(options: BuildStatistics) -> Source:
+    """Where the trace comes from.
+
+    Raises:
+        ConfigError: neither the name nor the options say.
+    """
+    if options.source and options.licence:
+        return Source(options.source, options.licence)
+    if options.name not in SOURCES:
+        raise ConfigError(f"--name {options.name!r}: not a table that ships, give --source and --licence")
+    return SOURCES[options.name]
 
 
-def dump(record: dict[str, Any], depth: int = 0) -> str:
-    """JSON with one line an array of numbers, ending in a newline at the top."""
-    pad = "  " * (depth + 1)
-    parts = []
-    for key, value in record.items():
-        if isinstance(value, dict):
-            text = dump(value, depth + 1)
-        elif isinstance(value, list) and value and isinstance(value[0], list):
-            inner = ",\n".join(f"{pad}  {json.dumps(row)}" for row in value)
-            text = f"[\n{inner}\n{pad}]"
-        else:
-            text = json.dumps(value)
-        parts.append(f"{pad}{json.dumps(key)}: {text}")
-    body = ",\n".join(parts)
-    return f"{{\n{body}\n{'  ' * depth}}}" + ("\n" if depth == 0 else "")
+def run(options: BuildStatistics, screen: Screen) -> Outcome:
+    """Read the trace, write the table."""
+    check_counts(max_total=options.max_total)
+    check_file("--out", options.out)
+    source = source_of(options)
+    record = build(read_trace(options.trace), options.name, source, options.max_total or source.max_total)
+    text = dump(record)
+    with replacing(options.out) as file:
+        file.write(text)
+    screen.print(f"{options.out}: {len(text)} bytes")
+    return Outcome({"out": options.out, "provenance": record["provenance"]})
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("trace", help="trace file, any format llmsched_env reads")
-    parser.add_argument("--name", required=True, help=f"name of the table ({', '.join(SOURCES)} know their source)")
-    parser.add_argument("--out", required=True, type=Path, help="JSON file to write")
-    parser.add_argument("--max-total", type=int, help=f"leave out requests above this many tokens (default {MAX_TOTAL}; mooncake 32768)")
-    parser.add_argument("--source", help="where the trace comes from")
-    parser.add_argument("--licence", help="its licence")
-    args = parser.parse_args(argv)
-    try:
-        source = SOURCES.get(args.name)
-        if args.source and args.licence:
-            source = Source(args.source, args.licence)
-        if source is None:
-            raise ConfigError(f"--name {args.name!r}: not a shipped table, give --source and --licence")
-        max_total = source.max_total if args.max_total is None else args.max_total
-        text = dump(build(read_trace(args.trace), args.name, source, max_total))
-        try:
-            args.out.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"--out {args.out}: cannot be written ({error.strerror or error})") from error
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: {len(text)} bytes")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("build-statistics", BuildStatistics, run, "make the quantile table of a trace")
+main = COMMAND.main
