@@ -1,8 +1,8 @@
-"""Build a calibration: from a raw profile, as the shipped ones were built, or from the vLLM engine on this machine."""
+"""Build a calibration, from a raw profile or from the vLLM engine on this machine: `llmsched calibrate`."""
 
 import sys
 
-from llmsched_env.cli.calibrate import main
+from llmsched_env.cli.calibrate import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

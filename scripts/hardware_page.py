@@ -1,8 +1,8 @@
-"""Write docs/hardware.md from what calibrate.py engine and validate.py have left on disk."""
+"""Write docs/hardware.md from what calibrations and validations have left on disk: `llmsched hardware-page`."""
 
 import sys
 
-from llmsched_env.cli.hardware_page import main
+from llmsched_env.cli.hardware_page import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

@@ -1,8 +1,8 @@
-"""Compare the simulator with a vLLM engine on the same requests, policy by policy and rate by rate."""
+"""Compare the simulator with a vLLM engine on the same requests: `llmsched validate`."""
 
 import sys
 
-from llmsched_env.cli.validate import main
+from llmsched_env.cli.validate import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

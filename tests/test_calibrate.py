@@ -1,4 +1,4 @@
-"""calibrate.py: profiles in, calibration files out; refusals; and --calibration in the programs that use one."""
+"""llmsched calibrate: profiles in, calibration files out; refusals; and --calibration in the commands that use one."""
 
 from __future__ import annotations
 
@@ -51,10 +51,7 @@ def words(source: Path, out: Path, *, model: str = "llama-2-7b", name: str = "ti
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    try:
-        code = calibrate.main(arguments)
-    except SystemExit as stop:
-        code = int(stop.code or 0)
+    code = calibrate.main(arguments)
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -106,8 +103,6 @@ def test_the_shipped_calibration_from_vidur_is_what_its_profile_gives(tmp_path: 
         (lambda folder: words(folder / "absent", folder / "x.npz"), "SOURCE: {folder}/absent does not exist"),
         (lambda folder: words(folder, folder / "x.npz", model="llama-9"), "--model: 'llama-9', must be one of llama-2-7b"),
         (lambda folder: words(folder, folder / "x.npz", name=" "), "--name: empty"),
-        (lambda folder: words(folder, folder / "x.npz", form="vidour"), "invalid choice: 'vidour'"),
-        (lambda folder: words(folder, folder / "x.npz")[:-2], "the following arguments are required: --out"),
         (lambda folder: words(folder.parent, folder / "x.npz"), "holds 0 files *_tables.npz, must hold one"),
     ],
 )
@@ -118,6 +113,23 @@ def test_refusals_before_any_work(
     code, out, err = run(capsys, *change(profile))
     assert code == 2 and out == ""
     assert err.startswith("error: ") and message.format(folder=profile) in err and err.count("\n") == 1
+    assert sorted(profile.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "messages"),
+    [
+        (lambda folder: words(folder, folder / "x.npz", form="vidour"), ("--format", "'vidour'", "'vidur'")),
+        (lambda folder: words(folder, folder / "x.npz")[:-2], ("Required options", "--out")),
+        (lambda folder: words(folder, folder / "x.npz")[1:], ("import", "engine")),
+    ],
+)
+def test_words_that_are_no_options_are_refused(
+    profile: Path, capsys: pytest.CaptureFixture[str], change: Callable[[Path], list[str]], messages: tuple[str, ...]
+) -> None:
+    before = sorted(profile.iterdir())
+    code, out, err = run(capsys, *change(profile))
+    assert code == 2 and out == "" and all(message in err for message in messages)
     assert sorted(profile.iterdir()) == before
 
 
@@ -151,7 +163,7 @@ def test_a_missing_column_of_iteration_times_is_named(tmp_path: Path) -> None:
         read_iterations(tmp_path / "absent.csv")
 
 
-# --- --calibration in replay.py and compare.py ------------------------------------------------------
+# --- --calibration in replay and compare ------------------------------------------------------
 
 
 @pytest.fixture
@@ -161,21 +173,19 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-def replay_engine(trace: Path, *more: str) -> EngineConfig:
-    options = replay.arguments().parse_args(
-        ["--trace", str(trace), "--policy", "vllm", "--out", str(trace.with_name("out.csv")), *more]
-    )
-    return replay.prepare(options)[0].engine
+def replay_engine(trace: Path, calibration: str, *assignments: str) -> EngineConfig:
+    given = replay.ReplayTrace(trace=trace, policy="vllm", out=trace.with_name("out.csv"), calibration=calibration, set=(assignments,))
+    return replay.plan(given).policy.engine
 
 
 def test_replay_takes_time_model_and_kv_capacity_from_a_calibration(trace: Path, profile: Path, tmp_path: Path, capsys: Any) -> None:
-    engine = replay_engine(trace, "--calibration", "a100-llama2-7b-vidur")
+    engine = replay_engine(trace, "a100-llama2-7b-vidur")
     assert engine.time_model is load_calibration("a100-llama2-7b-vidur")
     assert engine.num_blocks == 7424
-    assert replay_engine(trace, "--calibration", "a100-llama2-7b-vidur", "--set", "engine.num_blocks=2816").num_blocks == 2816
-    assert replay_engine(trace, "--calibration", "a100-llama2-7b-c10").num_blocks == EngineConfig.vllm().num_blocks
+    assert replay_engine(trace, "a100-llama2-7b-vidur", "engine.num_blocks=2816").num_blocks == 2816
+    assert replay_engine(trace, "a100-llama2-7b-c10").num_blocks == EngineConfig.vllm().num_blocks
     assert run(capsys, *words(profile, tmp_path / "t.npz"))[0] == 0
-    assert replay_engine(trace, "--calibration", str(tmp_path / "t.npz")).time_model.provenance.name == "tiny"
+    assert replay_engine(trace, str(tmp_path / "t.npz")).time_model.provenance.name == "tiny"
 
 
 def test_the_calibration_reaches_the_run(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,10 +199,8 @@ def test_the_calibration_reaches_the_run(trace: Path, capsys: pytest.CaptureFixt
 
 
 def test_compare_takes_a_calibration(tmp_path: Path) -> None:
-    options = compare.arguments().parse_args(
-        ["--scenario", "azure-conv", "--policies", "vllm", "sarathi", "--out", str(tmp_path / "o"), "--calibration", "a100-llama2-7b-vidur"]
-    )
-    comparison = compare.plan(options)
+    given = compare.Compare(scenario="azure-conv", policies=("vllm", "sarathi"), out=tmp_path / "o", calibration="a100-llama2-7b-vidur")
+    comparison = compare.plan(given)
     assert comparison.engine.time_model is load_calibration("a100-llama2-7b-vidur")
     assert comparison.policy("sarathi", 4.0).engine.num_blocks == 7424
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmsched_env.cli import calibrate
-from llmsched_env.errors import ConfigError, MissingExtraError
+from llmsched_env.errors import ConfigError, MissingExtraError, install_command
 from llmsched_env.pages.fidelity import a100 as fidelity_a100
 from llmsched_env.pages.fidelity.evidence import Paths
 from llmsched_env.perf import Batch, TableTime, load_calibration
@@ -298,7 +299,7 @@ def test_other_refusals_of_the_reader(tmp_path: Path) -> None:
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'llmsched-env\[calibrate\]'"):
+    with pytest.raises(MissingExtraError, match=re.escape(install_command("calibrate"))):
         read_profile(tmp_path)
 
 

@@ -332,7 +332,7 @@ def test_calibrate_engine_does_not_overwrite_points(tmp_path: Path, capsys: pyte
     points = tmp_path / "a.points.jsonl"
     points.write_text("kept\n")
     assert calibrate.main(["engine", "--model", "tiny", "--out", str(tmp_path / "a.json")]) == 2
-    assert "use --resume, --overwrite or another file" in capsys.readouterr().err
+    assert "holds points already; use --resume, --overwrite or another place" in capsys.readouterr().err
     assert points.read_text() == "kept\n"
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmsched_agents.lookup import named_policies
 from llmsched_env.backends import make_backend
 from llmsched_env.cli import hardware_page, validate
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
+from llmsched_env.metrics import Summary
 from llmsched_env.perf import FormulaTime, LinearTime, Provenance, save_calibration
 from llmsched_env.row_file import RowFile, read_rows
 from llmsched_env.types import Decision, EngineConfig
@@ -41,7 +43,9 @@ POLICIES = ("vllm", "wait", "nested-wait")
 
 def small(**changes: Any) -> Validation:
     scenario = on_engine(load_scenario("azure-conv"), SMALL, 0.06, 250)
-    arguments: dict[str, Any] = {"scenario": scenario, "policies": POLICIES, "rates": (200.0, 400.0), "seeds": (0,), "num_requests": 40}
+    changes = {"policies": POLICIES} | changes
+    changes["policies"] = named_policies("--policies", changes["policies"])
+    arguments: dict[str, Any] = {"scenario": scenario, "rates": (200.0, 400.0), "seeds": (0,), "num_requests": 40}
     return Validation(**(arguments | changes))
 
 
@@ -90,7 +94,7 @@ def test_policies_take_turns_and_engines_stay_together() -> None:
 
 def test_a_run_of_the_simulator_is_a_row_and_the_row_survives_the_file(tmp_path: Path) -> None:
     run = run_task(small(), Task("nested-wait", 400.0, 0, SIM), None)
-    assert run.requests == run.completed == 40 and math.isnan(run.thinking_seconds) and run.iterations > 0
+    assert run.figures.requests == run.figures.completed == 40 and math.isnan(run.thinking_seconds) and run.figures.iterations > 0
     with RowFile(tmp_path / "runs.csv", Run, resume=False) as file:
         file.append(run)
     (again,) = read_rows(tmp_path / "runs.csv", Run)
@@ -120,10 +124,11 @@ def test_schedules_are_compared_step_by_step() -> None:
 
 
 def run_of(policy: str, backend: str, latency: float, *, repeat: int = 0, seed: int = 0, rate: float = 1.0, warm_up: bool = False) -> Run:
-    values: dict[str, Any] = dict.fromkeys(METRICS, latency) | {"throughput_tok_s": 1.0 / latency, "evictions": 3}
+    values: dict[str, Any] = {f.name: 1 for f in dataclasses.fields(Summary)} | dict.fromkeys(METRICS, latency)
+    figures = Summary(**values | {"throughput_tok_s": 1.0 / latency, "evictions": 3})
     return Run(
-        policy=policy, rate=rate, seed=seed, backend=backend, repeat=repeat, warm_up=warm_up, requests=1, completed=1, kv_mean=0.5,
-        kv_max=1.0, sim_seconds=1.0, iterations=10, out_of_range=0, thinking_seconds=0.1, known_lengths=False, notes="", **values,
+        policy=policy, rate=rate, seed=seed, backend=backend, repeat=repeat, warm_up=warm_up, figures=figures, thinking_seconds=0.1,
+        known_lengths=False, notes="",
     )  # fmt: skip
 
 

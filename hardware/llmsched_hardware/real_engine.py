@@ -175,6 +175,19 @@ class StepSeconds:
 _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
+def load_vllm() -> type:
+    """Import vLLM in an environment that suits it; the scheduler of its engines.
+
+    Raises:
+        MissingExtraError, ConfigError: as ``llmsched_hardware.versions.check_version``.
+    """
+    prepare_environment()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # whatever the user has set: another process's scheduler is out of reach
+    from llmsched_hardware.gated_scheduler import GatedScheduler
+
+    return GatedScheduler
+
+
 def build_engine(options: EngineOptions, scheduler_cls: type | None = None) -> Any:
     """A ``vllm.LLMEngine`` whose every ``step()`` is one iteration: schedule, execute, update.
 
@@ -186,11 +199,8 @@ def build_engine(options: EngineOptions, scheduler_cls: type | None = None) -> A
         ConfigError: an unsupported vLLM version, or settings that vLLM refuses.
         EngineError: the engine cannot start, for instance for lack of memory.
     """
-    prepare_environment()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # whatever the user has set: another process's scheduler is out of reach
+    gated_scheduler = load_vllm()
     import vllm
-
-    from llmsched_hardware.gated_scheduler import GatedScheduler
 
     unknown = sorted(set(options.extra) - {f.name for f in dataclasses.fields(vllm.EngineArgs)})
     if unknown:
@@ -206,7 +216,7 @@ def build_engine(options: EngineOptions, scheduler_cls: type | None = None) -> A
                 gpu_memory_utilization=options.gpu_memory_utilization,
                 enforce_eager=options.enforce_eager or _on_cpu(),
                 seed=options.seed,
-                scheduler_cls=scheduler_cls or GatedScheduler,
+                scheduler_cls=scheduler_cls or gated_scheduler,
                 use_tqdm_on_load=False,
                 **engine_arguments(options),
                 **options.extra,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from llmsched_baselines import Setting, make_policy
+from llmsched_agents.lookup import NamedPolicy
+from llmsched_baselines import Setting
 from llmsched_env.backend import Backend
 from llmsched_env.backends import make_backend
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.fluid import stability_boundary
+from llmsched_env.metrics import Summary
 from llmsched_env.runner import Policy, run_episode
 from llmsched_env.types import EngineConfig, IntArray, IterationReport, LengthStatistics, Workload
 from llmsched_env.workload import LengthModel, Scenario
@@ -33,7 +35,7 @@ SIM, ENGINE, SCHEDULER = "sim", "vllm", "vllm-scheduler"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One episode: a line of ``runs.csv``. Seconds and requests as in ``llmsched_env.metrics.Summary``.
+    """One episode: a line of ``runs.csv``; the columns are these fields, the figures' own in their place.
 
     Attributes:
         backend: ``sim`` or ``vllm``; the latter ``repeat`` times.
@@ -47,27 +49,7 @@ class Run:
     backend: str
     repeat: int
     warm_up: bool
-    requests: int
-    completed: int
-    throughput_tok_s: float
-    latency_mean: float
-    latency_p50: float
-    latency_p95: float
-    latency_p99: float
-    ttft_mean: float
-    ttft_p50: float
-    ttft_p95: float
-    ttft_p99: float
-    tpot_mean: float
-    tpot_p50: float
-    tpot_p95: float
-    tpot_p99: float
-    evictions: int
-    kv_mean: float
-    kv_max: float
-    sim_seconds: float
-    iterations: int
-    out_of_range: int
+    figures: Summary
     thinking_seconds: float
     known_lengths: bool
     notes: str
@@ -156,33 +138,28 @@ class Validation:
 
     Attributes:
         scenario: on the calibrated engine (``on_engine``).
-        policies, rates (requests/s), seeds: every combination is run on the simulator and the engine.
+        policies: by name in tables.
+        rates, seeds: every combination with a policy is run on the simulator and the engine; rates in requests/s.
         num_requests: of one run.
         warm_ups, repeats: runs on the engine that are not counted, and that are.
         options: of the policies, by name.
-        agents: folders of checkpoints by the names they have among the policies.
     """
 
     scenario: Scenario
-    policies: tuple[str, ...]
+    policies: Mapping[str, NamedPolicy]
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
     num_requests: int
     repeats: int = 3
     warm_ups: int = 1
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    agents: Mapping[str, str] = field(default_factory=dict)
 
     def policy(self, name: str, rate: float) -> Policy:
         """Raises ConfigError where the policy cannot be built at this rate."""
         scenario = self.scenario
         setting = Setting(scenario.statistics, rate, scenario.engine, horizon_seconds=self.num_requests / rate)
         try:
-            if name in self.agents:
-                from llmsched_agents.checkpoint import load_checkpoint
-
-                return load_checkpoint(self.agents[name], setting, name=name)
-            return make_policy(name, setting, overload=True, **self.options.get(name, {}))
+            return self.policies[name].build(setting, **self.options.get(name, {}))
         except ConfigError as error:
             raise type(error)(f"policy {name!r} at rate {rate:g}: {error}") from error
 
@@ -252,12 +229,12 @@ def run_task(validation: Validation, task: Task, backend: Backend | None) -> Run
     """
     policy = validation.policy(task.policy, task.rate)
     result = run_episode(policy, validation.workload(task.rate, task.seed), backend=backend if task.backend == ENGINE else None)
-    summary = result.summary.as_dict()
+    figures = result.summary
     notes = [policy.notes] if policy.notes else []
-    if result.summary.truncated:
+    if figures.truncated:
         notes.append("stopped at max_iterations")
-    if result.summary.rejected:
-        notes.append(f"{result.summary.rejected} requests rejected")
+    if figures.rejected:
+        notes.append(f"{figures.rejected} requests rejected")
     return Run(
         policy=task.policy,
         rate=task.rate,
@@ -265,10 +242,10 @@ def run_task(validation: Validation, task: Task, backend: Backend | None) -> Run
         backend=task.backend,
         repeat=task.repeat,
         warm_up=task.warm_up,
+        figures=figures,
         thinking_seconds=float(getattr(backend, "thinking_seconds", math.nan)) if task.backend == ENGINE else math.nan,
         known_lengths=policy.known_lengths,
         notes="; ".join(notes),
-        **{name: summary[name] for name in Run.__dataclass_fields__ if name in summary},  # type: ignore[arg-type]
     )
 
 
@@ -344,7 +321,7 @@ class Gap:
         return self.high - self.low if self.metric == "evictions" else (self.high - self.low) / self.real if self.real else math.nan
 
 
-def gaps(runs: Sequence[Run], policies: Sequence[str]) -> list[Gap]:
+def gaps(runs: Sequence[Run], policies: Collection[str]) -> list[Gap]:
     """By rate, policy and metric; combinations without a run on both sides are left out."""
     found = []
     for rate in sorted({run.rate for run in runs}):
@@ -358,14 +335,12 @@ def gaps(runs: Sequence[Run], policies: Sequence[str]) -> list[Gap]:
                 continue
             for metric in METRICS:
                 values = [_mean(mine, metric) for mine in whole]
-                found.append(
-                    Gap(policy, rate, metric, len(values), _mean(sim, metric), float(np.mean(values)), min(values), max(values))
-                )
+                found.append(Gap(policy, rate, metric, len(values), _mean(sim, metric), float(np.mean(values)), min(values), max(values)))
     return found
 
 
 def _mean(runs: Sequence[Run], metric: str) -> float:
-    return float(np.mean([float(getattr(run, metric)) for run in runs]))
+    return float(np.mean([float(getattr(run.figures, metric)) for run in runs]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from llmsched_env.files import replacing
-from llmsched_hardware.validation import METRICS, Gap, Ranking, Schedules
+from llmsched_hardware.validation import SIM, Gap, Ranking, Run, Schedules
+from llmsched_hardware.validation_runs import Plan
 
-TABLE_FILE = "sim_to_real.csv"
-REPORT_FILE = "report.md"
 ERRORS = (
     ("throughput", "throughput_tok_s"),
     ("latency", "latency_mean"),
@@ -28,6 +28,48 @@ DEFINITIONS = (
     "arrival; TPOT (latency - TTFT) / (output tokens - 1). Throughput counts output tokens of completed requests. The engine's "
     "seconds are its measured clock: the sum of its own step times, arrivals on it, the policy's thinking not counted."
 )
+
+
+def facts(plan: Plan, machine: Mapping[str, Any], command: str, runs: Sequence[Run] = ()) -> list[tuple[str, str]]:
+    """What a reader of the report must know.
+
+    Args:
+        machine: as ``llmsched_hardware.validation_runs.read_machine`` gives it.
+        command: as the program was called.
+        runs: those reported on.
+    """
+    validation, source = plan.validation, plan.calibration.provenance
+    engine, statistics = validation.scenario.engine, validation.scenario.statistics
+    simulated = [run.figures for run in runs if run.backend == SIM]
+    out_of_range, iterations = sum(run.out_of_range for run in simulated), sum(run.iterations for run in simulated)
+    scaled = f", lengths times {plan.length_scale:.4g}" if plan.length_scale != 1.0 else ""
+    cut = f", cut to {plan.max_total_tokens} tokens" if plan.max_total_tokens else ""
+    driver = f", driver {machine['driver']}" if machine["driver"] else ""
+    lines = [
+        ("Command", f"`{command}`"),
+        ("Engine", f"{plan.engine.model} ({machine['dtype']}) on {machine['device']}{driver}, vLLM {machine['vllm']}, {machine['date']}"),
+        (
+            "Settings",
+            f"{engine.num_blocks:,} blocks of {engine.block_size} tokens, max_num_seqs {engine.max_num_seqs}, max_num_batched_tokens "
+            f"{engine.max_num_batched_tokens}, max_model_len {engine.max_model_len}; a policy may set its own token budget",
+        ),
+        ("Calibration", f"{source.name}: {source.gpu}; {source.source}. Fit: {source.fit_error}"),
+        (
+            "Workload",
+            f"{validation.scenario.name}{scaled}{cut}: {validation.num_requests} requests a run, mean lengths {statistics.mean_prompt:.0f} "
+            f"+ {statistics.mean_output:.0f}, {len(validation.seeds)} seed(s); fluid stability boundary {validation.boundary:.4g} "
+            "requests/s",
+        ),
+    ]
+    if out_of_range:
+        share = 100 * out_of_range / iterations
+        lines.append(("Extrapolated", f"{share:.2g} % of the simulator's iterations lie outside the calibration ({source.valid_range})"))
+    if plan.clock != "virtual":
+        counted = f"{validation.warm_ups} not counted, {validation.repeats} counted for each policy and rate"
+        lines.append(("Engine runs", f"{counted} ({plan.clock} clock)"))
+    if not source.gpu.startswith(machine["device"]):
+        lines.append(("Attention", "the calibration was measured on another device than this engine runs on"))
+    return lines
 
 
 def write_table(path: Path, found: Sequence[Gap]) -> None:
@@ -163,6 +205,3 @@ def _number(value: float) -> str:
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-__all__ = ["METRICS", "REPORT_FILE", "TABLE_FILE", "measured_page", "summary_lines", "virtual_page", "write_table"]

@@ -1,106 +1,182 @@
-"""Build a calibration: from a raw profile, as the shipped ones were built, or from the vLLM engine on this machine.
-
-    python scripts/calibrate.py import --format vidur SOURCE --model llama-2-7b --name NAME --out FILE
-    python scripts/calibrate.py engine --model MODEL --out FILE.json --budget-seconds 300
-
-SOURCE is the raw profile: a folder or file, as the format's module describes. FILE ends in .npz
-(tables) or .json (coefficients), and serves wherever a calibration's name does. ``engine`` writes
-both, and goes on with ``--resume`` where it was interrupted.
-"""
+"""``llmsched calibrate``: a calibration from a raw profile, or from the vLLM engine on this machine."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import sys
-from collections.abc import Sequence
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Any, Literal
 
-from llmsched_env.cli.parser import Parser
-from llmsched_env.errors import ConfigError, EngineError, MissingExtraError
-from llmsched_env.files import check_file
+import tyro
+
+from llmsched_env.cli.frame import Assignments, Command, Options, Outcome, Resumable, Screen, check_counts, words
+from llmsched_env.errors import ConfigError, require
+from llmsched_env.files import check_file, goes_on
 from llmsched_env.perf import IterationTimeModel
 from llmsched_env.perf.store import calibration_bytes
-from llmsched_hardware.calibration import engine as calibration_engine
+from llmsched_hardware.calibration.engine import SWEEPS, Calibrated, calibrate, report, write
+from llmsched_hardware.calibration.heldout import MOST, hold_out
+from llmsched_hardware.calibration.importers import aiconfigurator, llmservingsim, vidur
+from llmsched_hardware.calibration.settings import engine_options
+from llmsched_hardware.real_engine import EngineOptions
 
-FORMATS = {
-    "vidur": "llmsched_hardware.calibration.importers.vidur",
-    "llmservingsim": "llmsched_hardware.calibration.importers.llmservingsim",
-    "aiconfigurator": "llmsched_hardware.calibration.importers.aiconfigurator",
+Importer = Callable[[Path, str, str], IterationTimeModel]
+"""The calibration of a model in the profile at a path, its provenance under a name.
+
+Raises ConfigError for a file that is missing or not of the format, a missing column, a model the profile does not hold.
+"""
+
+Format = Literal["vidur", "llmservingsim", "aiconfigurator"]
+IMPORTERS: Mapping[Format, Importer] = {
+    "vidur": vidur.import_profile,
+    "llmservingsim": llmservingsim.import_profile,
+    "aiconfigurator": aiconfigurator.import_profile,
 }
 
-INTERRUPTED = 130
+
+@dataclass(frozen=True, kw_only=True)
+class Import(Options):
+    """Build a calibration from a raw profile, as the shipped ones were built. It serves wherever a calibration's name does."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """The raw profile: a folder or file, as the format's module describes."""
+    format: Format
+    """Of the profile."""
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    """Which model of the profile, such as llama-2-7b."""
+    name: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    """Name of the calibration."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """.npz (tables) or .json (coefficients)."""
 
 
-class Importer(Protocol):
-    """A module that reads one format."""
+@dataclass(frozen=True, kw_only=True)
+class Engine(Resumable):
+    """Calibrate on a vLLM engine on this machine.
 
-    def import_profile(self, source: Path, model: str, name: str) -> IterationTimeModel:
-        """The calibration of ``model`` in the profile at ``source``, its provenance under ``name``.
+    Measures batches from coarse to fine, fits iteration-time models to whole engine steps and checks them on a workload they have not
+    seen. Every point is on disk before the next.
+    """
 
-        Raises:
-            ConfigError: a file that is missing or not of the format, a missing column, a model the profile does not hold.
-        """
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    """tiny or the name of another shape (no download), a Hugging Face id, or a folder."""
+    set: Assignments = ()
+    """engine.FIELD of llmsched_hardware.real_engine.EngineOptions."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")]
+    """The formula; tables go to FILE.npz, points beside."""
+    name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the file's)")] = None
+    """Name of the calibration."""
+    budget_seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 300.0
+    """Finish within."""
+    max_batch: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: engine.max_num_seqs)")] = None
+    """Most decodes in a batch."""
+    sweeps: Annotated[int, tyro.conf.arg(metavar="N")] = SWEEPS
+    """Passes through the plan."""
+    held_out: Annotated[int, tyro.conf.arg(metavar="N")] = MOST
+    """Requests of the check at the end."""
 
-
-def arguments() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    build = commands.add_parser("import", help="build a calibration from a raw profile")
-    build.add_argument("source", type=Path, metavar="SOURCE", help="the raw profile, a folder or file")
-    build.add_argument("--format", choices=tuple(FORMATS), required=True)
-    build.add_argument("--model", required=True, metavar="MODEL", help="which model of the profile, such as llama-2-7b")
-    build.add_argument("--name", required=True, metavar="NAME", help="name of the calibration")
-    build.add_argument("--out", type=Path, required=True, metavar="FILE", help=".npz or .json")
-    calibration_engine.add_engine_command(commands)
-    return parser
-
-
-def import_profile(format_name: str, source: Path, model: str, name: str) -> IterationTimeModel:
-    """The calibration in a raw profile (``Importer.import_profile``)."""
-    if not source.exists():
-        raise ConfigError(f"SOURCE: {source} does not exist")
-    importer: Importer = importlib.import_module(FORMATS[format_name])
-    return importer.import_profile(source, model, name)
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    options = arguments().parse_args(words)
-    try:
-        return calibration_engine.run(options) if options.command == "engine" else run_import(options)
-    except (ConfigError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (EngineError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; the points measured so far are kept, go on with --resume", file=sys.stderr)
-        return INTERRUPTED
+    @property
+    def points(self) -> Path:
+        """Where the measured points are."""
+        return self.out.with_suffix(".points.jsonl")
 
 
-def run_import(options: argparse.Namespace) -> int:
-    """Carry the subcommand ``import`` out; the exit code."""
+def run_import(options: Import, screen: Screen) -> Outcome:
+    """Read the profile, write the calibration."""
     check_file("--out", options.out)
     if not options.name.strip():
         raise ConfigError("--name: empty")
-    model = import_profile(options.format, options.source, options.model, options.name)
+    if not options.source.exists():
+        raise ConfigError(f"SOURCE: {options.source} does not exist")
+    model = IMPORTERS[options.format](options.source, options.model, options.name)
     suffix, data = calibration_bytes(model)
     if options.out.suffix != suffix:
         raise ConfigError(f"--out: {options.out}, must end in {suffix} for a {type(model).__name__}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_bytes(data)
     source = model.provenance
-    print(f"{options.out}: {len(data):,} bytes, {type(model).__name__}")
+    screen.print(f"{options.out}: {len(data):,} bytes, {type(model).__name__}")
     for label, text in (("source", source.source), ("gpu", source.gpu), ("model", source.model), ("engine", source.engine)):
-        print(f"{label:<12} {text}")
-    print(f"{'valid range':<12} {source.valid_range}")
-    print(f"{'fit error':<12} {source.fit_error}")
+        screen.print(f"{label:<12} {text}")
+    screen.print(f"{'valid range':<12} {source.valid_range}")
+    screen.print(f"{'fit error':<12} {source.fit_error}")
     if source.num_blocks is not None:
-        print(f"{'KV capacity':<12} {source.num_blocks:,} blocks of {source.block_size} tokens")
-    return 0
+        screen.print(f"{'KV capacity':<12} {source.num_blocks:,} blocks of {source.block_size} tokens")
+    return Outcome({"calibration": options.out, "provenance": source})
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def checked(options: Engine) -> EngineOptions:
+    """The engine's settings, everything else checked.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if options.out.suffix != ".json":
+        raise ConfigError(f"--out: {options.out}, must end in .json (tables go to the same name with .npz)")
+    check_file("--out", options.out)
+    if options.name is not None and not options.name.strip():
+        raise ConfigError("--name: empty")
+    if not (math.isfinite(options.budget_seconds) and options.budget_seconds > 0):
+        raise ConfigError(f"--budget-seconds: {options.budget_seconds:g}, must be finite and > 0")
+    check_counts(max_batch=options.max_batch, sweeps=options.sweeps, held_out=options.held_out)
+    engine = engine_options(options.model, words(options.set))
+    if options.max_batch is not None and options.max_batch > engine.max_num_seqs:
+        raise ConfigError(f"--max-batch: {options.max_batch}, the engine holds {engine.max_num_seqs}; raise --set engine.max_num_seqs")
+    return engine
+
+
+def run_engine(options: Engine, screen: Screen) -> Outcome:
+    """Sweep, fit, write, check on a workload that was held out, write again."""
+    started = time.monotonic()
+    engine = checked(options)
+    resume = goes_on(options.points, options.points.exists(), resume=options.resume, overwrite=options.overwrite, what="points")
+    for module in ("rich.progress", "scipy.optimize"):
+        require(module, "cli")
+    deadline = started + options.budget_seconds
+    result = calibrate(
+        engine,
+        options.points,
+        deadline=deadline,
+        max_batch=options.max_batch,
+        sweeps=options.sweeps,
+        resume=resume,
+        progress=screen.progress,
+    )
+    name = options.name or options.out.stem
+    write(result, name, options.out)  # whatever becomes of the engine that the workload needs
+    if time.monotonic() + result.build_seconds < deadline:
+        held_out = hold_out(result.models, engine, result.limits.num_blocks, deadline, screen.progress, options.held_out)
+        result = dataclasses.replace(result, held_out=held_out)
+        write(result, name, options.out)
+    for line in report(result, options.out, options.points, time.monotonic() - started):
+        screen.print(line)
+    return Outcome(found(result, options))
+
+
+def found(result: Calibrated, options: Engine) -> dict[str, Any]:
+    """For ``--json``."""
+    return {
+        "calibration": options.out,
+        "tables": options.out.with_suffix(".npz"),
+        "points": len(result.sweep.points),
+        "left_out": {str(probe): reason for probe, reason in result.sweep.left_out.items()},
+        "machine": result.machine,
+        "held_out": result.held_out,
+    }
+
+
+def run(options: Import | Engine, screen: Screen) -> Outcome:
+    """Carry the chosen subcommand out."""
+    return run_import(options, screen) if isinstance(options, Import) else run_engine(options, screen)
+
+
+COMMAND = Command[Any](
+    "calibrate",
+    Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Engine, tyro.conf.subcommand("engine")],
+    run,
+    "a calibration from a raw profile or from the vLLM engine here",
+)
+main = COMMAND.main

@@ -1,364 +1,232 @@
-"""Compare the simulator with a vLLM engine on the same requests, policy by policy and rate by rate.
-
-    python scripts/validate.py --calibration my.json --model MODEL --scenario azure-conv \
-        --policies vllm sarathi wait nested-wait --out results/validation
-
-Under the measured clock (default) it writes runs.csv (a row a run, as each finishes), sim_to_real.csv
-and report.md: errors beside the engine's own spread, and whether policies rank alike. Under
-``--clock virtual`` the engine computes while time comes from the calibration: schedules must then be
-equal step by step on the simulator, vLLM's scheduler and the engine, and the exit code is 1 if not.
-``--resume`` goes on where a validation was left.
-"""
+"""``llmsched validate``: the simulator against a vLLM engine on the same requests."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import math
-import shlex
-import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from llmsched_baselines import policy_names
+import tyro
+
+from llmsched_agents.lookup import named_policies, option_owners
 from llmsched_baselines.overrides import parse_overrides
-from llmsched_env import __version__
-from llmsched_env.backend import Backend
 from llmsched_env.backends import make_backend
-from llmsched_env.bench.variants import named_policies
-from llmsched_env.cli.parser import Parser
-from llmsched_env.errors import ConfigError, EngineError, MissingExtraError, require
-from llmsched_env.files import check_folder, replacing
-from llmsched_env.perf import CalibrationRangeWarning, IterationTimeModel, load_calibration
+from llmsched_env.cli.frame import DONE, FAILED, Assignments, Command, Outcome, Resumable, Screen, check_counts, words
+from llmsched_env.errors import ConfigError, EngineError, require
+from llmsched_env.files import check_folder, check_same_settings, goes_on, replacing, write_settings
+from llmsched_env.fluid import stability_boundary
+from llmsched_env.perf import CalibrationRangeWarning, load_calibration
 from llmsched_env.row_file import RowFile
-from llmsched_env.workload import load_scenario, scenario_names
-from llmsched_hardware.calibration.settings import add_model_arguments, backend_settings, engine_config, engine_options
-from llmsched_hardware.real_engine import EngineOptions
-from llmsched_hardware.validation import (
-    ENGINE,
-    SCHEDULER,
-    SIM,
-    Run,
-    Schedules,
-    Validation,
-    compare_schedules,
-    gaps,
-    longest_request,
-    on_engine,
-    rankings,
-    run_task,
+from llmsched_env.workload import Scenario, load_scenario
+from llmsched_hardware.calibration.settings import backend_settings, engine_config, engine_options
+from llmsched_hardware.validation import Gap, Run, Schedules, Validation, gaps, longest_request, on_engine, rankings
+from llmsched_hardware.validation_report import facts, measured_page, summary_lines, virtual_page, write_table
+from llmsched_hardware.validation_runs import (
+    FILES,
+    REPORT_FILE,
+    RUNS_FILE,
+    SCHEDULES_FILE,
+    SETTINGS_FILE,
+    TABLE_FILE,
+    Clock,
+    Plan,
+    read_machine,
+    run_measured,
+    run_virtual,
 )
-from llmsched_hardware.validation_report import REPORT_FILE, TABLE_FILE, measured_page, summary_lines, virtual_page, write_table
 
-RUNS_FILE, SCHEDULES_FILE, SETTINGS_FILE, MACHINE_FILE = "runs.csv", "schedules.csv", "settings.json", "machine.json"
 POLICIES = ("vllm", "sarathi", "wait", "nested-wait")
-LOADS = (0.5, 0.7, 0.9)
-REQUESTS, REPEATS = 200, 3
+LOADS, REQUESTS, REPEATS = (0.5, 0.7, 0.9), 200, 3
 QUICK_LOADS, QUICK_REQUESTS, QUICK_REPEATS = (0.5, 0.9), 24, 2
-INTERRUPTED = 130
+
+RATES = tyro.conf.create_mutex_group(required=False, title="arrival rates")
+R = TypeVar("R")
 
 
-def arguments() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", required=True, metavar="FILE_OR_NAME", help="what calibrate.py engine wrote for this engine")
-    add_model_arguments(parser)
-    parser.add_argument("--scenario", required=True, help=f"one of {', '.join(scenario_names())}")
-    parser.add_argument(
-        "--policies", nargs="+", default=list(POLICIES), metavar="NAME",
-        help=f"of {', '.join(policy_names())}, or folders of checkpoints (default: {' '.join(POLICIES)})",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    rates = parser.add_mutually_exclusive_group()
-    rates.add_argument("--rates", type=float, nargs="+", metavar="R", help="arrival rates, requests/s")
-    rates.add_argument(
-        "--loads", type=float, nargs="+", metavar="X", help=f"rates as shares of the fluid stability boundary (default {LOADS})"
-    )
-    parser.add_argument("--num-requests", type=int, metavar="N", help=f"requests of one run (default {REQUESTS})")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="seeds 0 .. N-1 (default 1)")
-    parser.add_argument("--repeats", type=int, metavar="N", help=f"runs of the same requests on the engine (default {REPEATS})")
-    parser.add_argument("--warm-ups", type=int, default=1, metavar="N", help="runs on the engine before them, not counted (default 1)")
-    parser.add_argument("--length-scale", type=float, metavar="F", help="multiply prompt and output lengths")
-    parser.add_argument("--max-total-tokens", type=int, metavar="N", help="cut requests (output first) to N tokens")
-    parser.add_argument("--clock", choices=("measured", "virtual", "wall"), default="measured")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REQUESTS} requests, {QUICK_REPEATS} repeats, lengths scaled to fit")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--resume", action="store_true", help="keep the runs in --out and do what is missing")
-    kept.add_argument("--overwrite", action="store_true", help="discard the validation in --out")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Validate(Resumable):
+    """Compare the simulator with a vLLM engine on the same requests, policy by policy and rate by rate.
+
+    Under the measured clock it writes runs.csv (a row a run, as each finishes), sim_to_real.csv and report.md: errors beside the
+    engine's own spread, and whether policies rank alike. Under --clock virtual the engine computes while time comes from the
+    calibration: schedules must then be equal step by step on the simulator, vLLM's scheduler and the engine, and the exit code is 1
+    if not.
+    """
+
+    calibration: Annotated[str, tyro.conf.arg(metavar="FILE_OR_NAME")]
+    """What llmsched calibrate engine wrote for this engine."""
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    """tiny or the name of another shape (no download), a Hugging Face id, or a folder."""
+    set: Assignments = ()
+    """engine.FIELD of llmsched_hardware.real_engine.EngineOptions, or policy.NAME.OPTION."""
+    scenario: Annotated[str, tyro.conf.arg(metavar="NAME")]
+    """A scenario that ships, is registered or offered by a package, or a .toml file."""
+    policies: Annotated[tuple[str, ...], tyro.conf.arg(metavar="POLICY [POLICY ...]", aliases=["--policy"])] = POLICIES
+    """Names of policies or shipped agents, folders of checkpoints, or module:attribute."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Where rows, table and report go."""
+    rates: Annotated[tuple[float, ...], tyro.conf.arg(metavar="R [R ...]", help_behavior_hint="(default: from --loads)"), RATES] = ()
+    """Requests/s."""
+    loads: Annotated[
+        tuple[float, ...], tyro.conf.arg(metavar="X [X ...]", help_behavior_hint=f"(default: {' '.join(map(str, LOADS))})"), RATES
+    ] = ()
+    """Rates as shares of the fluid stability boundary."""
+    num_requests: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {REQUESTS})")] = None
+    """Requests of one run."""
+    seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Seeds 0 .. N-1."""
+    repeats: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {REPEATS})")] = None
+    """Runs of the same requests on the engine."""
+    warm_ups: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Runs on the engine before them, not counted."""
+    length_scale: Annotated[float | None, tyro.conf.arg(metavar="F", help_behavior_hint="(default: 1)")] = None
+    """Multiply prompt and output lengths."""
+    max_total_tokens: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: as they are)")] = None
+    """Cut requests (output first) to N tokens."""
+    clock: Clock = "measured"
+    """Where an iteration's time comes from: the engine's own steps, the calibration, or real time with real sleeping."""
+    quick: bool = False
+    """A small form: 24 requests, 2 repeats, loads 0.5 and 0.9, lengths scaled to fit."""
 
 
-def plan(options: argparse.Namespace, engine: EngineOptions, calibration: IterationTimeModel, policy_words: Sequence[str]) -> Validation:
+def planned(options: Validate) -> Plan:
     """The validation that the options ask for, fully checked; nothing is written.
 
     Raises:
         ConfigError: an option that cannot be carried out.
     """
-    policies, agents = named_policies(options.policies)
-    counts = (("--num-requests", options.num_requests), ("--seeds", options.seeds), ("--repeats", options.repeats))
-    for name, count in (*counts, ("--max-total-tokens", options.max_total_tokens)):
-        if count is not None and count < 1:
-            raise ConfigError(f"{name}: {count}, must be >= 1")
-    if options.warm_ups < 0:
-        raise ConfigError(f"--warm-ups: {options.warm_ups}, must be >= 0")
-    given = [("--rates", r) for r in options.rates or ()] + [("--loads", x) for x in options.loads or ()]
-    for name, value in (*given, ("--length-scale", 1.0 if options.length_scale is None else options.length_scale)):
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name}: {value:g}, must be finite and > 0")
+    try:
+        calibration = load_calibration(options.calibration)
+    except ConfigError as error:
+        raise ConfigError(f"--calibration: {error}") from error
+    given = words(options.set)
+    of_policies = [word for word in given if word.startswith("policy.")]
+    engine = engine_options(options.model, [word for word in given if word not in of_policies], calibration)
+    policies = named_policies("--policies", options.policies)
+    if not policies:
+        raise ConfigError("--policies: none given, must be at least one")
+    check_numbers(options)
     check_folder("--out", options.out)
-    overrides = parse_overrides(policy_words, [name for name in policies if name not in agents])
+    overrides = parse_overrides(of_policies, option_owners(policies))
     if engine.num_blocks is None:
         raise ConfigError(f"--calibration: {options.calibration} does not state the number of KV blocks; give --set engine.num_blocks=N")
     config = engine_config(engine, calibration, engine.num_blocks)
     seeds = tuple(range(options.seeds))
     num_requests = options.num_requests or (QUICK_REQUESTS if options.quick else REQUESTS)
     scenario = load_scenario(options.scenario)
-    if options.quick and options.length_scale is None and options.max_total_tokens is None:
-        options.length_scale = min(1.0, config.max_model_len / longest_request(scenario, seeds, num_requests))
-        options.max_total_tokens = config.max_model_len
-    scenario = on_engine(scenario, config, options.length_scale or 1.0, options.max_total_tokens)
+    scale, cut = options.length_scale or 1.0, options.max_total_tokens
+    if options.quick and options.length_scale is None and cut is None:
+        scale, cut = min(1.0, config.max_model_len / longest_request(scenario, seeds, num_requests)), config.max_model_len
+    scenario = on_engine(scenario, config, scale, cut)
     validation = Validation(
         scenario=scenario,
         policies=policies,
-        rates=(),
+        rates=chosen_rates(options, scenario),
         seeds=seeds,
         num_requests=num_requests,
         repeats=options.repeats or (QUICK_REPEATS if options.quick else REPEATS),
         warm_ups=options.warm_ups,
         options=overrides.policy,
-        agents=agents,
     )
-    if options.rates:
-        rates = tuple(dict.fromkeys(options.rates))
-    else:
-        boundary = validation.boundary
-        rates = tuple(float(f"{x * boundary:.4g}") for x in options.loads or (QUICK_LOADS if options.quick else LOADS))
-    validation = Validation(**{name: getattr(validation, name) for name in Validation.__dataclass_fields__} | {"rates": rates})
     validation.check()
-    return validation
+    return Plan(validation, engine, calibration, options.clock, scale, cut)
 
 
-def describe(options: argparse.Namespace, engine: EngineOptions, calibration: IterationTimeModel, validation: Validation) -> dict[str, Any]:
-    """What must agree between a validation and its resumption, as plain values."""
-    return {
-        "version": __version__,
-        "calibration": calibration.provenance.name,
-        "calibration_source": calibration.provenance.source,
-        "engine": {name: getattr(engine, name) for name in engine.__dataclass_fields__ if name != "extra"} | {"extra": dict(engine.extra)},
-        "num_blocks": validation.scenario.engine.num_blocks,
-        "scenario": validation.scenario.name,
-        "length_scale": options.length_scale or 1.0,
-        "max_total_tokens": options.max_total_tokens,
-        "num_requests": validation.num_requests,
-        "clock": options.clock,
-        "policy_options": {name: {k: str(v) for k, v in own.items()} for name, own in validation.options.items()},
-        **({"agents": dict(validation.agents)} if validation.agents else {}),
-    }
+def check_numbers(options: Validate) -> None:
+    """Raises ConfigError, naming the option."""
+    check_counts(num_requests=options.num_requests, seeds=options.seeds, repeats=options.repeats, max_total_tokens=options.max_total_tokens)
+    if options.warm_ups < 0:
+        raise ConfigError(f"--warm-ups: {options.warm_ups}, must be >= 0")
+    given = [("--rates", rate) for rate in options.rates] + [("--loads", load) for load in options.loads]
+    for name, value in (*given, ("--length-scale", 1.0 if options.length_scale is None else options.length_scale)):
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"{name}: {value:g}, must be finite and > 0")
 
 
-def facts(
-    options: argparse.Namespace, validation: Validation, calibration: IterationTimeModel, runs: Sequence[Run] = ()
-) -> list[tuple[str, str]]:
-    """What a reader of the report must know."""
-    simulated = [run for run in runs if run.backend == SIM]
-    out_of_range, iterations = sum(run.out_of_range for run in simulated), sum(run.iterations for run in simulated)
-    machine = json.loads((options.out / MACHINE_FILE).read_text(encoding="utf-8"))
-    engine, statistics, source = validation.scenario.engine, validation.scenario.statistics, calibration.provenance
-    scaled = f", lengths times {options.length_scale:.4g}" if options.length_scale not in (None, 1.0) else ""
-    cut = f", cut to {options.max_total_tokens} tokens" if options.max_total_tokens else ""
-    driver = f", driver {machine['driver']}" if machine["driver"] else ""
-    lines = [
-        ("Command", f"`{options.command}`"),
-        ("Engine", f"{options.model} ({machine['dtype']}) on {machine['device']}{driver}, vLLM {machine['vllm']}, {machine['date']}"),
-        (
-            "Settings",
-            f"{engine.num_blocks:,} blocks of {engine.block_size} tokens, max_num_seqs {engine.max_num_seqs}, max_num_batched_tokens "
-            f"{engine.max_num_batched_tokens}, max_model_len {engine.max_model_len}; a policy may set its own token budget",
-        ),
-        ("Calibration", f"{source.name}: {source.gpu}; {source.source}. Fit: {source.fit_error}"),
-        (
-            "Workload",
-            f"{validation.scenario.name}{scaled}{cut}: {validation.num_requests} requests a run, mean lengths {statistics.mean_prompt:.0f} "
-            f"+ {statistics.mean_output:.0f}, {len(validation.seeds)} seed(s); fluid stability boundary {validation.boundary:.4g} "
-            "requests/s",
-        ),
-    ]
-    if out_of_range:
-        share = 100 * out_of_range / iterations
-        lines.append(("Extrapolated", f"{share:.2g} % of the simulator's iterations lie outside the calibration ({source.valid_range})"))
-    if options.clock != "virtual":
-        counted = f"{validation.warm_ups} not counted, {validation.repeats} counted for each policy and rate"
-        lines.append(("Engine runs", f"{counted} ({options.clock} clock)"))
-    if not source.gpu.startswith(machine["device"]):
-        lines.append(("Attention", "the calibration was measured on another device than this engine runs on"))
-    return lines
+def chosen_rates(options: Validate, scenario: Scenario) -> tuple[float, ...]:
+    """Requests/s, of a scenario on the calibrated engine."""
+    if options.rates:
+        return tuple(dict.fromkeys(options.rates))
+    boundary = stability_boundary(scenario.statistics, scenario.engine)
+    return tuple(float(f"{load * boundary:.4g}") for load in options.loads or (QUICK_LOADS if options.quick else LOADS))
 
 
-def open_rows(options: argparse.Namespace, name: str, kind: Any, description: dict[str, Any]) -> RowFile[Any]:
-    """The file of finished rows; refuses to overwrite what was not meant to be.
-
-    Raises:
-        ConfigError: rows are there and neither --resume nor --overwrite is given, or they were made with other settings.
-    """
-    path, settings = options.out / name, options.out / SETTINGS_FILE
-    there = [options.out / file for file in (RUNS_FILE, SCHEDULES_FILE) if (options.out / file).exists()]
-    if there and not (options.resume or options.overwrite):
-        raise ConfigError(f"--out: {options.out} holds a validation already; use --resume, --overwrite or another folder")
-    if there and options.resume:
-        try:
-            kept = json.loads(settings.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--resume: {settings} cannot be read ({error}), use --overwrite") from error
-        for key, value in description.items():
-            if kept.get(key) != value:
-                raise ConfigError(f"--resume: {key} is {value!r}, but the rows in {options.out} were made with {kept.get(key)!r}")
-    rows: RowFile[Any] = RowFile(path, kind, resume=options.resume)
-    if options.overwrite:
-        for file in (RUNS_FILE, SCHEDULES_FILE, MACHINE_FILE, TABLE_FILE, REPORT_FILE):
+def kept_rows(options: Validate, plan: Plan, name: str, kind: type[R]) -> RowFile[R]:
+    """The file of finished rows; refuses to overwrite what was not meant to be."""
+    settings = options.out / SETTINGS_FILE
+    there = any((options.out / file).exists() for file in (RUNS_FILE, SCHEDULES_FILE))
+    resume = goes_on(options.out, there, resume=options.resume, overwrite=options.overwrite, what="a validation")
+    if resume:
+        check_same_settings(settings, plan.describe())
+    rows = RowFile(options.out / name, kind, resume=resume)
+    if not resume:
+        for file in FILES:
             (options.out / file).unlink(missing_ok=True)
-    write_json(settings, description)
+    write_settings(settings, plan.describe())
     return rows
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    with replacing(path) as file:
-        json.dump(record, file, indent=2)
-        file.write("\n")
+def validate_schedules(options: Validate, plan: Plan, backend: Any, screen: Screen) -> Outcome:
+    """Under the virtual clock: are the schedules the same?"""
+    validation = plan.validation
+    episodes = len(validation.rates) * len(validation.policies) * len(validation.seeds)
+    with kept_rows(options, plan, SCHEDULES_FILE, Schedules) as rows, screen.progress(2 * episodes) as bar:
+        run_virtual(plan, rows, backend, options.out, bar)
+    chosen = [row for row in rows.rows if row.policy in validation.policies and row.rate in validation.rates]
+    same = sum(check.identical for check in chosen)
+    about = facts(plan, read_machine(options.out), screen.command)
+    lines = [f"{same} of {len(chosen)} schedules identical to the simulator's"]
+    lines += [f"{c.backend}, {c.policy} at {c.rate:.4g} req/s, seed {c.seed}: {c.difference}" for c in chosen if not c.identical]
+    present(options, screen, virtual_page(title(plan), about, chosen), lines)
+    return Outcome(chosen, DONE if same == len(chosen) else FAILED)
 
 
-def keep_machine(folder: Path, backend: Any) -> None:
-    """Write down which machine the runs in the folder are from.
-
-    Raises:
-        ConfigError: the folder's earlier runs are from another one.
-    """
-    path = folder / MACHINE_FILE
-    machine = dataclasses.asdict(backend.machine())
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("device", "vllm", "dtype"):
-            if kept[name] != machine[name]:
-                raise ConfigError(f"--resume: {name} is {machine[name]!r}, but runs in {folder} were made with {kept[name]!r}")
-    write_json(path, machine)
+def validate_figures(options: Validate, plan: Plan, backend: Any, screen: Screen) -> Outcome:
+    """Under the measured or wall clock: how far are the figures apart?"""
+    validation = plan.validation
+    with kept_rows(options, plan, RUNS_FILE, Run) as rows, screen.progress(len(validation.tasks())) as bar:
+        run_measured(plan, rows, backend, options.out, bar)
+    found = gaps([run for run in rows.rows if run.rate in validation.rates], validation.policies)
+    ranks = rankings(found)
+    write_table(options.out / TABLE_FILE, found)
+    about = facts(plan, read_machine(options.out), screen.command, rows.rows)
+    present(options, screen, measured_page(title(plan), about, found, ranks), summary_lines(found, ranks))
+    return Outcome({"gaps": [with_errors(gap) for gap in found], "rankings": ranks})
 
 
-def progress(quiet: bool, total: int) -> tuple[Any, Any]:
-    """A progress bar of rich and its task."""
-    rich = require("rich.progress", "cli")
-    console = require("rich.console", "cli").Console(stderr=True)
-    bar = rich.Progress(
-        rich.TextColumn("{task.description:<44}"),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-        console=console,
-        disable=quiet,
-    )
-    return bar, bar.add_task("", total=total)
+def with_errors(gap: Gap) -> dict[str, Any]:
+    return asdict(gap) | {"error": gap.error, "spread": gap.spread}
 
 
-def run_measured(options: argparse.Namespace, validation: Validation, rows: RowFile[Run], backend: Backend) -> None:
-    """Every run that has no row yet."""
-    tasks = validation.tasks()
-    done = {row.task for row in rows.rows}
-    warm: set[tuple[str, float, int]] = set()
-    bar, line = progress(options.quiet, len(tasks))
-    with rows, bar:
-        for task in tasks:
-            bar.update(line, description=f"{task.backend}: {task.policy} at {task.rate:.4g}" + (", warm-up" if task.warm_up else ""))
-            place = (task.policy, task.rate, task.seed)
-            if task not in done:
-                if task.backend == ENGINE and not task.warm_up and validation.warm_ups and place not in warm:
-                    run_task(validation, task, backend)  # resumed: its warm-up ran in another process
-                rows.append(run_task(validation, task, backend))
-                if task.backend == ENGINE:
-                    if not warm:
-                        keep_machine(options.out, backend)
-                    warm.add(place)
-            bar.update(line, advance=1)
+def title(plan: Plan) -> str:
+    return f"Simulator against vLLM: {plan.engine.model}, {plan.validation.scenario.name}"
 
 
-def run_virtual(options: argparse.Namespace, validation: Validation, rows: RowFile[Schedules], backend: Backend) -> None:
-    """Compare every episode that has no row yet."""
-    done = {(row.policy, row.rate, row.seed, row.backend) for row in rows.rows}
-    places = [(p, r, s) for r in validation.rates for p in validation.policies for s in validation.seeds]
-    bar, line = progress(options.quiet, 2 * len(places))
-    scheduler = make_backend(SCHEDULER)
-    try:
-        with rows, bar:
-            for policy, rate, seed in places:
-                for name, other in ((SCHEDULER, scheduler), (ENGINE, backend)):
-                    bar.update(line, description=f"{name}: {policy} at {rate:.4g}")
-                    if (policy, rate, seed, name) not in done:
-                        rows.append(compare_schedules(validation, policy, rate, seed, name, other))
-                        if name == ENGINE:
-                            keep_machine(options.out, backend)
-                    bar.update(line, advance=1)
-    finally:
-        scheduler.close()
-
-
-def carry_out(options: argparse.Namespace) -> int:
-    """Run what is missing and report; the exit code."""
-    try:
-        calibration = load_calibration(options.calibration)
-    except ConfigError as error:
-        raise ConfigError(f"--calibration: {error}") from error
-    words = [word for word in options.set if word.startswith("policy.")]
-    engine = engine_options(options.model, [word for word in options.set if word not in words], calibration)
-    require("scipy.stats", "cli")
-    validation = plan(options, engine, calibration, words)
-    description = describe(options, engine, calibration, validation)
-    backend = make_backend("vllm", clock=options.clock, **backend_settings(engine))
-    title = f"Simulator against vLLM: {options.model}, {validation.scenario.name}"
-    virtual = options.clock == "virtual"
-    try:
-        if virtual:
-            checks = open_rows(options, SCHEDULES_FILE, Schedules, description)
-            run_virtual(options, validation, checks, backend)
-            chosen = [row for row in checks.rows if row.policy in validation.policies and row.rate in validation.rates]
-            page = virtual_page(title, facts(options, validation, calibration), chosen)
-            lines = [f"{sum(c.identical for c in chosen)} of {len(chosen)} schedules identical to the simulator's"]
-            lines += [f"{c.backend}, {c.policy} at {c.rate:.4g} req/s, seed {c.seed}: {c.difference}" for c in chosen if not c.identical]
-            code = 0 if all(c.identical for c in chosen) else 1
-        else:
-            runs = open_rows(options, RUNS_FILE, Run, description)
-            run_measured(options, validation, runs, backend)
-            found = gaps([run for run in runs.rows if run.rate in validation.rates], validation.policies)
-            ranks = rankings(found)
-            write_table(options.out / TABLE_FILE, found)
-            page = measured_page(title, facts(options, validation, calibration, runs.rows), found, ranks)
-            lines, code = summary_lines(found, ranks), 0
-    finally:
-        backend.close()
+def present(options: Validate, screen: Screen, page: str, lines: Sequence[str]) -> None:
+    """The report, and its main lines on the screen."""
     with replacing(options.out / REPORT_FILE) as file:
         file.write(page)
     for text in (*lines, f"Report: {options.out / REPORT_FILE}"):
-        print(text)
-    return code
+        screen.print(text)
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if words is None else words)
-    options = arguments().parse_args(given)
-    options.command = shlex.join(["python", "scripts/validate.py", *given])
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CalibrationRangeWarning)  # said in the report
-            return carry_out(options)
-    except (ConfigError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished runs are kept, go on with --resume", file=sys.stderr)
-        return INTERRUPTED
-    except (EngineError, OSError) as error:
-        print(f"error: {error}; finished runs are kept, go on with --resume", file=sys.stderr)
-        return 1
+def run(options: Validate, screen: Screen) -> Outcome:
+    """Run what is missing and report on all of it."""
+    with warnings.catch_warnings(action="ignore", category=CalibrationRangeWarning):  # said in the report
+        plan = planned(options)
+        for module in ("rich.progress", "scipy.stats"):
+            require(module, "cli")
+        backend = make_backend("vllm", clock=options.clock, **backend_settings(plan.engine))
+        try:
+            return (validate_schedules if options.clock == "virtual" else validate_figures)(options, plan, backend, screen)
+        except EngineError as error:
+            raise EngineError(f"{error}; finished runs are kept, go on with --resume") from error
+        finally:
+            backend.close()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("validate", Validate, run, "the simulator against a vLLM engine on the same requests")
+main = COMMAND.main

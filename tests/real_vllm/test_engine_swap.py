@@ -1,4 +1,4 @@
-"""One script, two policies, three backends: ``scripts/swap_backends.py``."""
+"""One program, two policies, three backends: ``llmsched swap-backends``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
 from llmsched_env.cli import swap_backends
+from llmsched_hardware.swap import Swap
 
 ARGUMENTS = ["--requests", "8", "--num-blocks", "300"]
 
@@ -28,12 +29,12 @@ def test_the_same_policies_on_three_backends(capfd: pytest.CaptureFixture[str]) 
 
 def test_a_difference_is_found(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """A backend with other settings must not pass as identical."""
-    original = swap_backends.backend_config
+    original = Swap.backend_config
 
-    def other_clock(name: str, options: object) -> dict[str, object]:
-        config = original(name, options)  # type: ignore[arg-type]
-        return {**config, "clock": "measured"} if name == "vllm" else config
+    def other_clock(self: Swap, backend: str) -> dict[str, object]:
+        config = original(self, backend)
+        return {**config, "clock": "measured"} if backend == "vllm" else config
 
-    monkeypatch.setattr(swap_backends, "backend_config", other_clock)
+    monkeypatch.setattr(Swap, "backend_config", other_clock)
     assert swap_backends.main([*ARGUMENTS, "--backends", "sim", "vllm", "--requests", "4"]) == 1
     assert "sim and vllm did not schedule the same" in capfd.readouterr().err

@@ -64,7 +64,7 @@ def test_a_quick_validation_reports_errors_spread_and_ranking_and_can_be_resumed
     assert "latency " in printed and "ranking " in printed
     runs = read_rows(out / "runs.csv", Run)
     assert len(runs) == 2 * (1 + 1 + 2)  # policies; simulator, warm-up, repeats
-    assert all(r.requests == r.completed == 12 for r in runs)
+    assert all(r.figures.requests == r.figures.completed == 12 for r in runs)
     assert all(r.thinking_seconds > 0 for r in runs if r.backend == "vllm")
     assert len((out / "sim_to_real.csv").read_text().splitlines()) == 1 + 2 * len(METRICS)
     report = (out / "report.md").read_text()
@@ -76,7 +76,7 @@ def test_a_quick_validation_reports_errors_spread_and_ranking_and_can_be_resumed
     (out / "runs.csv").write_text("".join(lines[:6]) + lines[6][:20])
     (out / "report.md").unlink()
     assert validate.main(given) == 2
-    assert "use --resume, --overwrite or another folder" in capfd.readouterr().err
+    assert "holds a validation already; use --resume, --overwrite or another place" in capfd.readouterr().err
     assert validate.main([*given, "--resume"]) == 0
     again = read_rows(out / "runs.csv", Run)
     assert [r.task for r in again] == [r.task for r in runs] and list(map(repr, again[:5])) == list(map(repr, runs[:5]))

@@ -1,4 +1,4 @@
-"""``calibrate.py engine``: measure the engine at hand, fit iteration-time models, check them on a workload they have not seen.
+"""Measure the engine at hand, fit iteration-time models, check them on a workload they have not seen.
 
 The sweep takes batches from coarse to fine (``llmsched_hardware.calibration.plan``) and goes through the plan several
 times, because a machine's speed drifts; every point is on disk before the next. What is fitted are
@@ -8,9 +8,7 @@ of execution alone stand beside them in the points file.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import importlib
 import math
 import time
 from collections.abc import Sequence
@@ -21,44 +19,27 @@ from typing import Any
 import numpy as np
 
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.files import check_file
 from llmsched_env.perf import FormulaTime, IterationTimeModel, LinearTime, Provenance, TableTime, save_calibration
 from llmsched_hardware.calibration.fit import batches_of, fit_error, fit_formula, fit_linear, fit_tables
-from llmsched_hardware.calibration.heldout import MOST, HeldOut, compile_simulator, hold_out
+from llmsched_hardware.calibration.heldout import HeldOut, compile_simulator
 from llmsched_hardware.calibration.plan import CHUNK_STEPS, EngineLimits, Group, plan
 from llmsched_hardware.calibration.points import Point, PointsFile, Probe, combined, drift, seconds_of
-from llmsched_hardware.calibration.settings import add_model_arguments, engine_options
+from llmsched_hardware.progress import Progress
 from llmsched_hardware.real_engine import (
     EngineOptions,
     Machine,
     build_engine,
     describe_machine,
     free_engine,
+    load_vllm,
     num_usable_blocks,
 )
 from llmsched_hardware.shapes import is_shape
-from llmsched_hardware.versions import prepare_environment
 
 SWEEPS = 3
 LEAST_POINTS = 8
 SWEEP_SHARE = 0.7
 """Of the time left after the engine is built; the rest is for the workload that is held out."""
-
-
-def add_engine_command(commands: Any) -> None:
-    """The subcommand ``engine``."""
-    parser = commands.add_parser("engine", help="calibrate on a vLLM engine on this machine", description=__doc__)
-    add_model_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the formula; tables go to FILE.npz, points beside")
-    parser.add_argument("--name", metavar="NAME", help="name of the calibration (default: the file's)")
-    parser.add_argument("--budget-seconds", type=float, default=300.0, metavar="S", help="finish within (default 300)")
-    parser.add_argument("--max-batch", type=int, metavar="N", help="most decodes in a batch (default: engine.max_num_seqs)")
-    parser.add_argument("--sweeps", type=int, default=SWEEPS, metavar="N", help=f"passes through the plan (default {SWEEPS})")
-    parser.add_argument("--held-out", type=int, default=MOST, metavar="N", help=f"requests of the check at the end (default {MOST})")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    kept = parser.add_mutually_exclusive_group()
-    kept.add_argument("--resume", action="store_true", help="keep the points measured so far and go on")
-    kept.add_argument("--overwrite", action="store_true", help="discard them")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,44 +77,6 @@ class Calibrated:
         return {"linear": self.linear, "formula": self.formula, "tables": self.tables}
 
 
-def run(options: argparse.Namespace) -> int:
-    """Carry the subcommand out; the exit code.
-
-    Raises:
-        ConfigError: an option that cannot be carried out, settings vLLM refuses.
-        EngineError: the engine cannot start or has died; measured points stay on disk.
-    """
-    started = time.monotonic()
-    engine = checked(options)
-    points_path = options.out.with_suffix(".points.jsonl")
-    if points_path.exists() and not (options.resume or options.overwrite):
-        raise ConfigError(f"--out: {points_path} holds points already; use --resume, --overwrite or another file")
-    console = require("rich.console", "cli").Console(stderr=True)
-    require("scipy.optimize", "cli")
-    if options.quiet:
-        console = None
-    deadline = started + options.budget_seconds
-    result = calibrate(
-        engine,
-        points_path,
-        deadline=deadline,
-        max_batch=options.max_batch,
-        sweeps=options.sweeps,
-        resume=options.resume,
-        console=console,
-    )
-    name = options.name or options.out.stem
-    write(result, name, options.out)  # whatever becomes of the engine that the workload needs
-    if time.monotonic() + result.build_seconds < deadline:
-        blocks = result.limits.num_blocks
-        held_out = hold_out(result.models, engine, blocks, deadline, _bar(console), options.held_out)
-        result = dataclasses.replace(result, held_out=held_out)
-        write(result, name, options.out)
-    for line in report(result, options.out, points_path, time.monotonic() - started):
-        print(line)
-    return 0
-
-
 def write(result: Calibrated, name: str, out: Path) -> None:
     """The formula to ``out``, the tables beside it."""
     for form, suffix in (("formula", ".json"), ("tables", ".npz")):
@@ -142,42 +85,23 @@ def write(result: Calibrated, name: str, out: Path) -> None:
         save_calibration(filed, out.with_suffix(suffix))
 
 
-def checked(options: argparse.Namespace) -> EngineOptions:
-    """The engine's settings, everything else checked.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    if options.out.suffix != ".json":
-        raise ConfigError(f"--out: {options.out}, must end in .json (tables go to the same name with .npz)")
-    check_file("--out", options.out)
-    if options.name is not None and not options.name.strip():
-        raise ConfigError("--name: empty")
-    if not (math.isfinite(options.budget_seconds) and options.budget_seconds > 0):
-        raise ConfigError(f"--budget-seconds: {options.budget_seconds:g}, must be finite and > 0")
-    for name, value in (("--max-batch", options.max_batch), ("--sweeps", options.sweeps), ("--held-out", options.held_out)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}: {value}, must be >= 1")
-    engine = engine_options(options.model, options.set)
-    if options.max_batch is not None and options.max_batch > engine.max_num_seqs:
-        raise ConfigError(f"--max-batch: {options.max_batch}, the engine holds {engine.max_num_seqs}; raise --set engine.max_num_seqs")
-    return engine
-
-
 def calibrate(
-    options: EngineOptions, points_path: Path, *, deadline: float, max_batch: int | None, sweeps: int, resume: bool, console: Any
+    options: EngineOptions, points_path: Path, *, deadline: float, max_batch: int | None, sweeps: int, resume: bool, progress: Progress
 ) -> Calibrated:
-    """Build the engine, sweep, fit; the check on a held-out workload is still to come.
+    """Build the engine, sweep, fit; the check on a held-out workload is still to come (``hold_out``).
 
     Args:
         deadline: ``time.monotonic()`` by which to be done.
         max_batch: most decodes of a probe; None for the engine's sequence cap.
         sweeps: passes through the plan, if there is time.
-        console: of rich, for the progress bar; None for silence.
+        resume: go on with the points in the file.
+
+    Raises:
+        ConfigError: settings vLLM refuses, points of another engine, or too few points for a fit.
+        EngineError: the engine cannot start or has died; measured points stay on disk.
     """
     compile_simulator()  # at most once a version; the time it takes is then known before the sweep
-    prepare_environment()
-    importlib.import_module("llmsched_hardware.gated_scheduler")  # vLLM itself, once: building again takes no import
+    load_vllm()  # once: building again takes no import
     begin = time.monotonic()
     engine = build_engine(options)
     build_seconds = time.monotonic() - begin
@@ -195,7 +119,7 @@ def calibrate(
         # The workload runs on an engine that the backend builds itself.
         until = now + SWEEP_SHARE * max(deadline - now - build_seconds, 0.0)
         with PointsFile(points_path, fingerprint(options, machine), resume=resume) as file:
-            sweep = run_sweep(engine, limits, file, until, sweeps, console)
+            sweep = run_sweep(engine, limits, file, until, sweeps, progress)
     finally:
         free_engine(engine)
     if len(sweep.points) < LEAST_POINTS:
@@ -225,7 +149,7 @@ def fingerprint(options: EngineOptions, machine: Machine) -> dict[str, Any]:
 # --- the sweep ------------------------------------------------------------------------------------
 
 
-def run_sweep(engine: Any, limits: EngineLimits, file: PointsFile, until: float, sweeps: int, console: Any) -> Sweep:
+def run_sweep(engine: Any, limits: EngineLimits, file: PointsFile, until: float, sweeps: int, progress: Progress) -> Sweep:
     """Measure what the plan holds and the file lacks, until the time is up."""
     from llmsched_hardware.calibration.sweep import Stepper, measure, warm_up  # they import vLLM, whose environment the engine has set
 
@@ -235,8 +159,8 @@ def run_sweep(engine: Any, limits: EngineLimits, file: PointsFile, until: float,
     failed: dict[Probe, str] = {}
     stepper = Stepper(engine)
     warm_up(stepper, limits)
-    with _bar(console) as bar:
-        line = bar.add_task("", total=planned * sweeps, completed=len(done))
+    with progress(planned * sweeps) as bar:
+        bar.advance(len(done))
         for number in range(sweeps):
             for group in groups:
                 rest = group.without({probe for probe in group.probes if (number, probe) in done or probe in failed})
@@ -245,25 +169,13 @@ def run_sweep(engine: Any, limits: EngineLimits, file: PointsFile, until: float,
 
                 def record(point: Point, number: int = number) -> bool:
                     file.append(dataclasses.replace(point, sweep=number))
-                    bar.update(line, advance=1, description=str(point.probe))
+                    bar.advance(description=str(point.probe))
                     return time.monotonic() < until
 
                 failed.update(measure(stepper, rest, limits.max_model_len, record))
     have = {point.probe for point in file.points}
     left_out = {p: failed.get(p, "no time") for group in groups for p in group.probes if p not in have}
     return Sweep(list(file.points), left_out, planned, 1 + max((point.sweep for point in file.points), default=0))
-
-
-def _bar(console: Any) -> Any:
-    progress = require("rich.progress", "cli")
-    return progress.Progress(
-        progress.TextColumn("{task.description:<44}"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        console=console,
-        disable=console is None,
-    )
 
 
 def _seconds_needed(group: Group, points: Sequence[Point], limits: EngineLimits) -> float:
@@ -376,4 +288,3 @@ def report(result: Calibrated, out: Path, points_path: Path, seconds: float) -> 
             lines.append(f"{'':<12} {reason}: {shown}")
     lines.append(f"{'time':<12} {seconds:.0f} s")
     return lines
-

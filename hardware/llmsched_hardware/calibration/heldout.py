@@ -23,6 +23,7 @@ from llmsched_env.types import EngineConfig, IterationReport, Workload
 from llmsched_env.workload import Lognormal, Poisson
 from llmsched_hardware.calibration.fit import FitError, fit_error
 from llmsched_hardware.calibration.settings import backend_settings, engine_config
+from llmsched_hardware.progress import Progress
 from llmsched_hardware.real_engine import EngineOptions
 
 LOAD = 0.7
@@ -84,7 +85,7 @@ class _Pass:
 
 
 def hold_out(
-    models: Mapping[str, IterationTimeModel], options: EngineOptions, num_blocks: int, deadline: float, bar: Any, most: int = MOST
+    models: Mapping[str, IterationTimeModel], options: EngineOptions, num_blocks: int, deadline: float, progress: Progress, most: int = MOST
 ) -> HeldOut | None:
     """Run a workload on the engine, and on the simulator with each fitted model.
 
@@ -93,7 +94,6 @@ def hold_out(
         options: of the engine, which is built here.
         num_blocks: its usable KV blocks.
         deadline: ``time.monotonic()`` by which to be done; None is returned where nothing of use fits before it.
-        bar: of rich.
         most: requests of the workload; fewer where the time is short.
 
     Raises:
@@ -124,11 +124,11 @@ def hold_out(
         if size < len(pilot):
             return None
         workload = _poisson(lengths, rate, size)
-        with bar:
-            line = bar.add_task("held-out workload", total=PASSES)
+        with progress(PASSES) as bar:
+            bar.show("held-out workload")
             while len(passes) < PASSES:
                 passes.append(_observed(policy, workload, backend))
-                bar.update(line, advance=1)
+                bar.advance()
                 if len(passes) > 1 and time.monotonic() + passes[-1].wall_seconds > deadline:
                     break
     finally:

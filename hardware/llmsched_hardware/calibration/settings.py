@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import typing
@@ -14,21 +13,12 @@ from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.perf import IterationTimeModel
 from llmsched_env.types import EngineConfig
 from llmsched_hardware.real_engine import EngineOptions
-from llmsched_hardware.shapes import SHAPES, shape_names
+from llmsched_hardware.shapes import SHAPES
 
 # As small as lets a CPU fill the KV memory and preempt within a second.
 TINY = {"max_model_len": 1024, "max_num_seqs": 128, "max_num_batched_tokens": 1024, "num_blocks": 512}
 LONGEST = 4096
 """Longest prompt + output of other models unless set: what the scenarios are made for."""
-
-
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="MODEL", help=f"{', '.join(shape_names())} (no download), a Hugging Face id, or a folder"
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="engine.FIELD of llmsched_hardware.EngineOptions"
-    )
 
 
 def engine_options(model: str, pairs: Sequence[str], calibration: IterationTimeModel | None = None) -> EngineOptions:
