@@ -58,18 +58,19 @@ def replacing(path: Path) -> Iterator[IO[str]]:
         raise
 
 
-def goes_on(out: Path, there: bool, *, resume: bool, overwrite: bool, what: str = "results") -> bool:
+def goes_on(out: Path, there: bool, *, resume: bool, overwrite: bool, what: str = "results", option: str = "--out") -> bool:
     """Whether to go on with what an earlier run left: the one rule of all commands.
 
     Args:
-        out: what ``--out`` names.
-        there: whether it holds finished work.
+        out: where finished work is kept.
+        there: whether it holds any.
+        option: that names ``out``.
 
     Raises:
         ConfigError: it does, and neither ``--resume`` nor ``--overwrite`` says what is to become of it.
     """
     if there and not (resume or overwrite):
-        raise ConfigError(f"--out: {out} holds {what} already; use --resume, --overwrite or another place")
+        raise ConfigError(f"{option}: {out} holds {what} already; use --resume, --overwrite or another place")
     return there and resume
 
 

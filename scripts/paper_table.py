@@ -1,8 +1,8 @@
-"""The linear-model experiments of arXiv 2504.11320 on our engine, over many seeds, as a table."""
+"""The linear-model experiments of arXiv 2504.11320 on our engine, over many seeds, as a table: `llmsched paper-table`."""
 
 import sys
 
-from llmsched_env.cli.paper_table import main
+from llmsched_env.cli.paper_table import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())
