@@ -1,8 +1,8 @@
-"""Speed of the simulator, each figure beside its yardstick in the same run."""
+"""Speed of the simulator, each figure beside its yardstick in the same run: `llmsched benchmark`."""
 
 import sys
 
-from llmsched_env.cli.benchmark import main
+from llmsched_env.cli.benchmark import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())
