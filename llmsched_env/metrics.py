@@ -14,6 +14,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -76,6 +77,12 @@ class Summary:
     out_of_range: int
     truncated: bool
     end: str
+
+    @classmethod
+    def absent(cls) -> Summary:
+        """Of an episode that could not take place: no request and no iteration, NaN for every figure of requests, ``end`` empty."""
+        nothing: dict[str, Any] = {"int": 0, "float": math.nan, "bool": False, "str": ""}
+        return cls(**{field.name: nothing[str(field.type)] for field in dataclasses.fields(cls)})
 
     def as_dict(self) -> dict[str, float]:
         """The numbers by name, in the order above (``end`` is left out)."""
@@ -191,7 +198,7 @@ class Interval:
 
 
 def mean_interval(values: Sequence[float] | npt.NDArray[np.float64], confidence: float = 0.95) -> Interval:
-    """Mean over seeds with Student's t interval (needs the extra ``plots``, for scipy).
+    """Mean over seeds with Student's t interval (needs the extra ``cli``, for scipy).
 
     A NaN among the values makes the result NaN: a seed on which nothing completed must not vanish.
 

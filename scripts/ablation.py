@@ -1,8 +1,8 @@
-"""What each part of an agent's recipe is worth: variants with one part changed, on development seeds."""
+"""What each part of an agent's recipe is worth: variants with one part changed, on development seeds: `llmsched ablation`."""
 
 import sys
 
-from llmsched_env.cli.ablation import main
+from llmsched_env.cli.ablation import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

@@ -1,8 +1,8 @@
-"""Evaluate baselines and agents on the suite bench-v1 and write the page of results."""
+"""Evaluate baselines and agents on the suite bench-v1 and write the page of results: `llmsched evaluate`."""
 
 import sys
 
-from llmsched_env.cli.evaluate import main
+from llmsched_env.cli.evaluate import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

@@ -1,8 +1,8 @@
-"""Tune every baseline's parameters in every cell of the suite, on seeds that evaluation never sees."""
+"""Tune every baseline's parameters in every cell of the suite, on seeds that evaluation never sees: `llmsched tune`."""
 
 import sys
 
-from llmsched_env.cli.tune import main
+from llmsched_env.cli.tune import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,14 @@ from llmsched_agents.interface import Interface
 from llmsched_agents.network import Network
 from llmsched_agents.recipe import Recipe
 from llmsched_baselines import Setting
+from llmsched_env.bench.ablation import FIRST_SEED, Candidate, Plan, Run, candidates, constant_agent, figures, part_changes, run_cell
 from llmsched_env.bench.ablation_table import REFERENCE_ROW, Ablation
 from llmsched_env.bench.boundary import Boundaries
 from llmsched_env.bench.suite import Bench, Cell, warmup_seconds
 from llmsched_env.cli import ablation, evaluate
-from llmsched_env.cli.ablation import Candidate, candidates, constant_agent, figures, part_changes, run_cell
 from llmsched_env.metrics import summarize
+from llmsched_env.pages.results.ablation import section, texts
+from llmsched_env.row_file import read_rows
 from llmsched_env.runner import run_episode
 from llmsched_env.workload import load_scenario
 
@@ -108,13 +112,31 @@ def test_the_paper_preset_has_no_token_budget_to_fix(bench: Bench) -> None:
 def test_runs_are_of_the_development_seeds_and_paired(bench: Bench) -> None:
     setting = bench.setting(CELL)
     network = network_of(RECIPE, setting)
-    chosen = [Candidate(REFERENCE_ROW, RECIPE), Candidate("x", RECIPE, 0.97)]
-    cell, values, seconds = run_cell(bench, CELL, network, True, chosen, (100, 101))
-    assert cell == CELL and values.shape == (2, 2) and seconds > 0
+    chosen = (Candidate(REFERENCE_ROW, RECIPE), Candidate("x", RECIPE, 0.97))
+    plan = Plan(bench, "a", "digest", network, True, chosen, (CELL,), (FIRST_SEED, FIRST_SEED + 1))
+    runs = run_cell(plan, CELL)
+    assert [(run.cell, run.variant, run.constant, run.seed) for run in runs] == [
+        (CELL.key, name, constant, seed) for name, constant in ((REFERENCE_ROW, ""), ("x", "0.97")) for seed in (100, 101)
+    ]
     workload = bench.workload(CELL, "tuning", 101)
     result = run_episode(constant_agent(RECIPE, setting, 0.97), workload)
     summary = summarize(result.log, result.counters, kv_capacity=1, warmup=warmup_seconds(workload))
-    assert values[1, 1] == summary.latency_mean
+    assert runs[3].figures.latency_mean == summary.latency_mean and all(run.wall_seconds > 0 for run in runs)
+    assert plan.whole(runs) == {CELL.key} and plan.whole(runs[:3]) == set(), "a cell counts when all of it is there"
+
+
+def test_an_ablation_is_of_the_runs_of_its_cells(bench: Bench) -> None:
+    chosen = (Candidate(REFERENCE_ROW, RECIPE), Candidate(REFERENCE_ROW, RECIPE, 0.99))
+    setting = bench.setting(CELL)
+    plan = Plan(bench, "a", "digest", network_of(RECIPE, setting), True, chosen, (CELL,), (100,))
+    runs = run_cell(plan, CELL)
+    other = dataclasses.replace(runs[0], cell=PAPER.key)
+    found = plan.ablation([*runs, other])
+    assert (found.agent, found.digest, found.cells, found.num_requests) == ("a", "digest", (CELL.key,), (250, 250))
+    expected = runs[0].figures.latency_mean / runs[1].figures.latency_mean - 1
+    assert found.rows[0].value == pytest.approx(expected, abs=1e-6) and found.rows[1].value == 0.0
+    left_over = dataclasses.replace(runs[0], figures=dataclasses.replace(runs[0].figures, completed=1))
+    assert plan.ablation([left_over, runs[1]]).rows[0].value is None
 
 
 def test_figures_count_all_cells_alike() -> None:
@@ -129,7 +151,7 @@ def test_figures_count_all_cells_alike() -> None:
     worse = figures(chosen, cells, np.array([base * [[1.0], [1.3]], base, base]))[0]
     assert worse.worst_cell == "daily: sharegpt, 80 GB, load 0.85"
     left_over = figures(chosen, cells, np.array([base * [[np.nan, 1.0], [1.0, 1.0]], base, base]))[0]
-    assert left_over.value is None and left_over.worst is None and left_over.texts()[0] == "-"
+    assert left_over.value is None and left_over.worst is None and texts(left_over)[0] == "-"
 
 
 # --- the whole, small -----------------------------------------------------------------------------
@@ -138,29 +160,69 @@ def test_an_ablation_from_checkpoint_to_page(tmp_path: Path, capsys: pytest.Capt
     words = ["--scenarios", "azure-conv", "--kv", "40GB", "--parts", "stationary", "bursts", "--loads", "1.0", "--num-requests", "60"]
     words += ["--jobs", "1"]
     assert ablation.main(["--agent", str(folder), "--seeds", "2", "--out", str(out), *words]) == 0
-    said = capsys.readouterr().out
-    assert "left out: 8 classes with the network" in said, "its observation is told class by class"
+    said, notes = capsys.readouterr()
+    assert "left out: 8 classes with the network" in notes, "its observation is told class by class"
     found = Ablation.read(out)
     assert found.seeds == (100, 101) and found.agent == "levels" and len(found.cells) == 2 and found.num_requests == (60, 60)
     names = {row.variant for row in found.rows}
     assert {"order `class`", "8 classes", "token budget 256", "hold 64", "constant level 0.97"} <= names
     assert all(row.value is not None and row.worst is not None for row in found.rows)
-    assert "\n".join(found.lines(own=True)) in said
+    assert "\n".join(section(found, own=True)) in said
 
     page = tmp_path / "results.md"
     given = [*words, "--seeds", "2", "--policies", "vllm", "--rows", str(tmp_path / "rows.csv"), "--out", str(page), "--ablation", str(out)]
     assert evaluate.main([*given, "--agents", str(folder)]) == 0
     text = page.read_text()
-    assert "\n".join(found.lines(own=True)) in text and "## What was tried" in text
+    assert "\n".join(section(found, own=True)) in text and "## What was tried" in text
     assert "**2 development seeds** (100 to 101 of the tuning stream" in text
     row = next(line for line in text.splitlines() if line.startswith("| order `class` |"))
     network, constant = (next(r for r in found.rows if r.variant == "order `class`" and r.constant == c) for c in (None, 0.99))
-    assert row == "| order `class` | " + " | ".join([*network.texts(), *constant.texts()]) + " |"
+    assert row == "| order `class` | " + " | ".join([*texts(network), *texts(constant)]) + " |"
     assert "| 0 (the reference) | - |" in text and "| 8 classes | - | - | " in text
     # The page says so where the ablation is of another checkpoint.
     dataclasses.replace(found, digest="0").write(out)
     assert evaluate.main([*given, "--agents", str(folder), "--report-only"]) == 0
     assert "No agent evaluated on this page is this checkpoint" in page.read_text()
+
+
+def test_an_ablation_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = checkpoint(tmp_path / "levels"), tmp_path / "o" / "ablation.json"
+    words = ["--agent", str(folder), "--seeds", "1", "--out", str(out), "--scenarios", "azure-conv", "--kv", "40GB", "80GB"]
+    words += ["--parts", "stationary", "--loads", "1.0", "--num-requests", "60", "--jobs", "1"]
+
+    def interrupted(backend: str, jobs: int, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Generator[Any]:
+        yield function(*arguments[0])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr(ablation, "unordered", interrupted)
+        assert ablation.main(words) == 130
+    assert "go on with --resume" in capsys.readouterr().err and not out.exists()
+    path = out.with_suffix(".runs.csv")
+    kept = read_rows(path, Run)
+    assert len({run.cell for run in kept}) == 1
+    assert ablation.main(words) == 2
+    assert "holds an ablation already" in capsys.readouterr().err
+    assert ablation.main([*words, "--seeds", "2", "--resume"]) == 2
+    assert "--resume: seeds is [100, 101]" in capsys.readouterr().err
+    # A kill in the middle of the second cell: its part is run again, the first cell is not.
+    text = path.read_text()
+    path.write_text(text + text.splitlines()[1].replace("/40GB/", "/80GB/") + "\n" + text.splitlines()[2][:30])
+    assert ablation.main([*words, "--resume"]) == 0
+    runs = read_rows(path, Run)
+    assert runs[: len(kept)] == kept and len(runs) == 2 * len(kept)
+    whole = Ablation.read(out)
+    assert ablation.main([*words, "--overwrite"]) == 0
+    assert Ablation.read(out).rows == whole.rows
+    # A checkpoint that was trained on is another one.
+    checkpoint(folder, dataclasses.replace(RECIPE, hold=8))
+    assert ablation.main([*words, "--resume"]) == 2
+    assert "--resume: digest is" in capsys.readouterr().err
+
+
+def test_only_checkpoints_have_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ablation.main(["--agent", "reserve", "--out", str(tmp_path / "x.json")]) == 2
+    assert "--agent: 'reserve' is no checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

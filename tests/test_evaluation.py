@@ -12,18 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting
 from llmsched_env.bench.boundary import Boundaries, Boundary, measure
 from llmsched_env.bench.evaluation import Row, lengths_known, missing_tasks, run_cell, variants_of
 from llmsched_env.bench.results import BAR_TEXTS, NO_AGENT, NOT_TOGETHER, NOT_TUNED, Results, bars
 from llmsched_env.bench.seeds import PURPOSES, seed_of
 from llmsched_env.bench.suite import LOADS, MEMORY, MOVING, SCENARIOS, Bench, Cell, cells, engine_of, one_after_the_other, warmup_seconds
+from llmsched_env.bench.tuned import TunedFile
 from llmsched_env.bench.tuning import GRIDS, THETAS, TOGETHER, Tuned, search, tune_together
 from llmsched_env.bench.variants import Kind, Variant, make, runs_on
 from llmsched_env.cli import evaluate, tune
 from llmsched_env.errors import ConfigError
-from llmsched_env.metrics import summarize
-from llmsched_env.row_file import RowFile, read_rows
+from llmsched_env.metrics import Summary, summarize
+from llmsched_env.row_file import RowFile, read_rows, write_rows
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Workload
 from llmsched_env.workload import load_scenario
@@ -153,7 +155,7 @@ def test_a_backlog_shrinks_below_the_boundary_and_grows_above() -> None:
 
     def wait(load: float) -> float:
         row = run_cell(bench, dataclasses.replace(CELL, load=load), 0, [Variant("vllm", "default")])[0]
-        return row.ttft_mean
+        return row.figures.ttft_mean
 
     assert wait(0.8) < 1.0 < 10.0 < wait(1.25)
 
@@ -226,12 +228,18 @@ def test_tuning_helps_on_its_own_seeds_and_goes_on_where_it_was_left(tmp_path: P
     assert by_policy["late-last"]["value"] >= by_policy["late-last"]["default_value"]
     assert {entry["trials"] for entry in record["entries"]} == {12}
     capsys.readouterr()
-    assert tune.main(words) == 0
-    assert "0 searches" in capsys.readouterr().out
+    assert tune.main(words) == 2
+    assert "holds tuned parameters already" in capsys.readouterr().err and out.read_text() == first
+    assert tune.main([*words, "--resume"]) == 0
+    assert "0 searches" in capsys.readouterr().err
     assert out.read_text() == first
+    # What is missing is searched for, and what is there stays.
+    assert tune.main([*words, "--policies", "reserve", "sarathi", "--resume"]) == 0
+    assert "1 searches" in capsys.readouterr().err
+    assert {policy for _, policy in TunedFile.read(out).entries} == {"reserve", "late-last", "sarathi"}
     # What is reported as tuned is what these options give.
     bench = Bench(Boundaries.read(), 300)
-    entry = tune.TunedFile.read(out).entries[CELL.key, "reserve"]
+    entry = TunedFile.read(out).entries[CELL.key, "reserve"]
     assert entry.value == pytest.approx(tune_one(bench, CELL, "reserve", entry.options), rel=1e-12)
 
 
@@ -259,16 +267,16 @@ def test_one_set_of_parameters_for_several_cells(tmp_path: Path, capsys: pytest.
     words = ["--together", "--scenarios", "azure-conv", "lmsys", "--kv", "40GB", "80GB", "--parts", "stationary", "bursts", "--seeds", "2"]
     words += ["--policies", "reserve", "late-last", "--trials", "10", "--num-requests", "200", "--jobs", "1", "--out", str(out)]
     assert tune.main(words) == 0
-    assert "2 searches of 10 trials on 2 seeds each, each over 2 cells" in capsys.readouterr().out
-    kept = tune.TunedFile.read(out).entries
+    assert "2 searches of 10 trials on 2 seeds each, each over 2 cells" in capsys.readouterr().err
+    kept = TunedFile.read(out).entries
     assert set(kept) == {(TOGETHER, "reserve"), (TOGETHER, "late-last")}
     entry, late = kept[TOGETHER, "reserve"], kept[TOGETHER, "late-last"]
     assert entry.over == ("bursts/azure-conv/40GB/0.9", "bursts/azure-conv/80GB/0.9") and entry.runs == 10 * 2 * 2
     assert (entry.objective, entry.default_value) == ("relative_latency_mean", 1.0) and entry.value < 1.0
     assert late.objective == "slo_goodput" and 0 < late.default_value <= late.value <= 1
     before = out.read_text()
-    assert tune.main(words) == 0
-    assert "0 searches" in capsys.readouterr().out and out.read_text() == before
+    assert tune.main([*words, "--resume"]) == 0
+    assert "0 searches" in capsys.readouterr().err and out.read_text() == before
     # The value is that of these options: each cell's latency over that of the default, every cell alike.
     bench = Bench(Boundaries.read(), 200)
     ratios = []
@@ -277,8 +285,13 @@ def test_one_set_of_parameters_for_several_cells(tmp_path: Path, capsys: pytest.
         ratios.append(own / tune_one(bench, cell, "reserve", {}))
     assert entry.value == pytest.approx(np.mean(ratios), rel=1e-12)
     # Fewer cells are another search.
-    assert tune.main([*words, "--kv", "40GB"]) == 0
-    assert "2 searches" in capsys.readouterr().out
+    assert tune.main([*words, "--kv", "40GB", "--resume"]) == 0
+    assert "2 searches" in capsys.readouterr().err
+    fresh = ["--kv", "40GB", "--policies", "reserve", "--trials", "3", "--overwrite", "--json", str(tmp_path / "f.json")]
+    assert tune.main([*words, *fresh]) == 0
+    (only,) = TunedFile.read(out).entries.values()
+    (found,) = json.loads((tmp_path / "f.json").read_text())["found"]
+    assert (only.policy, only.trials) == ("reserve", 3) and found["options"] == only.options
 
 
 def tune_one(bench: Bench, cell: Cell, name: str, options: dict[str, object]) -> float:
@@ -302,20 +315,20 @@ def test_parameters_tuned_together_run_where_they_were_searched(bench: Bench) ->
     moving = cells(["bursts", "daily"], ["azure-conv"], ["40GB"])
     entry = Tuned(TOGETHER, "reserve", "relative_latency_mean", {"theta": 1.3}, 0.9, 1.0, 5, 2, 60, 1.0, (moving[0].key,))
     tuned = {(TOGETHER, "reserve"): entry}
-    found = {cell: [v.label for v in variants_of(cell, ["vllm", "reserve"], tuned, {}, bench)] for cell in (CELL, *moving)}
+    found = {cell: [v.label for v in variants_of(cell, ["vllm", "reserve"], tuned, [], bench)] for cell in (CELL, *moving)}
     assert found[CELL] == found[moving[1]] == ["vllm (default)", "reserve (default)"]
     assert found[moving[0]] == ["vllm (default)", "reserve (default)", "reserve (tuned together)"]
-    assert tune.TunedFile(tuned).entries.keys() == {(TOGETHER, "reserve")}
+    assert TunedFile(tuned).entries.keys() == {(TOGETHER, "reserve")}
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"suite": "bench-v0", "entries": []}))
     with pytest.raises(ConfigError, match="bench-v0"):
-        tune.TunedFile.read(path)
+        TunedFile.read(path)
     path.write_text("[]")
     with pytest.raises(ConfigError, match="not a file of tuned parameters"):
-        tune.TunedFile.read(path)
+        TunedFile.read(path)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -323,7 +336,7 @@ def test_each_preset_has_its_own_greedy_fifo(bench: Bench) -> None:
     paper = Cell("stationary", "two-type", "80GB", 1.0)
     assert runs_on("fcfs", paper) and not runs_on("vllm", paper)
     assert runs_on("vllm", CELL) and not runs_on("fcfs", CELL)
-    labels = [v.label for v in variants_of(paper, ["fcfs", "vllm", "late-last"], {}, {}, bench)]
+    labels = [v.label for v in variants_of(paper, ["fcfs", "vllm", "late-last"], {}, [], bench)]
     assert labels == ["fcfs (default)", "late-last (default)"]
 
 
@@ -334,12 +347,25 @@ def test_known_lengths_are_told_apart() -> None:
 
 def test_a_policy_that_refuses_a_cell_leaves_a_row_that_says_so(bench: Bench) -> None:
     row = run_cell(bench, CELL, 0, [Variant("reserve", "tuned", (("theta", -1.0),))])[0]
-    assert row.requests == 0 and math.isnan(row.latency_mean)
-    assert "theta" in row.notes
+    assert row.figures.requests == row.figures.iterations == 0 and math.isnan(row.figures.latency_mean)
+    assert "theta" in row.notes and row.extrapolated == 0.0
+
+
+def test_rows_survive_the_disk_with_every_figure(bench: Bench, tmp_path: Path) -> None:
+    variants = [Variant("vllm", "default"), Variant("reserve", "tuned", (("theta", -1.0),))]
+    rows = run_cell(bench, CELL, 0, variants)
+    workload = bench.workload(CELL, "evaluation", 0)
+    policy = make("vllm", bench.setting(CELL), {})
+    result = run_episode(policy, workload)
+    limits = {"ttft_limit": bench.limits(CELL)[0], "tpot_limit": bench.limits(CELL)[1]}
+    own = summarize(result.log, result.counters, kv_capacity=policy.engine.kv_capacity, warmup=warmup_seconds(workload), **limits)
+    assert rows[0].figures == own
+    write_rows(tmp_path / "rows.csv", Row, rows)
+    assert repr(read_rows(tmp_path / "rows.csv", Row)) == repr(rows)  # NaN is not equal to itself
 
 
 def test_rows_on_disk_are_not_run_again(bench: Bench, tmp_path: Path) -> None:
-    plan = {CELL: variants_of(CELL, ["vllm", "reserve"], {}, {}, bench)}
+    plan = {CELL: variants_of(CELL, ["vllm", "reserve"], {}, [], bench)}
     tasks = missing_tasks(bench, plan, range(2), [])
     assert len(tasks) == 2
     with RowFile(tmp_path / "rows.csv", Row, resume=True) as store:
@@ -357,8 +383,18 @@ def test_rows_on_disk_are_not_run_again(bench: Bench, tmp_path: Path) -> None:
     assert len(missing_tasks(bench, changed, range(1), kept)) == 1
 
 
+def test_an_agent_whose_checkpoint_has_changed_runs_again(bench: Bench) -> None:
+    before, after = (Variant("ours", "agent", agent=NamedPolicy("ours", "./ours", "checkpoint"), digest=digest) for digest in "ab")
+    (row,) = run_cell(bench, CELL, 0, [before])
+    assert "ours is not one" in row.notes and row.digest == "a"
+    assert not missing_tasks(bench, {CELL: [before]}, range(1), [row])
+    assert len(missing_tasks(bench, {CELL: [after]}, range(1), [row])) == 1
+    assert Results({CELL: [before]}, [row]).cells and not Results({CELL: [after]}, [row]).cells
+
+
 # --- bars, on figures made up so that the answers are known -----------------------------------------
-EMPTY = Row("", "", "", 0, 10, 8, 8, *[1.0] * 6, evictions=0, drained=0, out_of_range=0.0, wall_seconds=1.0, notes="", sources="s")  # type: ignore[arg-type]
+FIGURES = dataclasses.replace(Summary.absent(), requests=10, completed=8)
+EMPTY = Row("", "", "", "", 0, 10, FIGURES, wall_seconds=1.0, notes="", sources="s")
 
 
 def synthetic(
@@ -372,7 +408,7 @@ def synthetic(
     plan = {
         cell: [
             *(Variant(n, k) for n in names for k in kinds if k != "together" or cell.part in MOVING),
-            Variant("ours", "agent", folder="x"),
+            Variant("ours", "agent"),
         ]
         for cell in chosen
     }
@@ -382,15 +418,12 @@ def synthetic(
             for seed in range(seeds):
                 factor = 1.0 + 0.1 * seed  # shared by all: pairing must remove it
                 scatter = 1 + 0.001 * ((seed * 7 + len(variant.label)) % 5)
-                row = dataclasses.replace(
-                    EMPTY,
-                    cell=cell.key,
-                    variant=variant.label,
-                    seed=seed,
+                own = dataclasses.replace(
+                    FIGURES,
                     latency_mean=factor * scatter * latency(cell, variant.label),
                     slo_goodput=goodput(cell, variant.label),
                 )
-                rows.append(row)
+                rows.append(dataclasses.replace(EMPTY, cell=cell.key, variant=variant.label, seed=seed, figures=own))
     return Results(plan, rows)
 
 
@@ -481,19 +514,36 @@ def test_an_evaluation_from_runs_to_page(tmp_path: Path, capsys: pytest.CaptureF
     assert evaluate.main(words) == 0
     rows = read_rows(tmp_path / "rows.csv", Row)
     assert len(rows) == 2 * 2 * 3
-    assert all(row.requests == row.completed == 64 for row in rows)
+    assert all(row.figures.requests == row.figures.completed == 64 for row in rows)
     page = (tmp_path / "results.md").read_text()
     assert "no agent given" in page and "oracle-sjf (default) †" in page
     for image in ("latency.png", "profiles.png", "interquartile-means.png"):
         assert (tmp_path / "results" / image).stat().st_size > 5_000
         assert f"results/{image}" in page
-    own = [row.latency_mean for row in rows if row.cell == CELL.key and row.variant == "reserve (default)"]
+    own = [row.figures.latency_mean for row in rows if row.cell == CELL.key and row.variant == "reserve (default)"]
     assert f"{np.mean(own):.4g}" in page
     assert (tmp_path / "results.csv").read_text().count("\n") == 1 + 2 * 3
     before = (tmp_path / "rows.csv").read_text()
-    assert evaluate.main([*words, "--report-only"]) == 0
+    found = tmp_path / "found.json"
+    assert evaluate.main([*words, "--report-only", "--json", str(found)]) == 0
     assert (tmp_path / "rows.csv").read_text() == before
     assert (tmp_path / "results.md").read_text().splitlines()[4:] == page.splitlines()[4:]
+    record = json.loads(found.read_text())["found"]
+    line = next(line for line in record["table"] if (line["cell"], line["variant"]) == (CELL.key, "reserve (default)"))
+    assert line["figures"]["latency_mean"]["value"] == pytest.approx(np.mean(own)) and len(record["bars"]) == 5
+    # What is there is neither run again nor lost unless one says so.
+    capsys.readouterr()
+    assert evaluate.main(words) == 2
+    assert "rows.csv holds finished runs" in capsys.readouterr().err and (tmp_path / "rows.csv").read_text() == before
+    assert evaluate.main([*words, "--resume"]) == 0
+    assert (tmp_path / "rows.csv").read_text() == before
+    assert evaluate.main([*words, "--seeds", "1", "--overwrite"]) == 0
+    assert len(read_rows(tmp_path / "rows.csv", Row)) == 2 * 3
+    # Loads are shares of the boundaries: at others the rows are of other runs.
+    settings = json.loads((tmp_path / "rows.settings.json").read_text())
+    (tmp_path / "rows.settings.json").write_text(json.dumps({**settings, "boundary of azure-conv with 40GB": 1.0}))
+    assert evaluate.main([*words, "--resume"]) == evaluate.main([*words, "--report-only"]) == 2
+    assert "boundary of azure-conv with 40GB" in capsys.readouterr().err
 
 
 def test_the_page_tells_what_is_tuned_together(tmp_path: Path) -> None:
@@ -502,7 +552,7 @@ def test_the_page_tells_what_is_tuned_together(tmp_path: Path) -> None:
     keys = tuple(cell.key for cell in moving)
     single = Tuned(keys[0], "reserve", "latency_mean", {"theta": 1.2}, 3.0, 4.0, 7, 2, 60, 5.0)
     shared = Tuned(TOGETHER, "reserve", "relative_latency_mean", {"theta": 1.31}, 0.9, 1.0, 9, 2, 60, 11.0, keys)
-    tune.TunedFile({(keys[0], "reserve"): single, (TOGETHER, "reserve"): shared}).write(tmp_path / "tuned.json")
+    TunedFile({(keys[0], "reserve"): single, (TOGETHER, "reserve"): shared}).write(tmp_path / "tuned.json")
     assert (tmp_path / "tuned.json").read_text().count('"over"') == 1, "older files have none, and entries of one cell need none"
     words = ["--tuned", str(tmp_path / "tuned.json"), "--scenarios", "azure-conv", "--kv", "40GB", "--loads", "1.0", "--parts"]
     words += ["stationary", "shift", "--policies", "vllm", "reserve", "--seeds", "2", "--num-requests", "60", "--jobs", "1"]
@@ -513,9 +563,9 @@ def test_the_page_tells_what_is_tuned_together(tmp_path: Path) -> None:
     page = (tmp_path / "results.md").read_text()
     assert page.count("reserve (tuned together)") == 1, "in the table of the non-stationary part and nowhere else"
     line = next(line for line in page.splitlines() if line.startswith("| reserve (tuned together)"))
-    assert f"{np.mean([row.latency_mean for row in own]):.4g}" in line
-    base_latency = np.mean([row.latency_mean for row in rows if row.cell == keys[0] and row.variant == "vllm (default)"])
-    assert f"| reserve | theta 1.31 | {np.mean([row.latency_mean for row in own]) / base_latency:.3f} |" in page
+    assert f"{np.mean([row.figures.latency_mean for row in own]):.4g}" in line
+    base_latency = np.mean([row.figures.latency_mean for row in rows if row.cell == keys[0] and row.variant == "vllm (default)"])
+    assert f"| reserve | theta 1.31 | {np.mean([row.figures.latency_mean for row in own]) / base_latency:.3f} |" in page
     assert "2 searches (one a cell and policy, 1 of them one a policy over 1 cells), 32 runs of 60 requests" in page
     assert "| reserve | 1 | 7 | 2 | 5 | 1 |" in page and "| reserve, together | 1 | 9 | 2 | 11 | 1 |" in page
     assert f"{len(rows)} runs" in page and bench.count(moving[0]) == 60
@@ -526,22 +576,19 @@ def test_seeds_that_nobody_has_looked_at(tmp_path: Path, capsys: pytest.CaptureF
     words += ["--num-requests", "60", "--jobs", "1", "--rows", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "results.md")]
     assert evaluate.main([*words, "--seeds", "2"]) == 0
     assert "2 paired evaluation seeds (0 to 1)" in (tmp_path / "results.md").read_text()
-    assert evaluate.main([*words, "--seeds", "3", "--first-seed", "20"]) == 0
+    assert evaluate.main([*words, "--seeds", "3", "--first-seed", "20", "--resume"]) == 0
     rows = read_rows(tmp_path / "rows.csv", Row)
     assert sorted({row.seed for row in rows}) == [0, 1, 20, 21, 22], "rows of both stay"
     page = (tmp_path / "results.md").read_text()
     assert "3 paired evaluation seeds (20 to 22)" in page
-    new = [row.latency_mean for row in rows if row.variant == "reserve (default)" and row.seed >= 20]
-    old = [row.latency_mean for row in rows if row.variant == "reserve (default)" and row.seed < 20]
+    new = [row.figures.latency_mean for row in rows if row.variant == "reserve (default)" and row.seed >= 20]
+    old = [row.figures.latency_mean for row in rows if row.variant == "reserve (default)" and row.seed < 20]
     assert f"| {np.mean(new):.4g}" in page or f"**{np.mean(new):.4g}**" in page
     assert not set(new) & set(old)
     for given, named in (("-1", "--first-seed: -1, must be >= 0"), ("x", "--first-seed")):
         capsys.readouterr()
-        try:
-            code: object = evaluate.main([*words, "--first-seed", given])
-        except SystemExit as ended:
-            code = ended.code
-        assert code == 2 and named in capsys.readouterr().err
+        assert evaluate.main([*words, "--first-seed", given]) == 2
+        assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -551,6 +598,10 @@ def test_seeds_that_nobody_has_looked_at(tmp_path: Path, capsys: pytest.CaptureF
         (["--policies", "wait-cp"], "wait-cp"),
         (["--tuned", "/nowhere/t.json"], "does not exist"),
         (["--agents", "/nowhere/agent"], "/nowhere/agent"),
+        (["--agent", "nowhere_module:Agent"], "nowhere_module"),
+        (["--agent", "generalits"], "did you mean 'generalist'"),
+        (["--agent", "collections:OrderedDict"], "collections:OrderedDict"),
+        (["--slo-agents", "generalist", "./generalist"], "./generalist"),
         (["--seeds", "0"], "--seeds"),
         (["--out", "/"], "--out"),
     ],
@@ -570,12 +621,51 @@ def test_an_agent_runs_beside_the_baselines(tmp_path: Path) -> None:
     words += ["--rows", str(tmp_path / "rows.csv"), "--out", str(tmp_path / "results.md"), "--agents", str(folder)]
     assert evaluate.main(words) == 0
     own = [row for row in read_rows(tmp_path / "rows.csv", Row) if row.variant == "random-agent"]
-    assert len(own) == 4 and all(row.completed == row.requests > 0 for row in own)
+    assert len(own) == 4 and all(row.figures.completed == row.figures.requests > 0 for row in own)
     page = (tmp_path / "results.md").read_text()
     assert "**random-agent**, mean latency" in page
     bar = next(line for line in page.splitlines() if line.startswith("| 2 |"))
     assert "of 2 cells" in bar and "reached" in bar
     assert "| 1 |" in page and "no tuned baseline" in page
+    assert "Each ran as its checkpoint states" in page and "* Agent `random-agent`: algorithm none" in page
+
+
+OWN_POLICY = """
+from llmsched_baselines import make_policy
+
+
+class Patient:
+    name = "patient"
+
+    def __new__(cls, setting):
+        if setting.engine.preset == "paper":
+            from llmsched_env import ConfigError
+
+            raise ConfigError("patient: only for vllm")
+        made = make_policy("reserve", setting, theta=0.9)
+        made.known_lengths = True
+        return made
+"""
+
+
+def test_a_policy_of_ones_own_runs_as_an_agent_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_module.py").write_text(OWN_POLICY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["--suite", "bench-v1", "--agent", "my_module:Patient", "--quick", "--scenarios", "two-type", "azure-conv", "--kv", "40GB"]
+    words += ["--loads", "1.0", "--parts", "stationary", "--seeds", "2", "--num-requests", "60", "--policies", "reserve", "--jobs", "2"]
+    assert evaluate.main([*words, "--slo-agent", "my_module:Patient", "generalist", "--out", "o.md"]) == 0
+    rows = read_rows(tmp_path / "results" / "bench-v1" / "rows.csv", Row)
+    assert {row.variant for row in rows} >= {"patient", "generalist"}
+    by_cell = {row.cell: row for row in rows if row.variant == "patient"}
+    assert by_cell[CELL.key].figures.completed == 48
+    refused = by_cell["stationary/two-type/40GB/1"]
+    assert refused.figures.requests == 0 and refused.notes == "patient: only for vllm"
+    page = (tmp_path / "o.md").read_text()
+    assert "Checkpoints ran as they state, sampled or deterministic; `patient` is `my_module:Patient`." in page
+    assert "* Agent `patient`: no training record" in page and "* Agent `generalist`: algorithm" in page
+    assert "**patient**, mean latency" in page and "**patient**, SLO goodput" in page and "**generalist**, SLO goodput" in page
+    assert "patient is told output lengths" in page and "Did not run in 1 cells: patient: patient: only for vllm" in page
 
 
 def test_a_few_policies_and_an_agent_are_enough_for_a_page(tmp_path: Path) -> None:

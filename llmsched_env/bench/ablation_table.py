@@ -1,9 +1,8 @@
-"""The outcome of ``llmsched_env.cli.ablation``: a JSON file, and the section of the results page that is made from it."""
+"""The outcome of an ablation (``llmsched_env.bench.ablation``) as a JSON file."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -11,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmsched_agents.checkpoint import CONFIG, WEIGHTS
 from llmsched_agents.statistics import Estimate
-from llmsched_env.bench.results import interval, percent
 from llmsched_env.bench.suite import SUITE, Cell
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import replacing
@@ -60,18 +57,13 @@ class Figures:
             worst_cell=where if cell.part == "stationary" else f"{cell.part}: {where}",
         )
 
-    def texts(self) -> tuple[str, str]:
-        """The mean with its interval, and the worst cell."""
-        value, low, high, worst = (math.nan if x is None else x for x in (self.value, self.low, self.high, self.worst))
-        return interval(Estimate(value, low, high, 0)), f"{percent(worst)} ({self.worst_cell})"
-
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
     """What each part of an agent's recipe is worth.
 
     Attributes:
-        agent, digest: the checkpoint's name and ``digest_of`` it.
+        agent, digest: the checkpoint's name and ``llmsched_env.bench.variants.digest_of`` it.
         version, sources: of the package, and the digest of the simulator's sources.
         reference: the constant level of the checkpoint's recipe that all figures are relative to.
         seeds: of the stream ``tuning``.
@@ -113,43 +105,6 @@ class Ablation:
         with replacing(path) as file:
             json.dump({"suite": SUITE, **dataclasses.asdict(self)}, file, indent=1)
             file.write("\n")
-
-    def lines(self, own: bool) -> list[str]:
-        """The section of the page; ``own`` says whether the checkpoint is one of the agents that the page evaluates."""
-        least, most = self.num_requests
-        counts = f"{least:,}" if least == most else f"{least:,} to {most:,}"
-        other = "" if own else " **No agent evaluated on this page is this checkpoint.**"
-        numbers = f"{self.seeds[0]} to {self.seeds[-1]}" if len(self.seeds) > 1 else f"{self.seeds[0]}"
-        by_name: dict[str, dict[bool, Figures]] = {}
-        for row in self.rows:
-            by_name.setdefault(row.variant, {})[row.constant is not None] = row
-        lines = [
-            "## What was tried",
-            "",
-            f"What each part of the recipe of `{self.agent}` is worth (`scripts/ablation.py`): one part changed, all else as it ships, "
-            f"with its network and with the constant level {self.reference:g} in place of the network.{other}",
-            "",
-            f"These are **{len(self.seeds)} development seeds** ({numbers} of the tuning stream: neither those of tuning nor of "
-            f"evaluation), in {len(self.cells)} cells with {counts} requests a run, {len(self.rows) * len(self.cells) * len(self.seeds):,} "
-            f"runs. Mean over the cells of the mean latency, against the recipe as it ships at the constant level {self.reference:g} on "
-            "the same requests, with 95 % bootstrap intervals that resample seeds; then the cell in which it is worst. "
-            "A dash stands where the network does not fit the variant, or where only one of the two can differ.",
-            "",
-            f"| variant | with the network | worst cell | constant: {self.reference:g}, or as named | worst cell |",
-            "| --- | --- | --- | --- | --- |",
-        ]
-        for name, found in by_name.items():
-            texts = [text for constant in (False, True) for text in (found[constant].texts() if constant in found else ("-", "-"))]
-            if found.get(True) and found[True].constant == self.reference and name == REFERENCE_ROW:
-                texts[2:] = ["0 (the reference)", "-"]
-            lines.append(f"| {name} | " + " | ".join(texts) + " |")
-        return [*lines, ""]
-
-
-
-def digest_of(folder: Path) -> str:
-    """Of what a checkpoint does: its configuration and its weights."""
-    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
 
 
 def _finite(value: float) -> float | None:

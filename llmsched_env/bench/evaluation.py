@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from llmsched_env.bench.suite import Bench, Cell, warmup_seconds
+from llmsched_env.bench.suite import SUITE, Bench, Cell, run_counted
 from llmsched_env.bench.tuning import TOGETHER, Tuned, default_options
-from llmsched_env.bench.variants import POLICIES, SUFFIXES, Variant, known_lengths, runs_on
+from llmsched_env.bench.variants import SUFFIXES, Variant, known_lengths, runs_on
 from llmsched_env.compiled import CACHE_FOLDER
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
-from llmsched_env.metrics import Summary, summarize
-from llmsched_env.perf.base import CalibrationRangeWarning
-from llmsched_env.runner import EpisodeResult, Policy, run_episode
+from llmsched_env.metrics import Summary
+from llmsched_env.runner import Policy
 
 METRICS = {
     "latency_mean": "mean latency (s)",
@@ -36,50 +34,46 @@ class Row:
     Attributes:
         cell: ``Cell.key``.
         options: of a tuned baseline, as text.
-        requests, completed: after the warm-up; metrics are of these requests, evictions of the whole run.
-        out_of_range: share of iterations outside the data behind the iteration times.
-        drained: iterations in which the engine overrode a policy that scheduled nothing.
-        notes: of the policy; why nothing ran where ``requests`` is 0.
+        digest: of an agent's checkpoint, empty for what has none.
+        figures: of the requests that arrived after the warm-up, against the cell's limits (evictions, iterations and the like are of
+            the whole run); ``Summary.absent()`` where nothing ran.
+        notes: of the policy; why nothing ran where there are no figures.
         sources: digest of the simulator's sources.
     """
 
     cell: str
     variant: str
     options: str
+    digest: str
     seed: int
     num_requests: int
-    requests: int
-    completed: int
-    latency_mean: float
-    latency_p99: float
-    ttft_mean: float
-    ttft_p99: float
-    slo_goodput: float
-    throughput_tok_s: float
-    evictions: int
-    drained: int
-    out_of_range: float
+    figures: Summary
     wall_seconds: float
     notes: str
     sources: str
 
     @property
-    def task(self) -> tuple[str, str, str, int, int]:
-        return self.cell, self.variant, self.options, self.seed, self.num_requests
+    def task(self) -> tuple[str, str, str, str, int, int]:
+        return self.cell, self.variant, self.options, self.digest, self.seed, self.num_requests
+
+    @property
+    def extrapolated(self) -> float:
+        """Share of the iterations outside the data behind the iteration times."""
+        return round(self.figures.out_of_range / max(self.figures.iterations, 1), 6)
 
 
 def variants_of(
     cell: Cell,
     policies: Sequence[str],
     tuned: Mapping[tuple[str, str], Tuned],
-    agents: Mapping[str, str],
+    agents: Iterable[Variant],
     bench: Bench,
 ) -> list[Variant]:
     """What runs in a cell: defaults, tuned baselines where the file has them, agents.
 
     Args:
         tuned: by (cell key, policy); parameters tuned together run in the cells of their search.
-        agents: folders by name.
+        agents: run in every cell.
     """
     found = []
     for name in policies:
@@ -90,11 +84,7 @@ def variants_of(
             shared = tuned.get((TOGETHER, name))
             if shared is not None and cell.key in shared.over:
                 found.append(Variant(name, "together", tuple(shared.options.items())))
-    return found + [Variant(name, "agent", folder=folder) for name, folder in agents.items()]
-
-
-def default_policies() -> list[str]:
-    return list(POLICIES)
+    return [*found, *agents]
 
 
 def lengths_known(variant: str) -> bool:
@@ -114,51 +104,41 @@ def _policy(bench: Bench, cell: Cell, variant: Variant) -> Policy | str:
 
 def run_cell(bench: Bench, cell: Cell, seed: int, variants: Sequence[Variant]) -> list[Row]:
     """One seed of a cell: the same requests for every variant."""
-    workload = bench.workload(cell, "evaluation", seed)
-    warmup = warmup_seconds(workload)
-    ttft_limit, tpot_limit = bench.limits(cell)
-    backend = SimBackend()
+    workload, limits, backend = bench.workload(cell, "evaluation", seed), bench.limits(cell), SimBackend()
     rows = []
     for variant in variants:
         policy = _policy(bench, cell, variant)
         if isinstance(policy, str):
-            rows.append(_row(bench, cell, seed, variant, None, None, policy))
-            continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CalibrationRangeWarning)  # the row states how often
-            result = run_episode(policy, workload, backend=backend)
-        summary = summarize(
-            result.log,
-            result.counters,
-            kv_capacity=policy.engine.kv_capacity,
-            warmup=warmup,
-            ttft_limit=ttft_limit,
-            tpot_limit=tpot_limit,
-        )
-        rows.append(_row(bench, cell, seed, variant, result, summary, policy.notes))
+            rows.append(_row(bench, cell, seed, variant, Summary.absent(), 0.0, policy))
+        else:
+            rows.append(_row(bench, cell, seed, variant, *run_counted(policy, workload, backend, limits), policy.notes))
     return rows
 
 
-def _row(
-    bench: Bench, cell: Cell, seed: int, variant: Variant, result: EpisodeResult | None, summary: Summary | None, notes: str
-) -> Row:
-    figures = {name: math.nan for name in METRICS} if summary is None else {name: getattr(summary, name) for name in METRICS}
-    iterations = max(summary.iterations, 1) if summary else 1
+def _row(bench: Bench, cell: Cell, seed: int, variant: Variant, figures: Summary, wall_seconds: float, notes: str) -> Row:
     return Row(
         cell=cell.key,
         variant=variant.label,
         options=variant.options_text,
+        digest=variant.digest,
         seed=seed,
         num_requests=bench.count(cell),
-        requests=summary.requests if summary else 0,
-        completed=summary.completed if summary else 0,
-        **{**figures, "evictions": summary.evictions if summary else 0},
-        drained=summary.drain_iterations if summary else 0,
-        out_of_range=round(summary.out_of_range / iterations, 6) if summary else 0.0,
-        wall_seconds=round(result.wall_seconds, 6) if result else 0.0,
+        figures=figures,
+        wall_seconds=round(wall_seconds, 6),
         notes=notes,
-        sources=CACHE_FOLDER.name.rpartition("-")[2],
+        sources=sources_digest(),
     )
+
+
+def settings_of(bench: Bench) -> dict[str, Any]:
+    """What rows of one file must have in common and do not state themselves, as plain values: the rates that loads are shares of."""
+    rates = {f"boundary of {entry.scenario} with {entry.kv}": entry.rate for entry in bench.boundaries.entries}
+    return {"suite": SUITE, **rates}
+
+
+def sources_digest() -> str:
+    """Of the simulator's sources, as rows and ablations record it."""
+    return CACHE_FOLDER.name.rpartition("-")[2]
 
 
 def missing_tasks(
@@ -170,7 +150,7 @@ def missing_tasks(
     numbers = list(seeds)
     for cell in sorted(plan, key=lambda cell: (-bench.count(cell) * cell.load, cell.key)):
         for seed in numbers:
-            open_ = tuple(v for v in plan[cell] if (cell.key, v.label, v.options_text, seed, bench.count(cell)) not in done)
+            open_ = tuple(v for v in plan[cell] if (cell.key, v.label, v.options_text, v.digest, seed, bench.count(cell)) not in done)
             if open_:
                 tasks.append((bench, cell, seed, open_))
     return tasks

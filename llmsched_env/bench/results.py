@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsched_agents.statistics import Estimate, Verdict, relative_difference, share_of_gap, verdict
-from llmsched_env.bench.evaluation import Row, lengths_known
+from llmsched_agents.statistics import Estimate, Verdict, mean_of, relative_difference, share_of_gap, verdict
+from llmsched_env.bench.evaluation import METRICS, Row, lengths_known
 from llmsched_env.bench.suite import MOVING, Cell
 from llmsched_env.bench.variants import Kind, Variant, greedy_of
 from llmsched_env.types import FloatArray
@@ -28,10 +28,10 @@ class Results:
 
     def __init__(self, plan: Mapping[Cell, Sequence[Variant]], rows: Iterable[Row]) -> None:
         self.plan = plan
-        wanted = {(cell.key, v.label, v.options_text) for cell, own in plan.items() for v in own}
+        wanted = {(cell.key, v.label, v.options_text, v.digest) for cell, own in plan.items() for v in own}
         self._rows: dict[tuple[str, str], dict[int, Row]] = {}
         for row in rows:
-            if (row.cell, row.variant, row.options) in wanted:
+            if (row.cell, row.variant, row.options, row.digest) in wanted:
                 self._rows.setdefault((row.cell, row.variant), {})[row.seed] = row
         self.cells = [cell for cell in plan if any((cell.key, v.label) in self._rows for v in plan[cell])]
 
@@ -48,7 +48,7 @@ class Results:
     def values(self, cell: Cell, label: str, metric: str = "latency_mean") -> FloatArray:
         """(S,) over the seeds of the cell."""
         own = self._rows.get((cell.key, label), {})
-        return np.array([getattr(own[seed], metric) for seed in self.seeds(cell)], dtype=np.float64)
+        return np.array([getattr(own[seed].figures, metric) for seed in self.seeds(cell)], dtype=np.float64)
 
     def mean(self, cell: Cell, label: str, metric: str = "latency_mean") -> float:
         values = self.values(cell, label, metric)
@@ -123,8 +123,37 @@ class Results:
             base = self._rows.get((cell.key, f"{greedy_of(cell)} (default)"), {})
             own = self._rows.get((cell.key, label_of(cell)), {})
             if base and own:
-                out[i] = [base[seed].latency_mean / own[seed].latency_mean for seed in common]
+                out[i] = [base[seed].figures.latency_mean / own[seed].figures.latency_mean for seed in common]
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A variant in a cell.
+
+    Attributes:
+        cell: ``Cell.key``.
+        variant, options: of ``Variant``, as text.
+        seeds: on which every variant of the cell ran.
+        figures: mean over them by metric, with its interval; None where there is none.
+    """
+
+    cell: str
+    variant: str
+    options: str
+    seeds: int
+    figures: Mapping[str, Estimate | None]
+
+
+def lines_of(results: Results) -> list[Line]:
+    """Every cell, variant and metric."""
+    found = []
+    for cell in results.cells:
+        for variant in results.plan[cell]:
+            by_metric = {metric: results.values(cell, variant.label, metric) for metric in METRICS}
+            figures = {metric: mean_of(values) if values.size else None for metric, values in by_metric.items()}
+            found.append(Line(cell.key, variant.label, variant.options_text, len(results.seeds(cell)), figures))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

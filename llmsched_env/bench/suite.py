@@ -20,9 +20,13 @@ import numpy as np
 
 from llmsched_baselines import Setting
 from llmsched_env.bench.boundary import Boundaries
+from llmsched_env.bench.comparison import extrapolation_reported
 from llmsched_env.bench.seeds import Purpose, seed_of
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError, did_you_mean
+from llmsched_env.metrics import Summary, summarize
+from llmsched_env.runner import Policy, run_episode
 from llmsched_env.types import EngineConfig, LengthStatistics, Workload
 from llmsched_env.workload import MMPP2, PiecewiseConstant, Scenario, load_scenario
 
@@ -168,6 +172,21 @@ class Bench:
 def warmup_seconds(workload: Workload) -> float:
     """Arrival of the first request that counts."""
     return float(workload.arrival[int(WARMUP_SHARE * len(workload))])
+
+
+def run_counted(policy: Policy, workload: Workload, backend: SimBackend, limits: tuple[float, float]) -> tuple[Summary, float]:
+    """One episode: its figures without the warm-up, against TTFT and TPOT limits in seconds, and the wall seconds it took."""
+    with extrapolation_reported():
+        result = run_episode(policy, workload, backend=backend)
+    figures = summarize(
+        result.log,
+        result.counters,
+        kv_capacity=policy.engine.kv_capacity,
+        warmup=warmup_seconds(workload),
+        ttft_limit=limits[0],
+        tpot_limit=limits[1],
+    )
+    return figures, result.wall_seconds
 
 
 def one_after_the_other(first: Workload, second: Workload) -> Workload:

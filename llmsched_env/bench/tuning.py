@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,13 +18,11 @@ from typing import Any
 import numpy as np
 
 from llmsched_baselines import Setting, policy_options
-from llmsched_env.bench.suite import Bench, Cell, engine_of, warmup_seconds
+from llmsched_env.bench.suite import Bench, Cell, engine_of, run_counted
 from llmsched_env.bench.variants import make
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
-from llmsched_env.metrics import summarize
-from llmsched_env.perf.base import CalibrationRangeWarning
-from llmsched_env.runner import run_episode
+from llmsched_env.runner import Policy
 from llmsched_env.types import FloatArray, Workload
 
 TRIALS = 40
@@ -297,21 +294,11 @@ def _shipped_value(policy: str, setting: Setting, name: str) -> Any:
     return policy_options(policy)[name].default
 
 
-def _cost(policy: Any, workload: Workload, backend: SimBackend, objective: str, limits: tuple[float, float]) -> float:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationRangeWarning)  # evaluation states how often
-        result = run_episode(policy, workload, backend=backend)
-    summary = summarize(
-        result.log,
-        result.counters,
-        kv_capacity=policy.engine.kv_capacity,
-        warmup=warmup_seconds(workload),
-        ttft_limit=limits[0],
-        tpot_limit=limits[1],
-    )
-    if summary.completed < summary.requests:
+def _cost(policy: Policy, workload: Workload, backend: SimBackend, objective: str, limits: tuple[float, float]) -> float:
+    figures, _ = run_counted(policy, workload, backend, limits)
+    if figures.completed < figures.requests:
         return math.inf
-    return -summary.slo_goodput if objective == "slo_goodput" else summary.latency_mean
+    return -figures.slo_goodput if objective == "slo_goodput" else figures.latency_mean
 
 
 def _nearest(values: Sequence[Any], value: Any) -> int:

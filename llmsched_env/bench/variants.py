@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from llmsched_agents.checkpoint import CONFIG, WEIGHTS, checkpoint_folder
+from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting, make_policy, policy_class
+from llmsched_env import checks
 from llmsched_env.bench.suite import PAIRS, Bench, Cell, engine_of
 from llmsched_env.errors import ConfigError
 from llmsched_env.runner import Policy
@@ -35,13 +39,20 @@ class Variant:
         name: of the policy or the agent.
         kind: ``tuned`` in that very cell, or ``together`` for the non-stationary part as a whole.
         options: (name, value) pairs of a baseline's constructor, engine fields with the prefix ``engine.``.
-        folder: an agent's checkpoint.
+        agent: what an agent is built from; None for a baseline of the suite.
+        digest: of an agent's checkpoint (``digest_of``), empty for what has none.
     """
 
     name: str
     kind: Kind
     options: tuple[tuple[str, Any], ...] = ()
-    folder: str = ""
+    agent: NamedPolicy | None = None
+    digest: str = ""
+
+    @classmethod
+    def of(cls, agent: NamedPolicy) -> Variant:
+        """An agent, whose rows count only as long as its checkpoint is the same."""
+        return cls(agent.name, "agent", agent=agent, digest=digest_of(agent))
 
     @property
     def label(self) -> str:
@@ -58,11 +69,20 @@ class Variant:
             ConfigError: it cannot run there.
         """
         setting = bench.setting(cell)
-        if self.kind == "agent":
-            from llmsched_agents.checkpoint import load_checkpoint
+        return make(self.name, setting, dict(self.options)) if self.agent is None else self.agent.build(setting)
 
-            return load_checkpoint(self.folder, setting, name=self.name)
-        return make(self.name, setting, dict(self.options))
+
+def digest_of(agent: NamedPolicy) -> str:
+    """Of what a checkpoint does: its configuration and its weights. Empty for other policies, whose code is not followed.
+
+    Raises:
+        ConfigError: a folder without these files.
+    """
+    if agent.kind != "checkpoint":
+        return ""
+    folder = checkpoint_folder(agent.text)
+    read = [checks.file_bytes(f"checkpoint: {folder / name}", folder / name) for name in (CONFIG, WEIGHTS)]
+    return hashlib.sha256(b"".join(read)).hexdigest()[:16]
 
 
 def make(policy: str, setting: Setting, options: Mapping[str, Any]) -> Policy:

@@ -1,180 +1,235 @@
-"""Evaluate baselines and agents on the suite bench-v1 and write the page of results.
-
-    python scripts/evaluate.py --suite bench-v1 --tuned scripts/suites/tuned.json --agents agents/checkpoints/NAME --out docs/results.md
-
-Rows go to ``--rows`` as they finish, and those already there are not run again: stop and start it as you like. The page
-and its plots are written whole from the rows. ``--quick`` does everything with few seeds and short runs.
-"""
+"""``llmsched evaluate``: baselines and agents on the suite, and the page of results."""
 
 from __future__ import annotations
 
-import argparse
-import csv
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from llmsched_env.bench.ablation_table import SHIPPED, Ablation, digest_of
-from llmsched_env.bench.evaluation import METRICS, Row, default_policies, missing_tasks, run_cell, variants_of
-from llmsched_env.bench.results import Results
-from llmsched_env.bench.suite import SUITE, Cell
-from llmsched_env.bench.variants import GREEDY, Variant, agent_names
-from llmsched_env.cli.parser import Parser
-from llmsched_env.cli.tune import TunedFile, add_selection, check_counts, prepare
-from llmsched_env.errors import ConfigError, MissingExtraError, require
-from llmsched_env.files import check_file, replacing
-from llmsched_env.parallel import unordered
+import tyro
+
+from llmsched_agents.checkpoint import read_record
+from llmsched_agents.lookup import NamedPolicy, named_policies
+from llmsched_env.bench.ablation_table import SHIPPED, Ablation
+from llmsched_env.bench.evaluation import Row, missing_tasks, run_cell, settings_of, variants_of
+from llmsched_env.bench.results import Results, bars, lines_of
+from llmsched_env.bench.suite import SUITE, Bench, Cell
+from llmsched_env.bench.tuned import tuned_parameters
+from llmsched_env.bench.tuning import Tuned
+from llmsched_env.bench.variants import GREEDY, POLICIES, Variant
+from llmsched_env.cli.frame import Command, Outcome, Screen, check_counts
+from llmsched_env.cli.selection import NAMES, Selection
+from llmsched_env.errors import ConfigError, require
+from llmsched_env.files import check_file, check_same_settings, goes_on, replacing, write_settings
+from llmsched_env.pages.results.ablation import section
+from llmsched_env.pages.results.page import Page
+from llmsched_env.pages.results.table import write_table
+from llmsched_env.parallel import start_workers, unordered
 from llmsched_env.row_file import RowFile
-from llmsched_env.types import FloatArray
+from llmsched_env.runner import Policy
 
 SEEDS = 20
 QUICK_SEEDS, QUICK_REQUESTS = 3, 400
+FOLDER = Path("results") / SUITE
+"""Of rows and page, unless asked otherwise."""
+AGENTS = tyro.conf.arg(metavar="AGENT [AGENT ...]", aliases=["--agent"], help_behavior_hint="(default: none)")
+SLO_AGENTS = tyro.conf.arg(metavar="AGENT [AGENT ...]", aliases=["--slo-agent"], help_behavior_hint="(default: none)")
 
 
-def arguments() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", default=SUITE, help=f"only {SUITE}")
-    known = default_policies()
-    own = f"of {', '.join(known)} (default: all); greedy FIFO always runs beside them"
-    parser.add_argument("--policies", nargs="+", default=known, metavar="NAME", help=own)
-    parser.add_argument("--agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints; the first is the generalist")
-    parser.add_argument("--slo-agents", nargs="+", type=Path, default=[], metavar="FOLDER", help="checkpoints for SLO goodput")
-    parser.add_argument("--ablation", type=Path, metavar="FILE.json", help="what scripts/ablation.py wrote (default: the shipped one)")
-    parser.add_argument("--tuned", type=Path, metavar="FILE.json", help="what scripts/tune.py wrote")
-    add_selection(parser)
-    parser.add_argument("--seeds", type=int, metavar="N", help=f"paired evaluation seeds in a cell (default {SEEDS})")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="N", help="the first of them; a new start draws other requests")
-    parser.add_argument("--rows", type=Path, default=Path("results/bench-v1/rows.csv"), metavar="FILE.csv", help="finished runs, kept")
-    parser.add_argument("--out", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="the page; plots go beside it")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_SEEDS} seeds of {QUICK_REQUESTS} requests")
-    parser.add_argument("--report-only", action="store_true", help="run nothing, write the page from the rows there are")
-    parser.add_argument("--overwrite", action="store_true", help="discard the rows in --rows")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Selection):
+    """Evaluate baselines and agents on the suite bench-v1 and write the page of results.
+
+    Rows go to --rows as they finish; --resume keeps those that are there and runs what is missing, be it more seeds, cells or
+    agents. The page, its plots and its table are written whole from the rows.
+    """
+
+    suite: str = SUITE
+    """Only this one."""
+    policies: Annotated[tuple[str, ...], NAMES] = POLICIES
+    """Baselines of the suite; greedy FIFO always runs beside them."""
+    agents: Annotated[tuple[str, ...], AGENTS] = ()
+    """Names of shipped agents, folders of checkpoints, or module:attribute; the first is held to the bars of the generalist."""
+    slo_agents: Annotated[tuple[str, ...], SLO_AGENTS] = ()
+    """The same for SLO goodput."""
+    ablation: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: the shipped one)")] = None
+    """What `llmsched ablation` wrote."""
+    tuned: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: none)")] = None
+    """What `llmsched tune` wrote: the baselines run with these parameters too."""
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {SEEDS}; with --quick {QUICK_SEEDS})")] = None
+    """Paired evaluation seeds in a cell."""
+    first_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """The first of them; a new start draws other requests."""
+    rows: Annotated[Path, tyro.conf.arg(metavar="FILE.csv")] = FOLDER / "rows.csv"
+    """Finished runs, kept."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE.md")] = FOLDER / "results.md"
+    """The page; its plots and its table as CSV go beside it."""
+    quick: bool = False
+    """Few seeds and short runs."""
+    report_only: bool = False
+    """Run nothing, write the page from the rows there are."""
+
+    @property
+    def settings(self) -> Path:
+        """What all rows have in common, beside them."""
+        return self.rows.with_suffix(".settings.json")
 
 
-def plan(options: argparse.Namespace, chosen: Sequence[Cell], bench: Any) -> dict[Cell, list[Variant]]:
-    """What runs where.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """An evaluation, fully checked.
+
+    Attributes:
+        named: agents of both kinds by name, ``agents`` and ``slo_agents`` the names of each.
+        told: names of those that are told output lengths.
+        records: of their training, empty where there is none.
+        variants: what runs in which cell.
+        seeds: of the evaluation.
+        resumed: the rows that are there count.
+    """
+
+    bench: Bench
+    tuned: Mapping[tuple[str, str], Tuned]
+    named: Mapping[str, NamedPolicy]
+    agents: Sequence[str]
+    slo_agents: Sequence[str]
+    told: Sequence[str]
+    records: Mapping[str, Mapping[str, Any]]
+    variants: Mapping[Cell, Sequence[Variant]]
+    seeds: range
+    ablation: Ablation | None
+    resumed: bool
+
+
+def check(options: Evaluate) -> None:
+    """Refuse what can be told from the words alone.
 
     Raises:
-        ConfigError: a policy the suite does not have, a folder that is no checkpoint, a file that holds no parameters.
+        ConfigError: naming the option.
     """
+    if options.suite != SUITE:
+        raise ConfigError(f"--suite: {options.suite!r}, must be {SUITE!r}")
     for name in options.policies:
-        if name not in default_policies():
-            raise ConfigError(f"--policies: {name!r} is not in {SUITE} (known: {', '.join(default_policies())})")
-    if options.tuned is not None and not options.tuned.exists():
-        raise ConfigError(f"--tuned: {options.tuned} does not exist")
-    tuned = TunedFile.read(options.tuned).entries if options.tuned is not None else {}
-    agents = {name: str(folder) for name, folder in agent_names([*options.agents, *options.slo_agents]).items()}
+        if name not in POLICIES:
+            raise ConfigError(f"--policies: {name!r} is not in {SUITE} (known: {', '.join(POLICIES)})")
+    check_counts(seeds=options.seeds, jobs=options.jobs)
+    if options.first_seed < 0:
+        raise ConfigError(f"--first-seed: {options.first_seed}, must be >= 0")
+    for option, path in (("--out", options.out), ("--rows", options.rows)):
+        check_file(option, path)
+
+
+def plan(options: Evaluate, screen: Screen) -> Plan:
+    """What the options ask for; nothing is written.
+
+    Raises:
+        ConfigError: an option that cannot be carried out.
+    """
+    check(options)
+    chosen = options.cells()
+    tuned = tuned_parameters("--tuned", options.tuned)
+    agents = list(named_policies("--agents", options.agents))
+    slo_agents = list(named_policies("--slo-agents", options.slo_agents))
+    named = named_policies("--agents and --slo-agents", [*options.agents, *options.slo_agents])
+    shown = options.ablation or (SHIPPED if SHIPPED.exists() else None)
+    ablation = None if shown is None else Ablation.read(shown)
+    there = options.rows.exists()
+    kept = options.resume or options.report_only
+    resumed = goes_on(options.rows, there, resume=kept, overwrite=options.overwrite, what="finished runs (--rows)")
+    bench = options.bench(chosen, screen, QUICK_REQUESTS if options.quick else None)
+    if resumed:
+        check_same_settings(options.settings, settings_of(bench))
+    built = {name: first_built(agent, chosen, bench) for name, agent in named.items()}
+    count = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
+    ours = [Variant.of(agent) for agent in named.values()]
     # Greedy FIFO runs in any case: scores and plots are relative to it.
     policies = list(dict.fromkeys([*options.policies, *GREEDY]))
-    return {cell: variants_of(cell, policies, tuned, agents, bench) for cell in chosen}
-
-
-def records_of(folders: Mapping[str, Path]) -> dict[str, Mapping[str, Any]]:
-    """How each agent was trained. Raises ``ConfigError`` where a checkpoint cannot be loaded."""
-    if not folders:
-        return {}
-    from llmsched_agents.checkpoint import load_checkpoint, read_record
-
-    for folder in folders.values():
-        load_checkpoint(folder)  # refused now rather than in the middle
-    return {name: read_record(folder) for name, folder in folders.items()}
-
-
-def write_table(path: Path, results: Results) -> None:
-    """Every cell, variant and metric with mean and interval."""
-    from llmsched_agents.statistics import mean_of
-
-    with replacing(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["cell", "variant", "options", "seeds", *(f"{m}{end}" for m in METRICS for end in ("", "_low", "_high"))])
-        for cell in results.cells:
-            for variant in results.plan[cell]:
-                figures: list[str] = []
-                values: FloatArray
-                for metric in METRICS:
-                    values = results.values(cell, variant.label, metric)
-                    estimate = mean_of(values) if values.size else None
-                    figures += [f"{x:.6g}" for x in (estimate.value, estimate.low, estimate.high)] if estimate else [""] * 3
-                writer.writerow([cell.key, variant.label, variant.options_text, len(results.seeds(cell)), *figures])
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if words is None else words)
-    options = arguments().parse_args(given)
-    if options.quick:
-        options.num_requests = options.num_requests or QUICK_REQUESTS
-    try:
-        for module in ("joblib", "matplotlib", "scipy", "rich"):
-            require(module, "cli")
-        from llmsched_env.pages.results.page import Page
-
-        if options.suite != SUITE:
-            raise ConfigError(f"--suite: {options.suite!r}, must be {SUITE!r}")
-        seeds = options.seeds if options.seeds is not None else QUICK_SEEDS if options.quick else SEEDS
-        check_counts(seeds=seeds, jobs=options.jobs)
-        if options.first_seed < 0:
-            raise ConfigError(f"--first-seed: {options.first_seed}, must be >= 0")
-        numbers = range(options.first_seed, options.first_seed + seeds)
-        for name, path in (("--out", options.out), ("--rows", options.rows)):
-            check_file(name, path)
-        chosen, bench = prepare(options)
-        variants = plan(options, chosen, bench)
-        folders = agent_names([*options.agents, *options.slo_agents])
-        records = records_of(folders)
-        shown = options.ablation or (SHIPPED if SHIPPED.exists() else None)
-        ablation = Ablation.read(shown) if shown is not None else None
-        store = RowFile(options.rows, Row, resume=not options.overwrite)
-    except (ConfigError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if not options.report_only:
-        tasks = missing_tasks(bench, variants, numbers, store.rows)
-        try:
-            with store:
-                _run(tasks, store, options.jobs)
-        except KeyboardInterrupt:
-            print("Stopped; the same command goes on from here.", file=sys.stderr)
-            return 130
-    results = Results(variants, (row for row in store.rows if row.seed in numbers))
-    if not results.cells:
-        print("error: --rows: no row of this evaluation", file=sys.stderr)
-        return 2
-    page = Page(
-        results=results,
+    return Plan(
         bench=bench,
-        tuned=TunedFile.read(options.tuned).entries if options.tuned is not None else {},
-        agents=list(agent_names(options.agents)),
-        slo_agents=list(agent_names(options.slo_agents)),
-        records=records,
-        ablation=ablation.lines(ablation.digest in map(digest_of, folders.values())) if ablation is not None else [],
-        command=shlex.join(["python", "scripts/evaluate.py", *given]),
-        figures=options.out.parent / options.out.stem,
+        tuned=tuned,
+        named=named,
+        agents=agents,
+        slo_agents=slo_agents,
+        told=[name for name, policy in built.items() if policy.known_lengths],
+        records={name: read_record(agent.text) if agent.kind == "checkpoint" else {} for name, agent in named.items()},
+        variants={cell: variants_of(cell, policies, tuned, ours, bench) for cell in chosen},
+        seeds=range(options.first_seed, options.first_seed + count),
+        ablation=ablation,
+        resumed=resumed,
     )
-    lines = page.lines()
-    write_table(options.out.with_suffix(".csv"), results)
-    with replacing(options.out) as file:
-        file.write("\n".join(lines).rstrip("\n") + "\n")
-    print(f"Page: {options.out}")
-    return 0
 
 
-def _run(tasks: Sequence[tuple[Any, ...]], store: RowFile[Row], jobs: int) -> None:
-    progress = require("rich.progress", "cli")
-    console = require("rich.console", "cli").Console(stderr=True)
-    results = unordered("loky", jobs, run_cell, tasks)
-    try:
-        with progress.Progress(console=console) as bar:
-            line = bar.add_task("runs", total=sum(len(task[-1]) for task in tasks))
+def first_built(agent: NamedPolicy, chosen: Iterable[Cell], bench: Bench) -> Policy:
+    """An agent in the first cell in which it runs; the rows of cells in which it does not will say why.
+
+    Raises:
+        ConfigError: it runs in none of them; why not in the first.
+    """
+    refusals = []
+    for cell in chosen:
+        try:
+            return agent.build(bench.setting(cell))
+        except ConfigError as error:
+            refusals.append(error)
+    raise refusals[0]
+
+
+def run_missing(options: Evaluate, plan: Plan, file: RowFile[Row], screen: Screen) -> None:
+    """Run what has no row yet, each row on disk as it is there."""
+    tasks = missing_tasks(plan.bench, plan.variants, plan.seeds, file.rows)
+    jobs = start_workers("loky", options.jobs)
+    with file, screen.progress(sum(len(task[-1]) for task in tasks)) as bar:
+        results = unordered("loky", jobs, run_cell, tasks)
+        try:
             for rows in results:
                 for row in rows:
-                    store.append(row)
-                bar.update(line, advance=len(rows), description=rows[0].cell)
-    finally:
-        results.close()
+                    file.append(row)
+                bar.advance(len(rows), description=rows[0].cell)
+        finally:
+            results.close()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def page_of(options: Evaluate, plan: Plan, results: Results, screen: Screen) -> Page:
+    own = {name: agent.text for name, agent in plan.named.items() if agent.kind != "checkpoint"}
+    digests = {variant.digest for variants in plan.variants.values() for variant in variants}
+    return Page(
+        results=results,
+        bench=plan.bench,
+        tuned=plan.tuned,
+        agents=plan.agents,
+        slo_agents=plan.slo_agents,
+        own=own,
+        told=plan.told,
+        records=plan.records,
+        ablation=[] if plan.ablation is None else section(plan.ablation, plan.ablation.digest in digests),
+        command="python scripts/evaluate.py" + screen.command.removeprefix("llmsched evaluate"),
+        figures=options.out.parent / options.out.stem,
+    )
+
+
+def run(options: Evaluate, screen: Screen) -> Outcome:
+    """Run what is missing, then the page of the rows there are."""
+    for module in ("joblib", "matplotlib", "scipy", "rich"):
+        require(module, "cli")
+    planned = plan(options, screen)
+    file = RowFile(options.rows, Row, resume=planned.resumed)
+    if not options.report_only:
+        options.rows.parent.mkdir(parents=True, exist_ok=True)
+        write_settings(options.settings, settings_of(planned.bench))
+        run_missing(options, planned, file, screen)
+    results = Results(planned.variants, (row for row in file.rows if row.seed in planned.seeds))
+    if not results.cells:
+        raise ConfigError("--rows: no row of this evaluation")
+    lines = page_of(options, planned, results, screen).lines()
+    table = lines_of(results)
+    write_table(options.out.with_suffix(".csv"), table)
+    with replacing(options.out) as page:
+        page.write("\n".join(lines).rstrip("\n") + "\n")
+    screen.print(f"Page: {options.out}")
+    agent, slo_agent = (next(iter(names), "") for names in (planned.agents, planned.slo_agents))
+    return Outcome({"bars": bars(results, agent, slo_agent), "table": table})
+
+
+COMMAND = Command("evaluate", Evaluate, run, "evaluate baselines and agents on the suite")
+main = COMMAND.main

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,10 @@ class Page:
 
     Attributes:
         tuned: by (cell key, policy), as in ``TunedFile``.
-        agents, slo_agents: names; the records of their training by name.
+        agents, slo_agents: names.
+        own: what the agents without a checkpoint are, ``module:attribute`` or the name of a policy, by name.
+        told: names of the agents that are told output lengths.
+        records: of the agents' training by name, empty where there is none.
         ablation: lines of its section; none where it has not been run.
         command: that wrote the page.
         figures: folder of the plots, beside the page.
@@ -46,6 +49,8 @@ class Page:
     tuned: Mapping[tuple[str, str], Tuned]
     agents: Sequence[str]
     slo_agents: Sequence[str]
+    own: Mapping[str, str]
+    told: Collection[str]
     records: Mapping[str, Mapping[str, Any]]
     ablation: Sequence[str]
     command: str
@@ -53,12 +58,12 @@ class Page:
 
     def lines(self) -> list[str]:
         """Markdown; the plots are drawn on the way."""
-        everyone = [*self.agents, *self.slo_agents]
+        everyone = list(dict.fromkeys([*self.agents, *self.slo_agents]))
         shown = choices(self.results, everyone)
         parts = [
             self._head(),
             self._bars(),
-            self._challengers("Agents, cell by cell", everyone) if everyone else [],
+            self._challengers("Agents, cell by cell") if everyone else [],
             self._tuning_gain(),
             self._overview(shown),
             self._latencies(shown),
@@ -125,19 +130,22 @@ class Page:
         named = [f"`{agent}` for bars 1 to 4"] if agent else []
         named += [f"`{slo}` for bar 5"] if slo else []
         about = " What they are, how they were trained and what was tried: [agents.md](agents.md)."
-        told = about if named and (self.figures.parent / "llmsched_agents.md").exists() else ""
+        told = about if named and (self.figures.parent / "agents.md").exists() else ""
+        own = ", ".join(f"`{name}` is `{text}`" for name, text in self.own.items())
+        ran = "Each ran as its checkpoint states, sampled or deterministic."
+        if own:
+            ran = f"Checkpoints ran as they state, sampled or deterministic; {own}."
         return [
             *lines,
             "",
-            f"Agents: {', '.join(named) or 'none given'}. Each ran as its checkpoint states, sampled or deterministic.{told}",
+            f"Agents: {', '.join(named) or 'none given'}. {ran}{told}",
             "",
         ]
 
-    def _challengers(self, title: str, names: Sequence[str]) -> list[str]:
+    def _challengers(self, title: str) -> list[str]:
         lines = [f"## {title}", ""]
-        for name in names:
-            metric, lower = ("slo_goodput", False) if name in self.slo_agents else ("latency_mean", True)
-            what = "SLO goodput" if name in self.slo_agents else "mean latency"
+        by_latency = [(name, "latency_mean", "mean latency", True) for name in self.agents]
+        for name, metric, what, lower in [*by_latency, *((name, "slo_goodput", "SLO goodput", False) for name in self.slo_agents)]:
             lines += [
                 f"**{name}**, {what}:",
                 "",
@@ -156,9 +164,7 @@ class Page:
 
     def _tuning_gain(self) -> list[str]:
         r = self.results
-        marks = [
-            mark(r, cell, r.best_tuned(cell), r.best_default(cell)) for cell in r.cells if r.best_tuned(cell) and r.best_default(cell)
-        ]
+        marks = [mark(r, cell, r.best_tuned(cell), r.best_default(cell)) for cell in r.cells if r.best_tuned(cell) and r.best_default(cell)]
         lines = ["## Tuned against default baselines", ""]
         if not marks:
             return [*lines, "No tuned baseline in this evaluation.", ""]
@@ -345,12 +351,12 @@ class Page:
         for cell in r.cells:
             for label in (variant.label for variant in r.plan[cell]):
                 for row in r.rows(cell, label):
-                    outside[cell.scenario] = max(outside.get(cell.scenario, 0.0), row.out_of_range)
-                    if row.requests == 0:
+                    outside[cell.scenario] = max(outside.get(cell.scenario, 0.0), row.extrapolated)
+                    if not row.figures.requests:
                         refused.setdefault(f"{label}: {row.notes}", set()).add(cell.key)
-                    elif row.drained:
+                    elif row.figures.drain_iterations:
                         drained[label] += 1
-                    if row.requests and "overload" in row.notes.lower():
+                    if row.figures.requests and "overload" in row.notes.lower():
                         notes[label] += 1
         lines = ["## Read with care", ""]
         for name, share in outside.items():
@@ -360,6 +366,8 @@ class Page:
             lines.append(f"* {label}: the engine had to override it after the last arrival in {runs} runs (it scheduled nothing).")
         for label, runs in notes.items():
             lines.append(f"* {label}: {runs} runs outside the region its theory covers (overload mode).")
+        for name in self.told:
+            lines.append(f"* {name} is told output lengths: what it may be held against is the oracle bound.")
         for text, cells in refused.items():
             lines.append(f"* Did not run in {len(cells)} cells: {text}")
         lines.append(
