@@ -1,4 +1,5 @@
-"""What trains policies. ``llmsched_agents.sb3_vec.SB3VecEnv`` presents the vector environment to stable-baselines3 (extra ``agents``).
+"""Learned policies: the two that ship (``llmsched_agents.checkpoint.load_checkpoint("generalist")``), and what trains them.
 
-No learned policy ships in this version: train with SB3 through the adapter, or with any Gymnasium library on ``LLMSched-v0``.
+``llmsched_agents.sb3_vec.SB3VecEnv`` presents the vector environment to stable-baselines3 (extra ``agents``);
+``llmsched_agents.lookup`` builds any policy that a person names.
 """

@@ -1,0 +1,1 @@
+"""Writers of the pages that are generated from measurements, a folder each."""
