@@ -2,7 +2,7 @@
 
 import sys
 
-from llmsched_env.cli.build_statistics import COMMAND
+from llmsched_env.cli import main
 
 if __name__ == "__main__":
-    sys.exit(COMMAND.main())
+    sys.exit(main(["build-statistics", *sys.argv[1:]]))

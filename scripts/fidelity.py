@@ -1,8 +1,8 @@
-"""How true the simulator is, as a page: every part measured against data that are not ours."""
+"""How true the simulator is, as a page: every part measured against data that are not ours: `llmsched fidelity`."""
 
 import sys
 
-from llmsched_env.cli.fidelity import main
+from llmsched_env.cli.fidelity import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

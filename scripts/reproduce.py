@@ -1,8 +1,8 @@
-"""The results of arXiv 2504.11320, reproduced on this project's engine: docs/reproduction.md and its plots."""
+"""The results of arXiv 2504.11320, reproduced on this project's engine, as a page with plots: `llmsched reproduce`."""
 
 import sys
 
-from llmsched_env.cli.reproduce import main
+from llmsched_env.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["reproduce", *sys.argv[1:]]))

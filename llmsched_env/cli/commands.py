@@ -7,12 +7,42 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmsched_env import __version__
-from llmsched_env.cli import compare
+from llmsched_env.cli import (
+    ablation,
+    benchmark,
+    build_statistics,
+    calibrate,
+    compare,
+    evaluate,
+    hardware_page,
+    paper_table,
+    replay,
+    reproduce,
+    serve_check,
+    swap_backends,
+    tune,
+    validate,
+)
 from llmsched_env.cli.frame import DONE, REFUSED, Command
 from llmsched_env.errors import did_you_mean
 
-COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (compare.COMMAND,)}
-
+MODULES = (
+    compare,
+    replay,
+    evaluate,
+    tune,
+    ablation,
+    calibrate,
+    validate,
+    serve_check,
+    swap_backends,
+    build_statistics,
+    benchmark,
+    reproduce,
+    paper_table,
+    hardware_page,
+)
+COMMANDS: dict[str, Command[Any]] = {module.COMMAND.name: module.COMMAND for module in MODULES}
 USAGE = "usage: llmsched COMMAND [OPTIONS]      (llmsched COMMAND --help: its options)"
 
 
