@@ -202,6 +202,37 @@ def test_page_lists_every_claim_and_refuses_bad_options(
     assert "--jobs" in capsys.readouterr().err
 
 
+def test_finished_configurations_are_resumed_or_discarded_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(lab: Lab) -> Section:
+        lab.run("first", [TINY])
+        raise KeyboardInterrupt
+
+    def whole(lab: Lab) -> Section:
+        lab.run("both", [TINY, TINY.but(rate=2.0)])
+        return Section("One", [], ["text"], {"fact": 1.0})
+
+    results, out = tmp_path / "results", tmp_path / "page.md"
+    words = ["--quick", "--out", str(out), "--results", str(results), "--jobs", "1"]
+    monkeypatch.setattr(reproduce, "SECTIONS", {"one": interrupted})
+    assert reproduce.main(words) == 130
+    assert "go on with --resume" in capsys.readouterr().err and not out.exists()
+    assert [path.stem for path in results.glob("*.json")] == [TINY.key]
+    monkeypatch.setattr(reproduce, "SECTIONS", {"one": whole})
+    assert reproduce.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"error: --results: {results} holds finished configurations already")
+    assert reproduce.main([*words, "--resume", "--quiet"]) == 0
+    assert "1 configurations run, 1 read from" in capsys.readouterr().out
+    assert reproduce.main([*words, "--overwrite", "--json", str(tmp_path / "found.json")]) == 0
+    text, err = capsys.readouterr()
+    assert "2 configurations run, 0 read from" in text and "both" in err
+    assert json.loads((tmp_path / "found.json").read_text())["found"] == {"claims": [], "facts": {"fact": 1.0}}
+    for word, hint in (("ones", "did you mean 'one'"), ("systems", "parts: one")):
+        assert reproduce.main([*words, "--resume", "--only", word]) == 2
+        assert hint in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("value", "text"), [(0.0123456, "0.0123"), (123456.0, "123,456"), (math.nan, "-"), (0.0, "0"), (math.inf, "inf")])
 def test_numbers_have_significant_digits(value: float, text: str) -> None:
     assert number(value) == text

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,9 @@ class Lab:
         figures: where plots go.
         quick: fewer seeds and shorter runs.
         jobs: processes.
-        progress: called with (label, done, total) as cases finish.
 
     Attributes:
+        progress: called with (label, done, total) as cases finish; None for nothing.
         computed: configurations run in this call.
         seconds: processor seconds of every configuration asked for, by its key.
         other_sources: keys of results made with another version of the package's sources.
@@ -83,11 +84,12 @@ class Lab:
         ConfigError: a folder cannot be written.
     """
 
-    def __init__(self, folder: Path, figures: Path, *, quick: bool, jobs: int, progress: Any = None) -> None:
+    def __init__(self, folder: Path, figures: Path, *, quick: bool, jobs: int) -> None:
         check_folder("--results", folder)
         check_folder("--out", figures)
         self.folder, self.figures, self.quick = folder, figures, quick
-        self._jobs, self._progress = jobs, progress
+        self._jobs = jobs
+        self.progress: Callable[[str, int, int], None] | None = None
         self.bar = PILING_UP_QUICK if quick else PILING_UP
         self.computed = 0
         self.seconds: dict[str, float] = {}
@@ -104,16 +106,19 @@ class Lab:
         self._report(label, len(found), len(wanted))
         if missing:
             run_case(_warm(missing[0]))  # compiled here once, before several processes want it at the same time
-        for i, group in enumerate(self._results(missing), start=1):
-            self._store(group)
-            found[group.case.key] = group
-            self._report(label, len(wanted) - len(missing) + i, len(wanted))
+        with contextlib.closing(self._results(missing)) as results:  # closed by Ctrl-C too: that ends the workers
+            for i, group in enumerate(results, start=1):
+                self._store(group)
+                found[group.case.key] = group
+                self._report(label, len(wanted) - len(missing) + i, len(wanted))
         return [found[case.key] for case in cases]
 
-    def _results(self, missing: Sequence[Case]) -> Any:
+    def _results(self, missing: Sequence[Case]) -> Generator[Group]:
         if self._jobs == 1:
-            return map(run_case, missing)
-        return unordered("loky", self._jobs, run_case, [(case,) for case in missing])
+            yield from map(run_case, missing)
+            return
+        with contextlib.closing(unordered("loky", self._jobs, run_case, [(case,) for case in missing])) as results:
+            yield from results
 
     def largest_stable(self, label: str, searches: Sequence[tuple[Case, float, float]], steps: int) -> list[StableRate]:
         """Bisection on the mean drift for every (case, low, high), all searches side by side."""
@@ -131,8 +136,8 @@ class Lab:
         return [stable_rate(groups, self.bar) for groups in tested]
 
     def _report(self, label: str, done: int, total: int) -> None:
-        if self._progress is not None:
-            self._progress(label, done, total)
+        if self.progress is not None:
+            self.progress(label, done, total)
 
     def _load(self, key: str) -> Group | None:
         try:
