@@ -70,6 +70,16 @@ def test_whatever_it_raises_is_told(monkeypatch: pytest.MonkeyPatch, error: Exce
         built(monkeypatch, lambda setting, segment=1: None, segments=3)
 
 
+def test_an_agent_that_ships_goes_by_its_name() -> None:
+    pytest.importorskip("safetensors")
+    config = LiveConfig.from_environment({"LLMSCHED_POLICY": "generalist"})
+    live = build_policy(config, ENGINE.replace(max_num_batched_tokens=256))
+    assert config.is_checkpoint and live.policy.name == "generalist"
+    assert f"no length statistics given: those of {config.assumed_scenario} assumed" in live.notes
+    with pytest.raises(ConfigError, match=r"start vllm serve with --max-num-batched-tokens 256$"):
+        build_policy(config, ENGINE)
+
+
 @pytest.mark.parametrize("policy", ["", " ", 3, None, "x" * 5000, "x/" + "y" * 300, "\0", ":", "a:", ":b", "no.such:x", "a\0/b"])
 def test_names_that_cannot_be(policy: Any) -> None:
     with pytest.raises(ConfigError):

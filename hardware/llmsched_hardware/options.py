@@ -63,6 +63,12 @@ FIXED: dict[str, Any] = {
 """``vllm.EngineArgs`` under which one step is one iteration that we can describe."""
 
 
+SCHEDULER_CLASS = "llmsched_hardware.serve.PolicyScheduler"
+"""``vllm serve --scheduler-cls``."""
+POLICY_FLAGS = ("--no-async-scheduling", f"--scheduler-cls {SCHEDULER_CLASS}")
+"""Words of ``vllm serve`` without which no policy runs in it."""
+
+
 def setting_names() -> tuple[str, ...]:
     return tuple(setting.name for setting in SETTINGS)
 

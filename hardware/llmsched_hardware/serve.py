@@ -27,12 +27,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import EngineConfig
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
-from llmsched_hardware.live import LiveMirror
-from llmsched_hardware.live_config import LiveConfig, build_policy
+from llmsched_hardware.live_config import LiveConfig
 from llmsched_hardware.live_gate import Gatekeeper
 from llmsched_hardware.live_metrics import MULTIPROCESS_FOLDER, PolicyMetrics
-from llmsched_hardware.live_rehearsal import rehearse
-from llmsched_hardware.options import settings_of
+from llmsched_hardware.live_start import announcement, start
+from llmsched_hardware.options import SCHEDULER_CLASS, settings_of
 
 logger = logging.getLogger("vllm.llmsched")  # below vLLM's logger: its format, its level
 
@@ -64,10 +63,8 @@ class PolicyScheduler(GatedScheduler):
         self.sleep: Callable[[float], None] = time.sleep
         self._epoch = self.monotonic()
         self.live_config = LiveConfig.from_environment(os.environ)
-        self.live = build_policy(self.live_config, self._engine())
-        self.mirror = self._new_mirror()
+        self.live, self.mirror = start(self.live_config, self._engine())
         self.gatekeeper = Gatekeeper(self.mirror, self.live_config.max_wait_seconds)
-        rehearse(self.live.policy, self._new_mirror())
         self.policy_metrics = PolicyMetrics(
             self.live.policy.name,
             None if self.live_config.report_path is None else Path(self.live_config.report_path),
@@ -88,27 +85,13 @@ class PolicyScheduler(GatedScheduler):
         return EngineConfig.vllm(**settings_of(self))
 
     def _announce(self) -> None:
-        name, layout = self.live.policy.name, self.live.policy.layout
-        logger.info(
-            "policy %s: %d classes by %s, segments end at %s; %.4g requests/s planned for; a request waits at most %g s in one queue",
-            name, layout.num_classes, layout.by, list(layout.segment_ends) or "completion", self.live.setting.rate,
-            self.live_config.max_wait_seconds,
-        )  # fmt: skip
-        for note in self.live.notes:
-            logger.info("policy %s: %s", name, note)
+        for line in announcement(self.live_config, self.live):
+            logger.info("policy %s: %s", self.live.policy.name, line)
         if MULTIPROCESS_FOLDER not in os.environ:
             logger.warning(
                 "%s is not set: the policy's metrics cannot reach /metrics, which another process answers; set it to an empty folder",
                 MULTIPROCESS_FOLDER,
             )
-
-    def _new_mirror(self) -> LiveMirror:
-        return LiveMirror(
-            self.live.policy.layout,
-            self.live.policy.engine,
-            reveal_output_length=self.live_config.assume_max_tokens and self.live.policy.known_lengths,
-            episode_seconds=self.live_config.horizon_seconds,
-        )
 
     # --- what comes in ------------------------------------------------------------------------------
 
@@ -311,4 +294,4 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     ]
     found = [text for wrong, text in refused if wrong]
     if found:
-        raise ConfigError(f"llmsched_hardware.serve.PolicyScheduler does not support: {'; '.join(found)}")
+        raise ConfigError(f"{SCHEDULER_CLASS} does not support: {'; '.join(found)}")

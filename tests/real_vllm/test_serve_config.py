@@ -59,7 +59,7 @@ def test_types_of_a_workload_mean_nothing_to_a_server(tmp_path: Path) -> None:
     ("policy", "values", "message"),
     [
         ("nested-wiat", {}, "did you mean 'nested-wait'"),
-        ("no/such/folder", {}, "neither a folder nor the name of a policy"),
+        ("no/such/folder", {}, "neither a folder with a checkpoint nor a policy"),
         ("no_such_module:Policy", {}, "no_such_module"),
         ("json:no_such_attribute", {}, "no_such_attribute"),
         ("json:dumps", {}, "not JSON serializable"),
@@ -134,7 +134,7 @@ def test_a_checkpoint_is_a_policy(tmp_path: Path, recipe: dict[str, Any]) -> Non
     pytest.importorskip("safetensors")
     folder = random_agent(tmp_path / "agent", **recipe)
     live = build_policy(LiveConfig(str(folder), options={"seed": 3}), ENGINE)
-    assert live.policy.name == "random" and "those of sharegpt assumed" in live.notes[0]
+    assert live.policy.name == "agent" and "those of sharegpt assumed" in live.notes[0]
     rehearse(live.policy, LiveMirror(live.policy.layout, live.policy.engine))
     with pytest.raises(ConfigError, match=r"options\.theta: not an option of a learned agent"):
         build_policy(LiveConfig(str(folder), options={"theta": 1}), ENGINE)

@@ -286,13 +286,14 @@ def test_known_lengths_are_shown_where_the_operator_says_they_are_known(monkeypa
     server.run_until_empty()
 
 
-@pytest.mark.parametrize("policy", ["vllm", "fcfs", "nested-wait", "reserve", "shortest-prompt", "agent"])
+@pytest.mark.parametrize("policy", ["vllm", "fcfs", "nested-wait", "reserve", "shortest-prompt", "agent", "generalist"])
 def test_every_policy_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy: str) -> None:
     lengths = {"prompt": [8, 20], "output": [6, 24], "weight": [2, 1]}
     options: dict[str, Any] = {"segment_ends": [6]} if policy == "nested-wait" else {}
     named = str(random_agent(tmp_path / "agent", action_set="admit")) if policy == "agent" else policy
     configure(monkeypatch, tmp_path, named, lengths=lengths, rate=30.0, max_wait_seconds=3.0, options=options)
-    server = Server(ENGINE.replace(num_blocks=400))  # Nested WAIT's buffer for a workload of two lengths
+    budget = 256 if policy == "generalist" else ENGINE.max_num_batched_tokens  # its own, which it insists on
+    server = Server(ENGINE.replace(num_blocks=400, max_num_batched_tokens=budget))  # Nested WAIT's buffer for a workload of two lengths
     g = np.random.default_rng(0)
     for i in range(150):
         server.add(f"{i}", int(g.choice([8, 20])), int(g.choice([6, 24])), ignore_eos=True)
