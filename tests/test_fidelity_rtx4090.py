@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llmsched_env.cli import calibrate
+from llmsched_env.cli import fidelity as command
 from llmsched_env.engine.simulator import PrefixCachingBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.pages.fidelity import rtx4090 as fidelity
@@ -228,6 +229,24 @@ def test_the_prompts_table_is_what_the_public_workload_gives(run: fidelity.Run, 
     if not workload:
         pytest.skip(f"the prompts are not at hand (set LLMSCHED_RTX4090_WORKLOAD to {fidelity.PROMPTS_SOURCE})")
     assert fidelity.prompts_table(Path(workload), run.workload_sha256, 16) == fidelity.PROMPTS.read_text(encoding="utf-8")
+
+
+def test_the_command_makes_the_prompts_table_again(
+    run: fidelity.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table, workload = tmp_path / "prompts.csv", tmp_path / "workload.jsonl"
+    workload.write_text("{}")
+    monkeypatch.setattr(fidelity, "PROMPTS", table)
+    assert command.main(["--make-prompts", str(workload)]) == 2
+    assert "the recorded run's workload has 05e48b32" in capsys.readouterr().err and not table.exists()
+    assert command.main(["--make-prompts", str(tmp_path / "none")]) == 1
+    assert command.main(["--make-prompts", str(workload), "--parts", "vidur"]) == 2, "one or the other"
+    monkeypatch.setattr(fidelity, "prompts_table", lambda *given: "\n".join(map(str, given)))
+    assert command.main(["--make-prompts", str(workload)]) == 0
+    assert table.read_text(encoding="utf-8").splitlines() == [str(workload), run.workload_sha256, "16"]
+    monkeypatch.delenv("LLMSCHED_TRACES")
+    assert command.main(["--make-prompts", str(workload)]) == 2
+    assert "LLMSCHED_TRACES" in capsys.readouterr().err
 
 
 def test_the_section_states_every_figure_and_misses_none(run: fidelity.Run, profile: Path) -> None:

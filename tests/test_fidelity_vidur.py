@@ -187,12 +187,15 @@ def test_the_page_defines_its_words_once_and_takes_every_part_in_order(
     assert "\n\n\n" not in text
     assert "TTFT is the end of the iteration that yields the first output token minus arrival" in text
     assert "TPOT (latency - TTFT) / (output_tokens - 1)" in text
-    assert f"bars missed: 1\nx {MISSED}" in capsys.readouterr().out
+    text, err = capsys.readouterr()
+    assert f"bars missed: 1\nx {MISSED}" in text and "zebra ..." in err
+    assert fidelity.main(["--out", str(out), "--parts", "rtx4090", "--quiet"]) == 0
+    assert "## zebra" not in out.read_text() and "zebra" not in capsys.readouterr().err
+    assert fidelity.main(["--out", str(out), "--parts", "zebras"]) == 2
+    assert "--parts: 'zebras' is no part; did you mean 'zebra'?" in capsys.readouterr().err
 
 
-def test_missing_raw_data_leave_the_page_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_raw_data_leave_the_page_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("LLMSCHED_PEERS", str(tmp_path / "absent"))
     monkeypatch.setenv("LLMSCHED_CALIBRATION", str(tmp_path))
     out = tmp_path / "page.md"

@@ -1,47 +1,65 @@
-"""How true the simulator is, as a page: every part measured against data that are not ours.
-
-    python scripts/fidelity.py --out docs/fidelity.md
-
-Each module ``scripts/fidelity_<part>.py`` gives a part of the page by ``section(paths)``. The raw data
-lie in the folders that LLMSCHED_CALIBRATION, LLMSCHED_PEERS and LLMSCHED_TRACES name.
-"""
+"""``llmsched fidelity``: the page that measures the simulator against data that are not ours."""
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from llmsched_env.cli.parser import Parser
-from llmsched_env.errors import ConfigError, MissingExtraError
+import tyro
+
+from llmsched_env.cli.frame import Command, Options, Outcome, Screen
+from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.files import check_file, replacing
-from llmsched_env.pages.fidelity.evidence import MISSED, Paths
+from llmsched_env.pages.fidelity.evidence import MISSED, Paths, folder_of
 from llmsched_env.pages.fidelity.page import PARTS, page
+from llmsched_env.pages.fidelity.rtx4090 import PROMPTS, PROMPTS_SOURCE, write_prompts
+
+WHAT = tyro.conf.create_mutex_group(required=False, title="what to make")
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("docs/fidelity.md"), metavar="FILE")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="default: all")
-    options = parser.parse_args(words)
-    try:
-        check_file("--out", options.out)
-        lines = page(Paths.find(), options.parts)
-        with replacing(options.out) as file:
-            file.write("\n".join(lines))
-    except (ConfigError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Options):
+    """How true the simulator is, as a page: every part measured against data that are not ours.
+
+    The raw data lie in the folders that LLMSCHED_CALIBRATION, LLMSCHED_PEERS and LLMSCHED_TRACES name.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("docs/fidelity.md")
+    """The page; replaced."""
+    parts: Annotated[
+        tuple[str, ...],
+        WHAT,
+        tyro.conf.arg(metavar="PART [PART ...]", help=f"Only these parts: {', '.join(PARTS)}.", help_behavior_hint="(default: all)"),
+    ] = ()
+    make_prompts: Annotated[
+        Path | None,
+        WHAT,
+        tyro.conf.arg(
+            metavar="WORKLOAD", help=f"Make {PROMPTS.name} again and no page; WORKLOAD is {PROMPTS_SOURCE}.", help_behavior_hint=""
+        ),
+    ] = None
+
+
+def run(options: Fidelity, screen: Screen) -> Outcome:
+    """Measure the parts asked for and write the page, or make the table of prompts."""
+    if options.make_prompts is not None:
+        made = write_prompts(folder_of("traces"), options.make_prompts)
+        screen.print(f"{made}: made from {options.make_prompts}")
+        return Outcome({"made": made})
+    for name in options.parts:
+        if name not in PARTS:
+            raise ConfigError(f"--parts: {name!r} is no part{did_you_mean(name, PARTS)} (parts: {', '.join(PARTS)})")
+    check_file("--out", options.out)
+    lines = page(Paths.find(), options.parts or list(PARTS), lambda name: screen.say(f"{name} ..."))
+    with replacing(options.out) as file:
+        file.write("\n".join(lines))
     missed = [line for line in lines if MISSED in line]
-    print(f"{options.out}: {len(lines)} lines, bars missed: {len(missed)}")
+    screen.print(f"{options.out}: {len(lines)} lines, bars missed: {len(missed)}")
     for line in missed:
-        print(line)
-    return 0
+        screen.print(line)
+    return Outcome({"out": options.out, "missed": missed})
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("fidelity", Fidelity, run, "measure the simulator against data that are not ours")
+main = COMMAND.main

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import gzip
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -485,6 +485,47 @@ def _rules(profile: Profile, attention: Attention) -> list[str]:
     return _table(("rule", "where", "cells", "MAPE", "bias", "P95"), rows)
 
 
+def _differences(
+    grid: Grid, parts: Parts, profile: Profile, model: TableTime, mlp: Mapping[str, MlpProfile], tables: dict[str, FloatArray]
+) -> list[str]:
+    """Which parts of an iteration make the difference, and why."""
+    counts = (8, 64, 128, 256, 512, 1024, 2048, 4096)
+    return [
+        "### Where they differ",
+        "",
+        *_by_part(grid, parts),
+        *_why(profile, model, mlp["Llama-2-7b-hf"], tables),
+        "One layer at equal T, microseconds, ours / Vidur's profile (`mlp.csv`, medians). Llama-2-7B:",
+        "",
+        *_linear_by_tokens(profile, MODELS["llama-2-7b"], mlp["Llama-2-7b-hf"], counts),
+        "Llama-3-8B:",
+        "",
+        *_linear_by_tokens(profile, MODELS["llama-3-8b"], mlp["Meta-Llama-3-8B"], counts),
+        "Attention of one layer of Llama-2-7B, microseconds, ours / Vidur's tables:",
+        "",
+        *_attention_cells(model, tables, MODELS["llama-2-7b"].layers),
+    ]
+
+
+def _derived(profile: Profile, attention: Attention) -> list[str]:
+    """Errors of the rules behind the calibrations, and what no rule covers."""
+    ratios = [[str(n), str(r.size), f"{r.mean():.2f}", f"{r.min():.2f}", f"{r.max():.2f}"] for n, r in mixed_ratios(attention).items()]
+    return [
+        "### Errors of what was derived",
+        "",
+        "Each rule applied where the answer was measured. Rules for chunks over a context are checked on an RTX 4090, where such chunks "
+        "were measured (LLMServingSim's profile, vLLM 0.19).",
+        "",
+        *_rules(profile, attention),
+        "**Not modelled: decodes beside a prefill chunk.** These calibrations add decode and prefill attention. With grouped heads vLLM's "
+        "FlashAttention 2 takes another path as soon as one request of the batch has more than one query token, and reads each key once "
+        "per query head. Measured attention of a mixed call over the sum of its parts, Llama-3.1-8B on the RTX 4090, chunks of 256 "
+        f"tokens and more, contexts to 4096; attention of such iterations in `{GROUPED}` is likely too fast by about as much:",
+        "",
+        *_table(("decodes", "cells", "mean", "least", "most"), ratios),
+    ]
+
+
 def section(paths: Paths) -> list[str]:
     """Markdown lines: the comparison, its parts, and the errors of the derived cells."""
     folder = paths.calibration
@@ -502,8 +543,6 @@ def section(paths: Paths) -> list[str]:
     parts, with_head = our_parts(model, grid.batches)
     with_engine = np.array([model.seconds(batch) for batch in grid.batches])
     outside = sum(not model.in_range(batch) for batch in grid.batches)
-    counts = (8, 64, 128, 256, 512, 1024, 2048, 4096)
-    ratios = [[str(n), str(r.size), f"{r.mean():.2f}", f"{r.min():.2f}", f"{r.max():.2f}"] for n, r in mixed_ratios(attention).items()]
     return [
         "## A100: kernels of vLLM 0.14 against Vidur's tables, Llama-2-7B",
         "",
@@ -523,31 +562,8 @@ def section(paths: Paths) -> list[str]:
         "",
         *_added(model, grouped, overheads),
         *_with_and_without((model, grouped)),
-        "### Where they differ",
-        "",
-        *_by_part(grid, parts),
-        *_why(profile, model, mlp["Llama-2-7b-hf"], tables),
-        "One layer at equal T, microseconds, ours / Vidur's profile (`mlp.csv`, medians). Llama-2-7B:",
-        "",
-        *_linear_by_tokens(profile, MODELS["llama-2-7b"], mlp["Llama-2-7b-hf"], counts),
-        "Llama-3-8B:",
-        "",
-        *_linear_by_tokens(profile, MODELS["llama-3-8b"], mlp["Meta-Llama-3-8B"], counts),
-        "Attention of one layer of Llama-2-7B, microseconds, ours / Vidur's tables:",
-        "",
-        *_attention_cells(model, tables, MODELS["llama-2-7b"].layers),
-        "### Errors of what was derived",
-        "",
-        "Each rule applied where the answer was measured. Rules for chunks over a context are checked on an RTX 4090, where such chunks "
-        "were measured (LLMServingSim's profile, vLLM 0.19).",
-        "",
-        *_rules(profile, attention),
-        "**Not modelled: decodes beside a prefill chunk.** These calibrations add decode and prefill attention. With grouped heads vLLM's "
-        "FlashAttention 2 takes another path as soon as one request of the batch has more than one query token, and reads each key once "
-        "per query head. Measured attention of a mixed call over the sum of its parts, Llama-3.1-8B on the RTX 4090, chunks of 256 "
-        f"tokens and more, contexts to 4096; attention of such iterations in `{GROUPED}` is likely too fast by about as much:",
-        "",
-        *_table(("decodes", "cells", "mean", "least", "most"), ratios),
+        *_differences(grid, parts, profile, model, mlp, tables),
+        *_derived(profile, attention),
         f"KV capacity of both is computed, not read from an engine: {model.provenance.num_blocks:,} blocks of "
         f"{model.provenance.block_size} tokens (Llama-2-7B), {grouped.provenance.num_blocks:,} (Llama-3-8B).",
         "",

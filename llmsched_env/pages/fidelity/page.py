@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from llmsched_env.pages.fidelity import a100, rtx4090, vidur
@@ -23,8 +22,15 @@ def definitions() -> str:
     return " ".join(text.split("\n\n")[1].split())
 
 
-def page(paths: Paths, names: Sequence[str]) -> list[str]:
-    """The lines of the page."""
+def page(paths: Paths, names: Sequence[str], begun: Callable[[str], None] = lambda name: None) -> list[str]:
+    """The lines of the page.
+
+    Args:
+        begun: called with the name of each part before it is made.
+
+    Raises:
+        ConfigError: raw data that are missing or not as expected.
+    """
     lines = [
         "# Fidelity",
         "",
@@ -36,6 +42,6 @@ def page(paths: Paths, names: Sequence[str]) -> list[str]:
         "between order statistics.",
     ]
     for name in names:
-        print(f"{name} ...", file=sys.stderr)
+        begun(name)
         lines += ["", *"\n".join(PARTS[name](paths)).strip().split("\n")]
     return [*lines, ""]

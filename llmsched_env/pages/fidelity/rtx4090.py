@@ -1,10 +1,8 @@
 """The recorded vLLM 0.19 run on an RTX 4090 against the simulator: 300 ShareGPT requests, KV cache saturated.
 
 The recorded file has lengths and times, not the prompts. Which prompts begin alike, and so share
-blocks in vLLM's prefix cache, is in ``fidelity_rtx4090_prompts.csv``, a table made from the run's
-public workload file; this makes it again:
-
-    python scripts/fidelity_rtx4090.py WORKLOAD.jsonl
+blocks in vLLM's prefix cache, is in ``rtx4090_prompts.csv``, a table that ``write_prompts`` makes from the
+run's public workload file.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import gzip
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +26,7 @@ from llmsched_env.backends import make_backend
 from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import PrefixCachingBackend
 from llmsched_env.errors import ConfigError
+from llmsched_env.files import replacing
 from llmsched_env.metrics import latency, tpot, ttft
 from llmsched_env.pages.fidelity.evidence import Check, Paths, check_table, percent
 from llmsched_env.perf import Batch, IterationTimeModel, load_calibration
@@ -167,7 +165,7 @@ def common_heads(prompts: Sequence[Sequence[int]], least: int) -> list[tuple[int
 
 
 def prompts_table(workload: Path, sha256: str, block_size: int) -> str:
-    """The text of ``fidelity_rtx4090_prompts.csv``.
+    """The text of ``rtx4090_prompts.csv``.
 
     Raises:
         ConfigError: not the workload file of the recorded run.
@@ -179,6 +177,19 @@ def prompts_table(workload: Path, sha256: str, block_size: int) -> str:
     prompts = [json.loads(line)["input_tok_ids"] for line in data.decode("utf-8").splitlines()]
     rows = [f"{i},{donor},{tokens}" for i, donor, tokens in common_heads(prompts, block_size)]
     return "\n".join(["request,shares_with,tokens", *rows, ""])
+
+
+def write_prompts(traces: Path, workload: Path) -> Path:
+    """Make ``rtx4090_prompts.csv`` again; where it stands.
+
+    Raises:
+        ConfigError: no recorded run in ``traces``, or not its workload file.
+    """
+    run = read_run(traces)
+    text = prompts_table(workload, run.workload_sha256, run.engine.block_size)
+    with replacing(PROMPTS) as file:
+        file.write(text)
+    return PROMPTS
 
 
 def read_prompts(n: int) -> SharedPrompts:
@@ -285,29 +296,40 @@ def _worst(error: FloatArray) -> str:
     return f"{_signed(float(error[i, j]))} ({METRICS[i]} {FIGURES[j]})"
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One replay with more or less of the prefix cache. ``hits``: share of the tokens asked for that it held; None without one."""
+
+    name: str
+    error: FloatArray
+    result: EpisodeResult
+    hits: float | None
+
+    @property
+    def row(self) -> list[str]:
+        mean = [_signed(float(e)) for e in self.error[:, 0]]
+        found = "-" if self.hits is None else f"{self.hits:.1%}"
+        return [self.name, *mean, _worst(self.error), f"{self.result.summary.forced_evictions}", found]
+
+
+def variant(run: Run, name: str, backend: Backend) -> Variant:
+    """The run replayed on one of ``backends``."""
+    result = replay(run, backend)
+    hits = backend.hit_tokens / backend.asked_tokens if isinstance(backend, PrefixCachingBackend) else None
+    return Variant(name, errors(run, result.log), result, hits)
+
+
 def section(paths: Paths) -> list[str]:
     """Markdown lines: the figures, what the prefix cache does to them, how firm they are, and the errors of the tables."""
     run = read_run(paths.traces)
     profile_folder = paths.calibration / PROFILE
     engine, n = run.engine, len(run.workload)
-    variants: list[list[str]] = []
-    error, log = np.zeros((len(METRICS), len(FIGURES))), run.log
-    for name, backend in backends(n).items():
-        result = replay(run, backend)
-        log = result.log
-        error = errors(run, log)
-        mean = [_signed(float(e)) for e in error[:, 0]]
-        hits = f"{backend.hit_tokens / backend.asked_tokens:.1%}" if isinstance(backend, PrefixCachingBackend) else "-"
-        variants.append([name, *mean, _worst(error), f"{result.summary.forced_evictions}", hits])
-    outside, iterations = result.summary.out_of_range, result.summary.iterations
-    spread = jittered(run, backend)
-    series = by_second(run, backend)
+    tried = backends(n)
+    variants = [variant(run, name, backend) for name, backend in tried.items()]
+    recorded, backend = variants[-1], list(tried.values())[-1]
+    outside, iterations = recorded.result.summary.out_of_range, recorded.result.summary.iterations
     theirs = their_errors(profile_folder)
     theirs_worst = max(theirs, key=lambda name: abs(theirs[name]))
-    seen = ~np.isnan(series).any(axis=1)
-    gap = series[seen] - run.seconds[seen]
-    heads = read_prompts(n)
-    left_out = leave_one_out(read_profile(profile_folder))
     return [
         "## The recorded vLLM 0.19 run on an RTX 4090",
         "",
@@ -317,18 +339,44 @@ def section(paths: Paths) -> list[str]:
         "parameter is fitted to the run**, and no engine overhead is added: the recorded engine schedules asynchronously, while the GPU "
         "works. Arrivals, TTFT and latency count from `queued_ts`, the engine's own clock; percentiles are numpy's.",
         "",
-        *check_table(checks(run, log)),
+        *check_table(checks(run, recorded.result.log)),
         "",
-        f"Largest error: {_worst(error)}. LLMServingSim's own largest error on this run: {_signed(theirs[theirs_worst])} ({theirs_worst}). "
-        f"{outside} of {iterations:,} iterations lie outside the profile's range.",
+        f"Largest error: {_worst(recorded.error)}. LLMServingSim's own largest error on this run: {_signed(theirs[theirs_worst])} "
+        f"({theirs_worst}). {outside} of {iterations:,} iterations lie outside the profile's range.",
         "",
+        *_prefix_cache(variants, read_prompts(n)),
+        *_firmness(run, backend),
+        *_interpolation(profile_folder),
+        *_skew(run, backend, profile_folder),
+        "Not modelled: that vLLM frees the blocks of a finished request one iteration later when it schedules asynchronously, the padding "
+        "of batches to CUDA graph sizes, and fused operators (the profile ran them one by one).",
+        "",
+    ]
+
+
+def _prefix_cache(variants: Sequence[Variant], heads: SharedPrompts) -> list[str]:
+    """What the errors are with less of the prefix cache than the run had."""
+    return [
         "**The prefix cache decides.** vLLM has it on by default and the run had it on. A preempted request finds again those of its "
         f"blocks that nobody took meanwhile, and {int((heads.donor >= 0).sum())} of the prompts begin like an earlier one. Errors of the "
         "means, and the largest of the fifteen errors, by what is simulated of it:",
         "",
-        *_table(("prefix cache", "TTFT", "TPOT", "latency", "largest error", "preemptions", "tokens found in the cache"), variants),
+        *_table(
+            ("prefix cache", "TTFT", "TPOT", "latency", "largest error", "preemptions", "tokens found in the cache"),
+            [one.row for one in variants],
+        ),
         f"(Which prompts begin alike is not in the recorded file. It was taken from {PROMPTS_SOURCE}, whose sha256 the record states.)",
         "",
+    ]
+
+
+def _firmness(run: Run, backend: Backend) -> list[str]:
+    """What a millisecond changes, and the run second by second."""
+    spread = jittered(run, backend)
+    series = by_second(run, backend)
+    seen = ~np.isnan(series).any(axis=1)
+    gap = series[seen] - run.seconds[seen]
+    return [
         f"**How firm.** A saturated cache amplifies small differences: {JITTERED} replays whose arrivals are each up to 1 ms later give a "
         f"largest error of {percent(float(np.abs(spread).max()))} over all figures and replays; "
         f"{int((np.abs(spread).max(axis=(1, 2)) <= BAR).sum())} of {JITTERED} replays meet the bar on all fifteen.",
@@ -339,6 +387,13 @@ def section(paths: Paths) -> list[str]:
         f"KV used {gap[:, 2].mean():+.2f}, {np.abs(gap[:, 2]).mean():.2f} percentage points. The record holds values after the last "
         "iteration of each second.",
         "",
+    ]
+
+
+def _interpolation(profile: Path) -> list[str]:
+    """Errors of the profile's tables between their points."""
+    left_out = leave_one_out(read_profile(profile))
+    return [
         "**Interpolation.** The tables are measured; between their points they are linear. Every interior point predicted from its two "
         "neighbours, which lie twice as far apart as in use:",
         "",
@@ -346,10 +401,6 @@ def section(paths: Paths) -> list[str]:
             ("table", "points", "mean error", "bias", "P95"),
             [[e.name, f"{e.points:,}", f"{e.mean:.1%}", f"{e.bias:+.1%}", f"{e.p95:.1%}"] for e in left_out],
         ),
-        *_skew(run, backend, profile_folder),
-        "Not modelled: that vLLM frees the blocks of a finished request one iteration later when it schedules asynchronously, the padding "
-        "of batches to CUDA graph sizes, and fused operators (the profile ran them one by one).",
-        "",
     ]
 
 
@@ -420,20 +471,3 @@ def skew(run: Run, backend: Backend, cells: Sequence[SkewCell]) -> tuple[float, 
 
     replay(run, backend, on_step=note)
     return alone, added, alphas
-
-
-def main(words: Sequence[str]) -> int:
-    if len(words) != 1:
-        print("usage: python scripts/fidelity_rtx4090.py WORKLOAD.jsonl", file=sys.stderr)
-        return 2
-    try:
-        run = read_run(Paths.find().traces)
-        PROMPTS.write_text(prompts_table(Path(words[0]), run.workload_sha256, run.engine.block_size), encoding="utf-8")
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
