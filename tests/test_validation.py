@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,14 @@ from llmsched_agents.lookup import named_policies
 from llmsched_env.backends import make_backend
 from llmsched_env.cli import hardware_page, validate
 from llmsched_env.engine.simulator import SimBackend
-from llmsched_env.errors import ConfigError
+from llmsched_env.errors import ConfigError, EngineError
 from llmsched_env.metrics import Summary
 from llmsched_env.perf import FormulaTime, LinearTime, Provenance, save_calibration
 from llmsched_env.row_file import RowFile, read_rows
 from llmsched_env.types import Decision, EngineConfig
 from llmsched_env.workload import load_scenario
+from llmsched_hardware import validation_runs
+from llmsched_hardware.real_engine import Machine
 from llmsched_hardware.validation import (
     ENGINE,
     METRICS,
@@ -240,6 +245,120 @@ def test_validate_refuses_before_it_builds_anything(
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error
     assert not out.exists()
+
+
+def words(calibration: Path, out: Path, *more: object) -> list[str]:
+    given = ["--calibration", calibration, "--model", "tiny", "--scenario", "azure-conv", "--length-scale", 0.06, "--out", out, "--quiet"]
+    return [str(word) for word in (*given, "--policies", "vllm", "wait", "--num-requests", 20, "--loads", 0.9, *more)]
+
+
+def test_rates_and_loads_exclude_each_other(calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert validate.main(words(calibration, tmp_path / "out", "--rates", 3)) == 2
+    error = capsys.readouterr().err
+    assert "--rates" in error and "--loads" in error and not (tmp_path / "out").exists()
+
+
+class Pretended(SimBackend):
+    """The simulator in the engine's place."""
+
+    device = "a pretended engine"
+    thinking_seconds = 0.25
+
+    def machine(self) -> Machine:
+        return Machine(self.device, None, "0.28.0", "2.9", "tiny", "float32", 512, 16, "2026-01-01T00:00:00+00:00")
+
+
+class Wrong(Pretended):
+    """It reports rejections that never were."""
+
+    def step(self, decision: Decision) -> Any:
+        return dataclasses.replace(super().step(decision), rejected=7)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Pretended]], None]:
+    def put(kind: type[Pretended]) -> None:
+        for module in (validate, validation_runs):
+            monkeypatch.setattr(module, "make_backend", lambda name, **settings: kind())
+
+    put(Pretended)
+    return put
+
+
+Engine = Callable[[type[Pretended]], None]
+
+
+def test_a_validation_is_kept_resumed_or_overwritten_as_asked(
+    calibration: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, found = tmp_path / "out", tmp_path / "found.json"
+    given = words(calibration, out, "--repeats", 2)
+    assert validate.main([*given, "--json", str(found)]) == 0
+    printed, err = capsys.readouterr()
+    assert "error 0.0 % in the mean" in printed and f"Report: {out / 'report.md'}" in printed and err == ""
+    runs = read_rows(out / "runs.csv", Run)
+    assert len(runs) == 2 * (1 + 1 + 2)
+    assert {r.thinking_seconds for r in runs if r.backend == ENGINE} == {0.25}
+    record = json.loads(found.read_text())["found"]
+    assert {gap["error"] for gap in record["gaps"]} <= {0.0, None} and len(record["rankings"]) == 6
+    report = (out / "report.md").read_text()
+    assert "- Command: `llmsched validate --calibration" in report and "tiny (float32) on a pretended engine, vLLM 0.28.0" in report
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    assert validate.main(given) == 2
+    assert "holds a validation already; use --resume, --overwrite or another place" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert validate.main([*given, "--resume", "--num-requests", "21"]) == 2
+    assert "--resume: num_requests is 21, but what" in capsys.readouterr().err
+    assert validate.main([*given, "--resume", "--clock", "virtual"]) == 2
+    assert "--resume: clock is 'virtual'" in capsys.readouterr().err
+    (out / "runs.csv").write_bytes(b"\r\n".join(before["runs.csv"].split(b"\r\n")[:4]) + b"\r\nvllm,")
+    assert validate.main([*given, "--resume"]) == 0
+    again = read_rows(out / "runs.csv", Run)
+    assert [run.task for run in again] == [run.task for run in runs] and list(map(repr, again[:3])) == list(map(repr, runs[:3]))
+
+    (out / "runs.csv").write_bytes(b"\r\n".join(before["runs.csv"].split(b"\r\n")[:4]) + b"\r\n")
+    monkeypatch.setattr(Pretended, "device", "another")
+    assert validate.main([*given, "--resume"]) == 2
+    assert "device is 'another', but runs in" in capsys.readouterr().err
+    assert validate.main([*given, "--overwrite"]) == 0
+    assert "on another, vLLM" in (out / "report.md").read_text()
+
+
+def test_an_engine_that_dies_leaves_what_is_finished(
+    calibration: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = words(calibration, tmp_path / "out", "--repeats", 2)
+
+    def dies(error: BaseException, after: int) -> None:
+        seen = itertools.count()
+
+        def reset(self: Pretended, *arguments: Any, **options: Any) -> Any:
+            if next(seen) >= after:
+                raise error
+            return SimBackend.reset(self, *arguments, **options)
+
+        monkeypatch.setattr(Pretended, "reset", reset)
+
+    dies(EngineError("the vLLM engine died: out of memory"), 1)
+    assert validate.main(given) == 1
+    assert "error: the vLLM engine died: out of memory; finished runs are kept, go on with --resume" in capsys.readouterr().err
+    assert len(read_rows(tmp_path / "out" / "runs.csv", Run)) == 3
+    dies(KeyboardInterrupt(), 2)
+    assert validate.main([*given, "--resume"]) == 130
+    assert "go on with --resume" in capsys.readouterr().err
+    # The warm-up that was missing is a row; the first policy's was run again, because it ran in another process, and is none.
+    assert len(read_rows(tmp_path / "out" / "runs.csv", Run)) == 4
+
+
+def test_schedules_under_the_virtual_clock(calibration: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert validate.main(words(calibration, out, "--clock", "virtual")) == 0
+    assert "4 of 4 schedules identical to the simulator's" in capsys.readouterr().out
+    assert {row.backend for row in read_rows(out / "schedules.csv", Schedules)} == {"vllm", "vllm-scheduler"}
+    engine(Wrong)
+    assert validate.main(words(calibration, out, "--clock", "virtual", "--overwrite")) == 1
+    assert "vllm, vllm at " in capsys.readouterr().out
 
 
 def test_the_hardware_page_says_that_the_gpu_part_is_open(calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

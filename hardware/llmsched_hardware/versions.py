@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from importlib import metadata
 
-from llmsched_env.errors import ConfigError, MissingExtraError
+from llmsched_env.errors import ConfigError, MissingExtraError, install_command
 
 SUPPORTED_VERSIONS = ("0.28.0",)
 _ENVIRONMENT = (
@@ -32,7 +32,7 @@ def check_version() -> str:
         if version.split("+")[0] not in SUPPORTED_VERSIONS:
             raise ConfigError(f"{name} {version} is not supported (tested: {', '.join(SUPPORTED_VERSIONS)})")
         return version
-    raise MissingExtraError("vllm is not installed; run: pip install 'llmsched-env[vllm]' (CPU only: make setup-vllm)")
+    raise MissingExtraError(f"vllm is not installed; run: {install_command('vllm')} (CPU only: make setup-vllm)")
 
 
 def prepare_environment() -> None:
