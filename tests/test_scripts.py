@@ -186,6 +186,17 @@ def test_a_trace_is_compared_at_its_own_rate_and_at_others(tmp_path: Path, trace
     assert "every seed is the same run" in (scaled / "report.html").read_text(encoding="utf-8")
 
 
+def test_rows_that_cannot_be_right_are_refused_or_left_out_and_counted(tmp_path: Path, run_compare: Program) -> None:
+    path = write_trace(tmp_path / "bad.csv", [(0.0, 10, 5), (1.0, 0, 5), (2.0, 10, 5)])
+    words = ("--trace", path, "--policies", "vllm", "--jobs", 1, "--quiet", "--out", tmp_path / "out")
+    code, _, err = run_compare(*words)
+    assert code == 2 and "--invalid-rows drop" in err
+    code, text, _ = run_compare(*words, "--invalid-rows", "drop")
+    assert code == 0 and "1 rows of the trace are left out" in text
+    (row,) = read_rows(tmp_path / "out" / "summary.csv", Row)
+    assert row.figures.requests == 2
+
+
 def test_user_settings_reach_engine_and_policy(tmp_path: Path, run_compare: Program) -> None:
     words = ("--rates", 5, "--policies", "sarathi", "reserve", "--out", tmp_path, "--quiet")
     settings = ("engine.num_blocks=400", "policy.sarathi.budget=256", "policy.reserve.theta=0.3")

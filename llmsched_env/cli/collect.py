@@ -1,235 +1,204 @@
-"""Record an expert's decisions, and clone it.
-
-    python scripts/collect.py --expert reserve --set policy.theta=1.1 --loads 0.8 0.9 --kv 2816 --episodes 20 --out demos/reserve
-    python scripts/collect.py ... --clone runs/clone --dagger 2     # behaviour cloning, then two rounds of DAgger
-    python scripts/collect.py ... --minari llmsched/reserve-v0      # a Minari data set of the same episodes
-
-One file an episode: what is there already is kept, so the same command goes on after an interruption.
-"""
+"""``llmsched collect``: an expert's decisions recorded, and a clone of it."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
+import tyro
 
-from llmsched_baselines import Policy, Setting, make_policy, policy_names
-from llmsched_baselines.overrides import Overrides, parse_overrides
+from llmsched_agents.checkpoint import save_checkpoint
+from llmsched_agents.demonstrations import DESCRIPTION, Demonstrations, read_episode, write_episode
+from llmsched_agents.domain import Domain
+from llmsched_agents.lookup import NamedPolicy, named_policy, option_owners
+from llmsched_agents.minari_export import export
+from llmsched_agents.recording import Recorder
+from llmsched_baselines.overrides import parse_overrides
 from llmsched_env import __version__
-from llmsched_env.errors import ConfigError, MissingExtraError, require
-from llmsched_env.files import check_folder
+from llmsched_env.cli.frame import Assignments, Command, Outcome, Resumable, Screen, check_counts, words
+from llmsched_env.errors import ConfigError, require
+from llmsched_env.files import check_folder, check_same_settings, goes_on, write_settings
 
-INTERRUPTED = 130
-
-
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--expert", required=True, help=f"one of {', '.join(policy_names())}")
-    parser.add_argument("--set", dest="pairs", nargs="+", default=[], metavar="KEY=VALUE", help="policy.OPTION and engine.FIELD")
-    parser.add_argument("--scenario", default="azure-conv")
-    parser.add_argument("--loads", nargs="+", type=float, default=[0.7, 0.8, 0.9], help="shares of the stability boundary, in turn")
-    parser.add_argument("--kv", type=int, help="KV blocks (default: the scenario's)")
-    parser.add_argument("--episodes", type=int, default=12)
-    parser.add_argument("--num-requests", type=int, default=500, help="requests of an episode")
-    parser.add_argument("--seed", type=int, default=100_000, help="of the first episode; the others count up")
-    parser.add_argument("--max-admit", type=int, default=16, help="largest count in an action")
-    parser.add_argument("--no-features", action="store_true", help="the environment's observation alone")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the recordings")
-    parser.add_argument("--clone", type=Path, metavar="FOLDER", help="fit a policy and write it there as a checkpoint")
-    parser.add_argument("--net-arch", nargs="+", type=int, default=[64, 64], help="hidden layers of the clone")
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--dagger", type=int, default=0, metavar="ROUNDS", help="the clone acts, the expert labels, fit again")
-    parser.add_argument("--minari", metavar="ID", help="write a Minari data set, such as llmsched/reserve-v0")
-    parser.add_argument("--quiet", action="store_true")
-    return parser
+EPISODES = "episode-*.npz"
 
 
-class Collector:
-    """Episodes of one expert at some loads, and what is made of them.
+@dataclass(frozen=True, kw_only=True)
+class Collect(Resumable):
+    """Record an expert's decisions, one file an episode, and clone it.
 
-    Raises:
-        ConfigError: an option refused.
+    --resume records the episodes that are missing. --clone fits a policy to all of them, --dagger goes on from there: the clone acts,
+    the expert says what it would have done, and the clone is fitted again.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        from llmsched_agents.demonstrations import expert_recipe
-        from llmsched_agents.domain import Domain
-
-        self.options = options
-        for name, least in (("episodes", 1), ("num_requests", 1), ("dagger", 0), ("epochs", 1)):
-            if getattr(options, name) < least:
-                raise ConfigError(f"--{name.replace('_', '-')}: {getattr(options, name)}, must be >= {least}")
-        self.overrides: Overrides = parse_overrides(options.pairs, [options.expert])
-        self.domain = Domain((options.scenario,), tuple(options.loads), (options.kv,) if options.kv else ())
-        self.settings = self.domain.grid()
-        self.experts = [self.expert(i) for i in range(len(self.settings))]
-        first = self.experts[0]
-        for expert, load in zip(self.experts, options.loads, strict=True):
-            if expert.layout != first.layout:
-                raise ConfigError(f"--loads: {options.expert!r} keeps other queues at {load} than at {options.loads[0]}; record one load")
-        self.recipe = expert_recipe(first, options.max_admit, not options.no_features)
-
-    def expert(self, i: int) -> Policy:
-        s = self.settings[i]
-        seconds = self.options.num_requests / s.rate
-        setting = Setting(s.scenario.statistics, s.rate, s.engine, seconds, self.overrides.engine)
-        return make_policy(self.options.expert, setting, overload=True, **self.overrides.options(self.options.expert))
-
-    def describe(self) -> dict[str, Any]:
-        o = self.options
-        return {
-            "version": __version__,
-            "expert": o.expert,
-            "set": {key: list(value) if isinstance(value, tuple) else value for key, value in self.overrides.items()},
-            "domain": self.domain.describe(),
-            "num_requests": o.num_requests,
-            "seed": o.seed,
-            "recipe": self.recipe.as_dict(),
-        }
-
-    def say(self, line: str) -> None:
-        if not self.options.quiet:
-            print(line, file=sys.stderr, flush=True)
-
-    def collect(self) -> Any:
-        """Record what is missing; all episodes.
-
-        Raises:
-            ConfigError: the folder holds the recordings of something else, or a corrupt file.
-        """
-        from llmsched_agents.demonstrations import DESCRIPTION, Demonstrations, read_episode, record_episode, write_episode
-
-        out: Path = self.options.out
-        description = json.loads(json.dumps(self.describe()))
-        path = out / DESCRIPTION
-        if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            for key, value in description.items():
-                if kept.get(key) != value:
-                    raise ConfigError(f"--out: {out} holds recordings with {key} = {kept.get(key)!r}, not {value!r}")
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        episodes = []
-        for i in range(self.options.episodes):
-            file = out / f"episode-{i:05d}.npz"
-            if file.exists():
-                episodes.append(read_episode(file))
-                continue
-            which = i % len(self.settings)
-            setting = self.settings[which]
-            workload = setting.scenario.generate(self.options.seed + i, rate=setting.rate, num_requests=self.options.num_requests)
-            episode, inexact = record_episode(self.experts[which], self.recipe, setting, workload)
-            write_episode(file, episode)
-            episodes.append(episode)
-            lost = f", {inexact} decisions beyond the action space" if inexact else ""
-            self.say(f"episode {i + 1} of {self.options.episodes}: {len(episode):,} decisions, return {episode.rewards.sum():.3f}{lost}")
-        return Demonstrations.joined(episodes)
-
-    def clone(self, data: Any) -> None:
-        """Behaviour cloning, then DAgger rounds; the checkpoint is written after each."""
-        from llmsched_agents.agent import Agent
-        from llmsched_agents.checkpoint import save_checkpoint
-        from llmsched_agents.cloning import clone_policy, fit
-        from llmsched_agents.demonstrations import Demonstrations, record_episode
-        from llmsched_agents.network import network_of
-
-        o = self.options
-        policy = clone_policy(data, o.net_arch, self.recipe.layout.num_queues if self.recipe.layout else 1, o.max_admit, seed=o.seed)
-        rounds: list[dict[str, float]] = []
-        for k in range(o.dagger + 1):
-            if k > 0:
-                rng = np.random.default_rng((o.seed, k))
-                more = []
-                for i, setting in enumerate(self.settings):
-                    seed = o.seed + 10_000 * k + i
-                    workload = setting.scenario.generate(seed, rate=setting.rate, num_requests=o.num_requests)
-                    actor = Agent(network_of(policy), self.recipe, setting.setting, seed=seed)
-                    episode, _ = record_episode(self.experts[i], self.recipe, setting, workload, actor=actor, share=0.5**k, rng=rng)
-                    more.append(episode)
-                data = Demonstrations.joined([data, *more])
-            report = fit(policy, data, epochs=o.epochs, seed=o.seed + k, set_scale=k == 0, progress=self.say)
-            rounds.append({"decisions": len(data), "loss": report.loss, "accuracy": report.accuracy, "epochs": report.epochs})
-            record = {"algorithm": "dagger" if k else "behaviour cloning", "seed": o.seed, "expert": self.describe(), "rounds": rounds}
-            layout = self.recipe.layout
-            assert layout is not None
-            save_checkpoint(
-                o.clone, network_of(policy), self.recipe, self.domain, layout, name=f"{o.expert}-clone", deterministic=True, record=record
-            )
-            self.say(f"clone, round {k}: {100 * report.accuracy:.2f} % of held-out decisions equal the expert's ({len(data):,} decisions)")
-
-    def export(self, data: Any) -> None:
-        """A Minari data set with the flat observation and the ``MultiDiscrete`` action."""
-        import gymnasium as gym
-
-        minari = require("minari", "minari")
-        from minari.data_collector import EpisodeBuffer
-
-        from llmsched_agents.interface import component_sizes
-
-        layout = self.recipe.layout
-        assert layout is not None
-        buffers = []
-        for i, rows in enumerate(data.episodes()):
-            observations = data.observations[rows]
-            n = observations.shape[0]
-            ended = np.zeros(n, dtype=np.bool_)
-            ended[-1] = True
-            buffers.append(
-                EpisodeBuffer(
-                    id=i,
-                    seed=self.options.seed + i,
-                    # Minari wants the observation after the last step as well: an empty engine's was not recorded.
-                    observations=np.concatenate([observations, observations[-1:]]),
-                    actions=data.actions[rows].astype(np.int64),
-                    rewards=data.rewards[rows].astype(np.float64).tolist(),
-                    terminations=ended.tolist(),
-                    truncations=np.zeros(n, dtype=np.bool_).tolist(),
-                )
-            )
-        with warnings.catch_warnings():
-            # Minari asks for links to the code and for an author, which are the user's to give.
-            warnings.simplefilter("ignore", UserWarning)
-            minari.create_dataset_from_buffers(
-                dataset_id=self.options.minari,
-                buffer=buffers,
-                observation_space=gym.spaces.Box(0.0, 1.0, (data.observations.shape[1],), np.float32),
-                action_space=gym.spaces.MultiDiscrete(list(component_sizes(self.recipe, layout.num_queues))),
-                algorithm_name=self.options.expert,
-                description=json.dumps(self.describe()),
-            )
+    expert: Annotated[str, tyro.conf.arg(metavar="POLICY")]
+    """Name of a policy or a shipped agent, folder of a checkpoint, or module:attribute."""
+    set: Assignments = ()
+    """engine.FIELD or policy.OPTION."""
+    scenario: Annotated[str, tyro.conf.arg(metavar="NAME")] = "azure-conv"
+    """A scenario that ships, is registered or offered by a package, or a .toml file."""
+    loads: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]")] = (0.7, 0.8, 0.9)
+    """Shares of the stability boundary, in turn."""
+    kv: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the scenario's)")] = None
+    """KV blocks."""
+    episodes: Annotated[int, tyro.conf.arg(metavar="N")] = 12
+    """How many."""
+    num_requests: Annotated[int, tyro.conf.arg(metavar="N")] = 500
+    """Requests of an episode."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 100_000
+    """Of the first episode; the others count up."""
+    max_admit: Annotated[int, tyro.conf.arg(metavar="N")] = 16
+    """Largest count in an action."""
+    no_features: bool = False
+    """The environment's observation alone."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Of the recordings."""
+    clone: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
+    """Fit a policy and write it there as a checkpoint."""
+    net_arch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")] = (64, 64)
+    """Hidden layers of the clone."""
+    epochs: Annotated[int, tyro.conf.arg(metavar="N")] = 30
+    """Most passes over the data."""
+    dagger: Annotated[int, tyro.conf.arg(metavar="ROUNDS")] = 0
+    """Rounds in which the clone acts and the expert labels."""
+    minari: Annotated[str | None, tyro.conf.arg(metavar="ID", help_behavior_hint="(default: none)")] = None
+    """Write a Minari data set, such as llmsched/reserve-v0."""
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    options = arguments().parse_args(words)
-    try:
-        check_folder("--out", options.out)
-        if options.clone is not None:
-            check_folder("--clone", options.clone)
-            for module in ("torch", "stable_baselines3", "sb3_contrib", "safetensors"):
-                require(module, "agents")
-        if options.minari is not None:
-            require("minari", "minari")
-        collector = Collector(options)
-        data = collector.collect()
-        if options.clone is not None:
-            collector.clone(data)
-        if options.minari is not None:
-            collector.export(data)
-    except (ConfigError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted. The same command goes on.", file=sys.stderr)
-        return INTERRUPTED
-    print(f"{len(data):,} decisions of {options.expert} in {options.out}")
-    return 0
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recording, fully checked.
+
+    Attributes:
+        description: what it is made with, as plain values.
+        resumed: the episodes that are there stay.
+    """
+
+    expert: NamedPolicy
+    domain: Domain
+    recorder: Recorder
+    description: Mapping[str, Any]
+    resumed: bool
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def plan(options: Collect) -> Plan:
+    """What the options ask for; nothing is written.
+
+    Raises:
+        ConfigError: an option that cannot be carried out.
+    """
+    check_folder("--out", options.out)
+    if options.clone is not None:
+        check_folder("--clone", options.clone)
+    check_counts(episodes=options.episodes, num_requests=options.num_requests, epochs=options.epochs, max_admit=options.max_admit)
+    for name, value in (("dagger", options.dagger), ("seed", options.seed)):
+        if value < 0:
+            raise ConfigError(f"--{name}: {value}, must be >= 0")
+    if not options.loads:
+        raise ConfigError("--loads: none given, must be at least one")
+    expert = named_policy(options.expert)
+    overrides = parse_overrides(words(options.set), option_owners({expert.name: expert}))
+    domain = Domain((options.scenario,), options.loads, (options.kv,) if options.kv else ())
+    recorder = Recorder.of(
+        expert,
+        domain.grid(),
+        overrides,
+        num_requests=options.num_requests,
+        seed=options.seed,
+        max_admit=options.max_admit,
+        features=not options.no_features,
+    )
+    there = (options.out / DESCRIPTION).exists() or any(options.out.glob(EPISODES))
+    resumed = goes_on(options.out, there, resume=options.resume, overwrite=options.overwrite, what="recordings")
+    description = {
+        "version": __version__,
+        "expert": options.expert,
+        "set": dict(overrides.items()),
+        "domain": domain.describe(),
+        "num_requests": options.num_requests,
+        "seed": options.seed,
+        "recipe": recorder.recipe.as_dict(),
+    }
+    if resumed:
+        check_same_settings(options.out / DESCRIPTION, description)
+    return Plan(expert, domain, recorder, description, resumed)
+
+
+def recordings(options: Collect, plan: Plan, screen: Screen) -> Demonstrations:
+    """Record what is missing, each episode on disk as it is there; all of them.
+
+    Raises:
+        ConfigError: a corrupt file.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not plan.resumed:
+        for path in options.out.glob(EPISODES):
+            path.unlink()
+    write_settings(options.out / DESCRIPTION, plan.description)
+    episodes, inexact = [], 0
+    with screen.progress(options.episodes) as bar:
+        for i in range(options.episodes):
+            path = options.out / EPISODES.replace("*", f"{i:05d}")
+            if path.exists():
+                episodes.append(read_episode(path))
+            else:
+                episode, lost = plan.recorder.episode(i)
+                write_episode(path, episode)
+                episodes.append(episode)
+                inexact += lost
+            bar.advance(description=f"{len(episodes[-1]):,} decisions, return {episodes[-1].rewards.sum():.3f}")
+    if inexact:
+        screen.note(f"{inexact:,} decisions of the episodes recorded now are beyond the action space")
+    return Demonstrations.joined(episodes)
+
+
+def fit_clone(options: Collect, plan: Plan, folder: Path, data: Demonstrations, screen: Screen) -> None:
+    """The checkpoint is written after each round."""
+    from llmsched_agents.dagger import clones  # imports torch
+
+    made = clones(plan.recorder, data, net_arch=options.net_arch, epochs=options.epochs, rounds=options.dagger, progress=screen.say)
+    for clone in made:
+        save_checkpoint(
+            folder,
+            clone.network,
+            plan.recorder.recipe,
+            plan.domain,
+            plan.recorder.layout,
+            name=f"{plan.expert.name}-clone",
+            deterministic=True,
+            record={
+                "algorithm": clone.algorithm,
+                "seed": options.seed,
+                "expert": plan.description,
+                "rounds": clone.rounds,
+            },
+        )
+        last, turn = clone.rounds[-1], len(clone.rounds) - 1
+        equal = f"{100 * last['accuracy']:.2f} % of held-out decisions equal the expert's"
+        screen.say(f"clone, round {turn}: {equal} ({last['decisions']:,} decisions)")
+    screen.print(f"Agent: {folder}")
+
+
+def run(options: Collect, screen: Screen) -> Outcome:
+    """Record, then clone and export where that was asked for."""
+    require("rich", "cli")
+    if options.clone is not None:
+        for module in ("torch", "stable_baselines3", "sb3_contrib", "safetensors"):
+            require(module, "agents")
+    if options.minari is not None:
+        require("minari", "minari")
+    planned = plan(options)
+    data = recordings(options, planned, screen)
+    if options.clone is not None:
+        fit_clone(options, planned, options.clone, data, screen)
+    if options.minari is not None:
+        description = json.dumps(planned.description)
+        export(data, planned.recorder, dataset=options.minari, expert=planned.expert.name, description=description)
+    screen.print(f"{len(data):,} decisions of {options.expert} in {options.out}")
+    return Outcome({"decisions": len(data), "episodes": options.episodes, "out": options.out, "clone": options.clone})
+
+
+COMMAND = Command("collect", Collect, run, "record an expert's decisions, and clone it")
+main = COMMAND.main

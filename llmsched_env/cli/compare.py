@@ -30,11 +30,12 @@ from llmsched_env.bench.plots import Figure, plot_against_rate, plot_kv, plot_tt
 from llmsched_env.bench.report import print_table, write_html
 from llmsched_env.bench.tables import Cell, cells, policy_labels
 from llmsched_env.cli.frame import INTERRUPTED, Assignments, Command, Outcome, Resumable, Screen, check_counts, words
+from llmsched_env.cli.trace_options import TraceOptions
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import check_folder, check_same_settings, goes_on, write_settings
 from llmsched_env.parallel import start_workers, unordered
 from llmsched_env.row_file import RowFile, read_rows, write_rows
-from llmsched_env.workload import Scenario, TraceArrivals, load_scenario, scenario_from_trace
+from llmsched_env.workload import Scenario, TraceArrivals, load_scenario
 
 REPORT_FILE = "report.html"
 FIGURES = ("latency.png", "ttft.png", "kv.png", "ttft_cdf.png")
@@ -45,7 +46,7 @@ WORKLOAD = tyro.conf.create_mutex_group(required=True, title="workload")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Resumable):
+class Compare(TraceOptions, Resumable):
     """Compare scheduling policies on one workload over arrival rates and seeds.
 
     Writes summary.csv (a row a run, as each finishes), plots and a self-contained report.html.
@@ -93,16 +94,16 @@ def plan(options: Compare) -> Comparison:
     overrides = with_calibration(parse_overrides(words(options.set), option_owners(policies)), options.calibration)
     check_folder("--out", options.out)
     if options.trace is not None:
-        scenario = scenario_from_trace(options.trace, rate=rates[0] if rates else None)
+        workload = options.read(options.trace, rates[0] if rates else None)
     else:
-        scenario = load_scenario(options.scenario or "")
-    seeds = options.seeds or (1 if same_on_every_seed(scenario) else 5)
+        workload = load_scenario(options.scenario or "")
+    seeds = options.seeds or (1 if same_on_every_seed(workload) else 5)
     comparison = Comparison(
-        scenario=scenario,
+        scenario=workload,
         policies=policies,
-        rates=rates or (scenario.rate,),
+        rates=rates or (workload.rate,),
         seeds=tuple(range(seeds)),
-        num_requests=options.num_requests or scenario.num_requests,
+        num_requests=options.num_requests or workload.num_requests,
         overrides=overrides,
         source="" if options.trace is None else str(options.trace),
     )
@@ -202,6 +203,9 @@ def presented(comparison: Comparison, rows: Sequence[Row], *, complete: bool, to
     warnings = [] if complete else [f"Interrupted: {len(rows)} of {total} runs are finished, the table is of those alone."]
     if len(comparison.seeds) > 1 and same_on_every_seed(comparison.scenario):
         warnings.append("The trace has recorded arrival times: every seed is the same run and intervals have no width.")
+    trace = comparison.scenario.trace
+    if trace is not None and trace.dropped:
+        warnings.append(f"{trace.dropped:,} rows of the trace are left out: {trace.dropped_reason}.")
     return Presented(ordered, cells(ordered, policies), warnings)
 
 

@@ -136,7 +136,7 @@ def plan(options: Evaluate, screen: Screen) -> Plan:
     ablation = None if shown is None else Ablation.read(shown)
     there = options.rows.exists()
     kept = options.resume or options.report_only
-    resumed = goes_on(options.rows, there, resume=kept, overwrite=options.overwrite, what="finished runs (--rows)")
+    resumed = goes_on(options.rows, there, resume=kept, overwrite=options.overwrite, what="finished runs", option="--rows")
     bench = options.bench(chosen, screen, QUICK_REQUESTS if options.quick else None)
     if resumed:
         check_same_settings(options.settings, settings_of(bench))

@@ -13,19 +13,18 @@ from llmsched_agents.lookup import named_policy, option_owners
 from llmsched_baselines.overrides import parse_overrides, with_calibration
 from llmsched_env.bench.replay import IterationRows, Preset, Replay, prepared, summary_lines, write
 from llmsched_env.cli.frame import DONE, FAILED, Assignments, Command, Options, Outcome, Screen, words
+from llmsched_env.cli.trace_options import TraceOptions
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import check_file
 from llmsched_env.metrics import Summary, lost
 from llmsched_env.runner import EpisodeResult
 from llmsched_env.types import EpisodeLimits
-from llmsched_env.workload import scenario_from_trace
-from llmsched_env.workload.readers import REORDER_SECONDS, InvalidRows, TimeUnit
 
 MOST_ITERATIONS = 2**62
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayTrace(Options):
+class ReplayTrace(TraceOptions, Options):
     """Replay a trace under one policy: exactly its requests, a row for each.
 
     Policies that use rates and length statistics (thresholds, reservations) take them from the trace itself. A `type` column, where
@@ -60,12 +59,6 @@ class ReplayTrace(Options):
         None
     )
     """Most steps before the replay is cut off."""
-    time_unit: Annotated[TimeUnit | None, tyro.conf.arg(help_behavior_hint="(default: its format's)")] = None
-    """Unit of the trace's times."""
-    invalid_rows: InvalidRows = "error"
-    """Rows that cannot be right, such as 0 tokens: refuse the trace (error) or leave them out and count them (drop)."""
-    reorder_seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = REORDER_SECONDS
-    """Put rows in order that come up to this late, inf for all; later ones are refused."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +90,7 @@ def plan(options: ReplayTrace) -> Replay:
     overrides = with_calibration(set_here, options.calibration)
     limits = EpisodeLimits(drain=not options.no_drain, horizon=options.horizon)
     check_files(options)
-    scenario = scenario_from_trace(
-        options.trace,
-        rate=options.rate,
-        time_unit=options.time_unit,
-        invalid_rows=options.invalid_rows,
-        reorder_seconds=options.reorder_seconds,
-    )
+    scenario = options.read(options.trace, options.rate)
     preset: Preset = options.engine
     return prepared(scenario, policy, preset=preset, overrides=overrides, limits=limits, max_iterations=options.max_iterations)
 

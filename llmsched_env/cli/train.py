@@ -1,59 +1,103 @@
-"""Train an agent with stable-baselines3 on the native vector environment.
-
-    python scripts/train.py --algo ppo --entry peak --scenarios azure-conv --loads 0.8 0.9 1.0 --kv 2816 --seed 0 --out runs/peak-0
-    python scripts/train.py ... --resume           # goes on after an interruption, as if there had been none
-    python scripts/train.py --algo paired-rollouts --entry generalist --scenarios azure-conv sharegpt --random 256 --out runs/g
-    python scripts/train.py --algo maskable-ppo --entry clone --from-clone runs/clone --out runs/tuned
-
-Loads are shares of the fluid stability boundary of each scenario on its engine. ``--random N`` draws N
-settings from the ranges named (domain randomisation) in place of their grid. Curves: tensorboard --logdir OUT.
-"""
+"""``llmsched train``: an agent with stable-baselines3 on the native vector environment."""
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-# Threads that wait for each other in a busy loop take the processor from those that compute.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import tyro
 
+from llmsched_agents.checkpoint import checkpoint_folder, load_checkpoint
+from llmsched_agents.domain import Domain, EnvSetting
+from llmsched_agents.network import Network
 from llmsched_env import __version__
-from llmsched_env.errors import ConfigError, MissingExtraError, require
-from llmsched_env.files import check_folder
+from llmsched_env.cli.frame import Assignments, Command, Outcome, Resumable, Screen, check_counts, words
+from llmsched_env.errors import ConfigError, require
+from llmsched_env.files import check_folder, check_same_settings, goes_on, write_settings
+from llmsched_env.registry import is_reference
+from llmsched_env.reward import make_reward
 
-INTERRUPTED = 130
+if TYPE_CHECKING:
+    from llmsched_agents.hyperparameters import Hyperparameters
+    from llmsched_agents.rollout_training import RolloutTraining
+    from llmsched_agents.training import Training
+
+RUN, CLONE, AGENT = "run.json", "clone", "agent"
+OF_A_RUN = (RUN, CLONE, AGENT, "state.pt", "tensorboard", "rounds")
+"""What a training leaves in its folder."""
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--algo", default="ppo", help="ppo, maskable-ppo, a2c, dqn or paired-rollouts")
-    parser.add_argument("--entry", default="peak", help="entry of the YAML file")
-    parser.add_argument("--hyperparams", type=Path, help="YAML file in rl_zoo3's form (default: agents/hyperparams/ALGO.yml)")
-    parser.add_argument("--set", dest="changes", nargs="+", default=[], metavar="KEY=VALUE", help="such as n_epochs=2 or recipe.hold=32")
-    parser.add_argument("--scenarios", nargs="+", default=["azure-conv"])
-    parser.add_argument("--loads", nargs="+", type=float, default=[0.7, 0.8, 0.9], help="shares of the stability boundary")
-    parser.add_argument("--kv", nargs="+", type=int, default=[], help="KV blocks (default: each scenario's)")
-    parser.add_argument("--calibrations", nargs="+", default=[], help="iteration-time models (default: each scenario's)")
-    parser.add_argument("--bursts", nargs="+", default=[], help="poisson, gamma-CV, mmpp (default: each scenario's)")
-    parser.add_argument("--random", type=int, default=0, metavar="N", help="N random settings from these ranges")
-    parser.add_argument("--reward", default="latency", help="latency, throughput, or slo_goodput[:TTFT,TPOT] in seconds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--total-timesteps", type=float, help="decisions in all (default: the entry's n_timesteps)")
-    parser.add_argument("--from-clone", type=Path, metavar="FOLDER", help="a checkpoint to start from and to be pulled towards")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--save-every", type=float, default=500_000, metavar="STEPS", help="least number of steps between two saves")
-    parser.add_argument("--threads", type=int, help="threads (default: all)")
-    parser.add_argument("--name", default="agent", help="of the agent, in tables")
-    parser.add_argument("--no-tensorboard", action="store_true")
-    parser.add_argument("--quiet", action="store_true", help="no line for each rollout")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Train(Resumable):
+    """Train an agent with stable-baselines3 on the native vector environment.
+
+    Loads are shares of the fluid stability boundary of each scenario on its engine. --random N draws N settings from the ranges named
+    (domain randomisation) in place of their grid. A run that goes on with --resume ends as if it had not been interrupted.
+    Curves: tensorboard --logdir OUT.
+    """
+
+    algo: str = "ppo"
+    """ppo, maskable-ppo, a2c, dqn or paired-rollouts."""
+    entry: str = "peak"
+    """Entry of the YAML file."""
+    hyperparams: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the shipped one of --algo)")] = None
+    """YAML file in rl_zoo3's form."""
+    set: Assignments = ()
+    """Such as n_epochs=2 or recipe.hold=32; values as in YAML."""
+    scenarios: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("azure-conv",)
+    """Scenarios that ship, are registered or offered by a package, or .toml files; A+B: one of them in every episode."""
+    loads: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]")] = (0.7, 0.8, 0.9)
+    """Shares of the stability boundary."""
+    kv: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]", help_behavior_hint="(default: each scenario's)")] = ()
+    """KV blocks."""
+    calibrations: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="(default: each scenario's)")] = ()
+    """Iteration-time models."""
+    bursts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="(default: each scenario's)")] = ()
+    """poisson, gamma-CV or mmpp."""
+    random: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """N random settings from these ranges."""
+    reward: str = "latency"
+    """latency, throughput, slo_goodput[:TTFT,TPOT] in seconds, a registered name, or module:attribute."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Of everything that is drawn."""
+    total_timesteps: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the entry's n_timesteps)")] = None
+    """Decisions in all."""
+    from_clone: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """A checkpoint to start from and to be pulled towards."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    """Of the run."""
+    save_every: Annotated[float, tyro.conf.arg(metavar="STEPS")] = 500_000
+    """Least number of steps between two saves."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
+    """Threads."""
+    name: str = "agent"
+    """Of the agent, in tables."""
+    no_tensorboard: bool = False
+    """Write no curves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A training, fully checked.
+
+    Attributes:
+        reward: as ``make_reward`` takes it.
+        clone: the network to start from.
+        resumed: the run in ``--out`` goes on.
+    """
+
+    domain: Domain
+    settings: list[EnvSetting]
+    hyper: Hyperparameters
+    reward: Any
+    clone: Network | None
+    resumed: bool
+    description: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_change(pair: str) -> tuple[str, Any]:
@@ -73,46 +117,63 @@ def parse_change(pair: str) -> tuple[str, Any]:
 
 
 def parse_reward(text: str) -> Any:
-    """A name, with limits in seconds after a colon for ``slo_goodput``."""
-    name, colon, limits = text.partition(":")
-    if not colon:
-        return name
-    try:
-        ttft, tpot = (float(x) for x in limits.split(","))
-    except ValueError:
-        raise ConfigError(f"--reward {text!r}: must be NAME or slo_goodput:TTFT,TPOT") from None
-    return {"name": name, "ttft": ttft, "tpot": tpot}
-
-
-def prepare(options: argparse.Namespace) -> Any:
-    """The run that the options describe.
+    """A name or ``module:attribute``, or a name with limits in seconds after a colon, as ``make_reward`` takes it.
 
     Raises:
-        ConfigError: an option refused; nothing has been written then.
-        MissingExtraError: a package of the extra ``agents`` is not installed.
+        ConfigError: neither, or a reward that cannot be made.
     """
-    for module in ("torch", "stable_baselines3", "sb3_contrib", "safetensors", "yaml"):
-        require(module, "agents")
-    if not options.no_tensorboard:
-        require("tensorboard", "agents")
-    from llmsched_agents.checkpoint import load_checkpoint
-    from llmsched_agents.domain import Domain
-    from llmsched_agents.hyperparameters import read_hyperparameters
-    from llmsched_agents.rollout_training import RolloutTraining
-    from llmsched_agents.training import Training, check_same_run, write_run
+    name, colon, limits = text.partition(":")
+    reward: Any = text
+    if colon and not is_reference(text):
+        try:
+            ttft, tpot = (float(x) for x in limits.split(","))
+        except ValueError:
+            raise ConfigError(f"--reward {text!r}: must be NAME, slo_goodput:TTFT,TPOT or module:attribute") from None
+        reward = {"name": name, "ttft": ttft, "tpot": tpot}
+    make_reward(reward)
+    return reward
 
+
+def clone_of(options: Train, resumed: bool) -> Path | None:
+    """The checkpoint to start from: the copy that the run keeps where it goes on.
+
+    Raises:
+        ConfigError: it lies in the folder that ``--overwrite`` clears.
+    """
+    if options.from_clone is None:
+        return None
+    folder = checkpoint_folder(options.from_clone)
+    if options.overwrite and folder.resolve().is_relative_to(options.out.resolve()):
+        raise ConfigError(f"--from-clone: {folder} lies in --out, which --overwrite clears; must be elsewhere")
+    return options.out / CLONE if resumed else folder
+
+
+def plan(options: Train) -> Plan:
+    """The run that the options describe; nothing is written.
+
+    Raises:
+        ConfigError: an option refused.
+    """
+    from llmsched_agents.hyperparameters import read_hyperparameters  # imports torch
+
+    check_counts(threads=options.threads)
+    if options.random < 0:
+        raise ConfigError(f"--random: {options.random}, must be >= 0")
     check_folder("--out", options.out)
-    changes = dict(parse_change(pair) for pair in options.changes)
+    there = (options.out / RUN).exists()
+    resumed = goes_on(options.out, there, resume=options.resume, overwrite=options.overwrite, what="a run")
+    reward = parse_reward(options.reward)
+    pairs = words(options.set)
+    changes = dict(parse_change(pair) for pair in pairs)
     if options.total_timesteps is not None:
         changes["n_timesteps"] = options.total_timesteps
-    clone = None
-    domain = Domain(
-        tuple(options.scenarios), tuple(options.loads), tuple(options.kv), tuple(options.calibrations), tuple(options.bursts)
-    )
+    domain = Domain(options.scenarios, options.loads, options.kv, options.calibrations, options.bursts)
     settings = domain.sample(options.random, np.random.default_rng(options.seed)) if options.random else domain.grid()
-    if options.from_clone is not None:
-        kept = options.out / "clone" if options.resume else options.from_clone
-        agent = load_checkpoint(kept, settings[0].setting)
+    if not settings:
+        raise ConfigError("--scenarios, --loads: none given, must be at least one")
+    clone, folder = None, clone_of(options, resumed)
+    if folder is not None:
+        agent = load_checkpoint(folder, settings[0].setting)
         clone = agent.network
         changes["recipe"] = agent.recipe.as_dict()
         changes["policy_kwargs"] = {"net_arch": [int(weight.shape[0]) for weight, _ in clone.layers]}
@@ -121,7 +182,7 @@ def prepare(options: argparse.Namespace) -> Any:
         "version": __version__,
         "algo": options.algo,
         "entry": options.entry,
-        "set": options.changes,
+        "set": pairs,
         "domain": domain.describe(),
         "random": options.random,
         "reward": options.reward,
@@ -130,54 +191,67 @@ def prepare(options: argparse.Namespace) -> Any:
         "save_every": options.save_every,
         "from_clone": options.from_clone is not None,
     }
-    if options.resume:
-        check_same_run(options.out, description)
-    elif (options.out / "run.json").exists():
-        raise ConfigError(f"--out: {options.out} holds a run already; --resume goes on with it, or choose another folder")
+    if resumed:
+        check_same_settings(options.out / RUN, description)
+    return Plan(domain, settings, hyper, reward, clone, resumed, description)
+
+
+def training_of(options: Train, plan: Plan, screen: Screen) -> Training | RolloutTraining:
+    """The training, at the last save of the run that goes on.
+
+    Raises:
+        ConfigError: hyper-parameters that are refused, or a save of another run.
+    """
+    from llmsched_agents.rollout_training import RolloutTraining  # import torch
+    from llmsched_agents.training import STATE, Training
+
     common: dict[str, Any] = {
         "seed": options.seed,
-        "reward": parse_reward(options.reward),
+        "reward": plan.reward,
         "threads": options.threads,
         "name": options.name,
-        "report": None if options.quiet else lambda line: print(line, file=sys.stderr, flush=True),
+        "report": screen.say,
     }
     training: Training | RolloutTraining
     if options.algo == "paired-rollouts":
-        training = RolloutTraining(hyper, settings, domain, options.out, **common)
+        training = RolloutTraining(plan.hyper, plan.settings, plan.domain, options.out, **common)
     else:
-        training = Training(
-            options.algo, hyper, settings, domain, options.out, clone=clone, stage_steps=int(options.save_every),
-            tensorboard=not options.no_tensorboard, **common,
-        )  # fmt: skip
-    if options.resume:
-        if (options.out / "state.pt").exists():
-            training.restore()
-    else:
-        write_run(options.out, description)
-        if options.from_clone is not None:
-            import shutil
-
-            shutil.copytree(options.from_clone, options.out / "clone", dirs_exist_ok=True)
+        common |= {"clone": plan.clone, "stage_steps": int(options.save_every), "tensorboard": not options.no_tensorboard}
+        training = Training(options.algo, plan.hyper, plan.settings, plan.domain, options.out, **common)
+    if plan.resumed and (options.out / STATE).exists():
+        training.restore()
     return training
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    options = arguments().parse_args(words)
-    try:
-        training = prepare(options)
-    except (ConfigError, MissingExtraError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        done = training.run()
-    except KeyboardInterrupt:
-        print(f"Interrupted. Go on with --resume; the last save is in {options.out}.", file=sys.stderr)
-        return INTERRUPTED
+def prepare_folder(options: Train, plan: Plan) -> None:
+    """Clear what ``--overwrite`` discards, and write down what the run is."""
+    if options.overwrite:
+        for path in (options.out / name for name in OF_A_RUN):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_settings(options.out / RUN, plan.description)
+    if options.from_clone is not None:
+        shutil.copytree(checkpoint_folder(options.from_clone), options.out / CLONE, dirs_exist_ok=True)
+
+
+def run(options: Train, screen: Screen) -> Outcome:
+    """Train until all decisions are made; saves on the way are what --resume goes on from."""
+    # Before torch is imported: threads that wait for each other in a busy loop take the processor from those that compute.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for module in ("torch", "stable_baselines3", "sb3_contrib", "safetensors", "yaml"):
+        require(module, "agents")
+    if not options.no_tensorboard:
+        require("tensorboard", "agents")
+    planned = plan(options)
+    training = training_of(options, planned, screen)
+    if not planned.resumed:
+        prepare_folder(options, planned)
+    done = training.run()
     share = 100 * done.env_seconds / max(done.seconds, 1e-9)
     unit = "states" if options.algo == "paired-rollouts" else "steps"
-    print(f"{done.steps:,} {unit} in {done.seconds:.1f} s, {share:.0f} % of them in the environments. Agent: {options.out / 'agent'}")
-    return 0
+    agent = options.out / AGENT
+    screen.print(f"{done.steps:,} {unit} in {done.seconds:.1f} s, {share:.0f} % of them in the environments. Agent: {agent}")
+    return Outcome({"agent": agent, "progress": done})
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMAND = Command("train", Train, run, "train an agent")
+main = COMMAND.main
