@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from llmsched_env.pages.reproduction.cases import Case
+from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
 from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, picture, show, table
 from llmsched_env.pages.reproduction.systems import (
@@ -120,15 +120,7 @@ def eviction_models(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]
         """Latency of vLLM minus that of the better fluid WAIT, seconds."""
         return groups["vLLM", rate, model].mean("latency") - min(groups[w, rate, model].mean("latency") for w in wait)
 
-    with figure(lab.figures / "eviction_models.png", 1, 2) as axes:
-        for i, p in enumerate(EVICTION_PLANS):
-            for j, m in enumerate(models):
-                label = f"{p.label}, {m.replace('_', ' ')}"
-                own = [groups[p.label, r, m] for r in rates]
-                draw(axes[0][0], [Curve(label, rates, [g.interval("latency") for g in own], 2 * i + j)])
-                draw(axes[0][1], [Curve(label, rates, [g.interval("completed") for g in own], 2 * i + j)])
-        finish(axes[0][0], "p512d1000, Llama-2-7B", "arrival rate (requests/s)", "mean latency (s)")
-        finish(axes[0][1], "p512d1000, Llama-2-7B", "arrival rate (requests/s)", "completed (requests/s)", legend=False)
+    draw_eviction_models(lab, groups, rates, models)
     at = max(rates, key=lambda r: advantage(r, "lose_progress"))
     lost, kept = advantage(at, "lose_progress"), advantage(at, "recompute")
     share = 1 - kept / lost if lost > 0 else float("nan")
@@ -166,6 +158,19 @@ def eviction_models(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]
         ),
     ]
     return claims, body, {"eviction_share": share, "eviction_rate": at, "eviction_lost": lost, "eviction_kept": kept}
+
+
+def draw_eviction_models(lab: Lab, groups: Mapping[tuple[str, float, str], Group], rates: Sequence[float], models: Sequence[str]) -> None:
+    """Latency and completed rate of every policy under both models."""
+    with figure(lab.figures / "eviction_models.png", 1, 2) as axes:
+        for i, p in enumerate(EVICTION_PLANS):
+            for j, m in enumerate(models):
+                label = f"{p.label}, {m.replace('_', ' ')}"
+                own = [groups[p.label, r, m] for r in rates]
+                draw(axes[0][0], [Curve(label, rates, [g.interval("latency") for g in own], 2 * i + j)])
+                draw(axes[0][1], [Curve(label, rates, [g.interval("completed") for g in own], 2 * i + j)])
+        finish(axes[0][0], "p512d1000, Llama-2-7B", "arrival rate (requests/s)", "mean latency (s)")
+        finish(axes[0][1], "p512d1000, Llama-2-7B", "arrival rate (requests/s)", "completed (requests/s)", legend=False)
 
 
 def gains(results: Results, rate: float, wait: Sequence[str], baseline: str) -> tuple[float, float]:
@@ -225,7 +230,12 @@ def headline(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
             rows,
         ),
     ]
-    claims = [
+    return headline_claims(hits, top), body, {f"gain:{key.replace(' ', '_')}": value for key, value in top.items()}
+
+
+def headline_claims(hits: Mapping[str, Sequence[str]], top: Mapping[str, float]) -> list[Claim]:
+    """What was found of the two figures; ``hits``: where they appear, ``top``: largest gain in completed rate by baseline."""
+    return [
         Claim(
             "+23 % throughput over vLLM",
             "in no version; +22.9 % and +25.1 % in two overloaded repository runs",
@@ -242,7 +252,6 @@ def headline(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
             _where(hits["ttft"]),
         ),
     ]
-    return claims, body, {f"gain:{key.replace(' ', '_')}": value for key, value in top.items()}
 
 
 def _where(found: Sequence[str]) -> str:

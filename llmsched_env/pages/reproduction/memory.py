@@ -1,7 +1,8 @@
-"""Theory, part 2: the eviction cascade, the safety buffer and the number of segments."""
+"""Theory, part 2: the eviction cascade and the safety buffer; the number of segments is part of its section."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,14 @@ import numpy.typing as npt
 from llmsched_env.bench.plots import COLOURS
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import require
-from llmsched_env.fluid import continuation, equal_width_ends, nested_memory, required_memory
-from llmsched_env.fluid.nested import design_memory
-from llmsched_env.pages.reproduction.cases import Case
+from llmsched_env.fluid import required_memory
+from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish, thin
 from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, picture, show, table
+from llmsched_env.pages.reproduction.segments import segments
 from llmsched_env.pages.reproduction.stability import LABEL, STYLE, TWO, paper_engine
 from llmsched_env.runner import Policy
-from llmsched_env.types import EngineConfig, EpisodeLimits, LengthStatistics, Workload
+from llmsched_env.types import EngineConfig, EpisodeLimits, Workload
 
 NESTED = (("thresholds", (16, 6)), ("segment_ends", (10,)))
 BASE, M_STAR = 4170, 3000
@@ -71,45 +72,28 @@ def toy(start: tuple[int, int], arrivals: str, iterations: int) -> Course:
     return course(policy, Workload.of(times, [1] * len(times), [1] * len(times)), float(iterations) + 0.5)
 
 
+ToyRuns = Mapping[tuple[tuple[int, int], str], Course]
+"""By start and kind of arrivals."""
+
+
 def cascade(lab: Lab) -> tuple[list[Claim], list[str]]:
+    """The toy system from a balanced and an unbalanced start, and the two types at three capacities."""
     long = 400
     runs = {(s, a): toy(s, a, long + 2) for s in ((4, 4), (6, 3)) for a in ("backlog", "4")}
     # The first iteration only prepares the start state; the second completes its decodes.
     done = {key: run.completed[1 : long + 1] for key, run in runs.items()}
-    rows = [
-        [
-            f"[{s[0]}, {s[1]}], {'backlog' if a == 'backlog' else '4 arrivals an iteration'}",
-            ", ".join(f"{int(c)}" for c in d[:12]),
-            number(float(d.mean()), 5),
-            f"{int(runs[s, a].evictions.sum()):,}",
-        ]
-        for (s, a), d in done.items()
-    ]
+    rows = toy_rows(runs, done)
     bad, good = float(done[(6, 3), "backlog"].mean()), float(done[(4, 4), "backlog"].mean())
 
     capacities = {f"M* = {M_STAR:,}": M_STAR, "1.125 M* = 3,375": 3375, "M_req = 5,003": 5003}
     policies: dict[str, tuple[tuple[str, Any], ...]] = {"fcfs": (), "wait": (), "nested-wait": NESTED}
-    span = lab.pick(3000.0, 1500.0)
     cases = {
         (p, c): Case(p, 3.0, o, paper_engine(c), types=TWO, horizon=lab.pick(HORIZON, 6000.0), seeds=lab.pick(10, 3))
         for c in capacities.values()
         for p, o in policies.items()
     }
     groups = dict(zip(cases, lab.run("eviction cascade", list(cases.values())), strict=True))
-    with figure(lab.figures / "cascade.png", 3, 3, width=3.6, height=2.3) as axes:
-        draw_toy(axes[0], runs)
-        for column, (label, capacity) in enumerate(capacities.items()):
-            for p in policies:
-                case = cases[p, capacity].but(horizon=span)
-                run = course(case.build(), case.workload(0), span)
-                time, kv = thin(run.time, run.kv, 400)
-                axes[1][column].plot(time, kv, color=COLOURS[STYLE[p]], linewidth=0.7, label=LABEL[p])
-                axes[2][column].plot(run.time, np.cumsum(run.evictions), color=COLOURS[STYLE[p]], linewidth=1.2, label=LABEL[p])
-            axes[1][column].axhline(capacity, color="black", linestyle=":", linewidth=1)
-            axes[1][column].set_ylim(0, 5300)
-            finish(axes[1][column], f"C = {label}", "time (s)", "KV (tokens)", legend=False)
-            finish(axes[2][column], f"C = {label}", "time (s)", "evictions so far", legend=column == 0)
-            axes[2][column].set_ylim(bottom=0, top=max(axes[2][column].get_ylim()[1], 10))
+    draw_cascade(lab, runs, cases, capacities)
     summary = [
         [f"{LABEL[p]}, C = {c:,}", show(g.interval("tokens"), 4), show(g.interval("latency")), show(g.interval("evictions"))]
         for (p, c), g in groups.items()
@@ -151,7 +135,40 @@ def cascade(lab: Lab) -> tuple[list[Claim], list[str]]:
     return claims, body
 
 
-def draw_toy(axes: Any, runs: dict[tuple[tuple[int, int], str], Course]) -> None:
+def toy_rows(runs: ToyRuns, done: Mapping[tuple[tuple[int, int], str], npt.NDArray[np.float64]]) -> list[list[str]]:
+    """A line for each start and kind of arrivals; ``done``: completions of each iteration."""
+    return [
+        [
+            f"[{s[0]}, {s[1]}], {'backlog' if a == 'backlog' else '4 arrivals an iteration'}",
+            ", ".join(f"{int(c)}" for c in d[:12]),
+            number(float(d.mean()), 5),
+            f"{int(runs[s, a].evictions.sum()):,}",
+        ]
+        for (s, a), d in done.items()
+    ]
+
+
+def draw_cascade(lab: Lab, runs: ToyRuns, cases: Mapping[tuple[str, int], Case], capacities: Mapping[str, int]) -> None:
+    """The toy system above; below one seed of each policy at each capacity."""
+    span = lab.pick(3000.0, 1500.0)
+    with figure(lab.figures / "cascade.png", 3, 3, width=3.6, height=2.3) as axes:
+        draw_toy(axes[0], runs)
+        for column, (label, capacity) in enumerate(capacities.items()):
+            for p in dict.fromkeys(policy for policy, _ in cases):
+                case = cases[p, capacity].but(horizon=span)
+                run = course(case.build(), case.workload(0), span)
+                time, kv = thin(run.time, run.kv, 400)
+                axes[1][column].plot(time, kv, color=COLOURS[STYLE[p]], linewidth=0.7, label=LABEL[p])
+                axes[2][column].plot(run.time, np.cumsum(run.evictions), color=COLOURS[STYLE[p]], linewidth=1.2, label=LABEL[p])
+            axes[1][column].axhline(capacity, color="black", linestyle=":", linewidth=1)
+            axes[1][column].set_ylim(0, 5300)
+            finish(axes[1][column], f"C = {label}", "time (s)", "KV (tokens)", legend=False)
+            finish(axes[2][column], f"C = {label}", "time (s)", "evictions so far", legend=column == 0)
+            axes[2][column].set_ylim(bottom=0, top=max(axes[2][column].get_ylim()[1], 10))
+
+
+def draw_toy(axes: Any, runs: ToyRuns) -> None:
+    """Completions and evictions of the toy system, an axes each."""
     names = {"backlog": "always a backlog", "4": "4 arrivals an iteration"}
     for column, kind in enumerate(("backlog", "4")):
         for start, style in (((4, 4), 0), ((6, 3), 1)):
@@ -200,20 +217,7 @@ def buffer(lab: Lab) -> tuple[list[Claim], list[str]]:
         [f"{c:,}", show(g.interval("evictions")), f"{overflow(c)[0]:.3f}", show(g.interval("latency"))]
         for c, g in zip(capacities, groups, strict=True)
     ]
-    with figure(lab.figures / "buffer.png", 1, 2) as axes:
-        left, right = axes[0]
-        draw(left, [Curve("evictions in [0, T]", [float(c) for c in capacities], [g.interval("evictions") for g in groups], 2)])
-        left.axvline(BASE, color="black", linestyle="--", linewidth=1, label="M^pi")
-        left.axvline(m_req(0.1), color="black", linestyle=":", linewidth=1, label="M_req, delta = 0.1")
-        left.set_yscale("symlog", linthresh=1)
-        left.set_ylim(bottom=0)
-        finish(left, "Nested WAIT (16, 6)", "KV capacity C (tokens)", "evictions")
-        grid = np.arange(BASE, m_req(0.001), 5.0)
-        right.step(grid, [np.mean(peaks > c) for c in grid], color=COLOURS[2], where="post", label=f"measured, {n} seeds")
-        deltas = np.geomspace(1e-3, 0.99, 60)
-        right.plot([m_req(d) for d in deltas], deltas, color="black", linestyle=":", label="bound: delta at C = M_req(delta)")
-        right.set_yscale("log")
-        finish(right, "overflow in [0, T]", "KV capacity C (tokens)", "probability")
+    draw_buffer(lab, dict(zip(capacities, groups, strict=True)), peaks, m_req)
     body = [
         "### The safety buffer",
         "",
@@ -226,11 +230,22 @@ def buffer(lab: Lab) -> tuple[list[Claim], list[str]]:
         "",
         *picture("buffer.png", "Left: evictions against the capacity. Right: measured overflow probability and the bound."),
     ]
-    claims = [
+    return buffer_claims(groups, shares, n, within=within), body
+
+
+def buffer_claims(groups: Sequence[Group], shares: Sequence[float], seeds: int, *, within: bool) -> list[Claim]:
+    """What the overflow says.
+
+    Args:
+        groups: by capacity, from M^pi to M_req.
+        shares: of the buffer that each delta needed.
+        within: whether every delta was kept.
+    """
+    return [
         Claim(
             "C >= M_req(delta) overflows with probability at most delta",
             "P(overflow) <= delta",
-            f"holds at delta = {', '.join(f'{d:g}' for d in DELTAS)} over {n} seeds" if within else "exceeded, see the table",
+            f"holds at delta = {', '.join(f'{d:g}' for d in DELTAS)} over {seeds} seeds" if within else "exceeded, see the table",
             "agrees" if within else "differs",
         ),
         Claim(
@@ -247,146 +262,21 @@ def buffer(lab: Lab) -> tuple[list[Claim], list[str]]:
             "the paper bounds, it does not claim tightness",
         ),
     ]
-    return claims, body
 
 
-def uniform_types(count: int = 20, step: int = 10, prompt: int = 10) -> tuple[tuple[int, int, float], ...]:
-    return tuple((prompt, step * (j + 1), 1.0) for j in range(count))
-
-
-def statistics_of(types: tuple[tuple[int, int, float], ...]) -> LengthStatistics:
-    prompt, output, weight = zip(*types, strict=True)
-    return LengthStatistics.of(prompt, output, weight)
-
-
-def segments(lab: Lab) -> tuple[list[Claim], list[str]]:
-    """Base memory, buffer and latency against the number of segments."""
-    types, rate = uniform_types(), 3.0
-    engine = (("capacity_tokens", 10_000_000), ("d0", 1.0), ("d1", 1e-5))
-    model = EngineConfig.paper(10_000_000, 1.0, 1e-5)
-    statistics = statistics_of(types)
-    counts = (1, 2, 3, 4, 5, 7, 10, 20)
-    plans = ((200.0, 0.1), (200.0, 1e-5), (20.0, 1e-3), (2000.0, 1e-3))
-    ends = {k: equal_width_ends(statistics, k) for k in counts}
-    memory = {
-        (t, d): [design_memory(statistics, rate, model, ends[k], horizon_seconds=t, slack=1.25, eta=0.1, delta=d) for k in counts]
-        for t, d in plans
-    }
-    seeds, horizon = lab.pick(10, 3), lab.pick(3000.0, 1500.0)
-    cases = [
-        Case("nested-wait", rate, (("segment_ends", ends[k][:-1]),), engine, types=types, horizon=horizon, seeds=seeds) for k in counts
-    ]
-    real = (("capacity_tokens", 10_000_000), ("d0", 10.6e-3), ("d1", 0.401e-6))
-    lmsys = Case("nested-wait", 30.0, (), real, lengths="lmsys", horizon=lab.pick(120.0, 40.0), seeds=seeds)
-    chat = lmsys.statistics()
-    chat_counts = (2, 3, 4, 6, 8, 12, 16)
-    chat_ends = {k: equal_width_ends(chat, k) for k in chat_counts}
-    chat_cases = [lmsys.but(options=(("segment_ends", chat_ends[k][:-1]),)) for k in chat_counts]
-    groups = lab.run("number of segments", [*cases, *chat_cases])
-    own, chats = groups[: len(counts)], groups[len(counts) :]
-    chat_model = EngineConfig.paper(10_000_000, 10.6e-3, 0.401e-6)
-    chat_memory = [
-        design_memory(chat, 30.0, chat_model, chat_ends[k], horizon_seconds=120.0, slack=1.25, eta=0.1, delta=0.1) for k in chat_counts
-    ]
-
-    best = {plan: counts[int(np.argmin([m[2] for m in values]))] for plan, values in memory.items()}
-    u_shape = all(1 < k < counts[-1] for k in best.values())
-    first = memory[plans[0]]
-    rows = [
-        [str(k), *memory_cells(m), show(g.interval("latency")), show(g.interval("ttft"))]
-        for k, m, g in zip(counts, first, own, strict=True)
-    ]
-    chat_rows = [
-        [str(k), *memory_cells(m), show(g.interval("latency")), show(g.interval("ttft"))]
-        for k, m, g in zip(chat_counts, chat_memory, chats, strict=True)
-    ]
-    with figure(lab.figures / "segments.png", 1, 3, width=3.6, height=3.2) as axes:
-        x = [float(k) for k in counts]
-        for style, ((t, d), values) in enumerate(memory.items()):
-            axes[0][0].plot(x, [m[2] / 1000 for m in values], marker=".", color=COLOURS[style], label=f"T = {t:g} s, delta = {d:g}")
-        axes[0][0].plot(x, [m[0] / 1000 for m in first], color="black", linestyle=":", label="base memory M^pi")
-        finish(axes[0][0], "20 lengths, 3 requests/s", "segments L", "M_req (thousand KV tokens)")
-        draw(
-            axes[0][1],
-            [Curve("latency", x, [g.interval("latency") for g in own], 2), Curve("TTFT", x, [g.interval("ttft") for g in own], 0)],
-        )
-        finish(axes[0][1], "20 lengths, C large", "segments L", "seconds", log="y")
-        y = [float(k) for k in chat_counts]
-        axes[0][2].plot(y, [m[2] / 1000 for m in chat_memory], marker=".", color=COLOURS[0], label="M_req, T = 120 s, delta = 0.1")
-        axes[0][2].plot(y, [m[0] / 1000 for m in chat_memory], color="black", linestyle=":", label="base memory M^pi")
-        finish(axes[0][2], "continuous lengths (lmsys), 30/s", "segments L", "thousand KV tokens")
-        axes[0][0].set_ylim(bottom=0)
-        axes[0][2].set_ylim(bottom=0)
-    prompts_claim, prompts_body = prompts(lab)
-    body = [
-        "### The number of segments",
-        "",
-        "Twenty output lengths 10, 20, ..., 200 with prompt 10 at 3 requests/s in all (d0 = 1 s, d1 = 0.01 ms), cut into L segments of "
-        f"equal width; latency with memory to spare, {seeds} seeds. The paper does not state the lengths behind its figures, so only "
-        "shapes compare.",
-        "",
-        *table(["L", "M^pi", "buffer (T = 200 s, delta = 0.1)", "M_req", "mean latency (s)", "mean TTFT (s)"], rows),
-        "A dash: no cycle is stable with so few segments. Continuous lengths: the lmsys distribution at 30 requests/s with d0 = 10.6 ms "
-        "and d1 = 0.401 us (fractional thresholds, rotated).",
-        "",
-        *table(["L", "M^pi", "buffer", "M_req", "mean latency (s)", "mean TTFT (s)"], chat_rows),
-        *picture("segments.png", "Required memory over the number of segments; latency (bars: 95 % intervals)."),
-        *prompts_body,
-    ]
-    claims = [
-        Claim(
-            "memory over the number of segments is U-shaped",
-            "U shape, the base term dominates",
-            "; ".join(f"smallest at L = {best[p]} for T = {p[0]:g} s, delta = {p[1]:g}" for p in plans),
-            "agrees" if u_shape else "differs",
-            "" if u_shape else "the minimum is at an end of the range for some of the settings",
-        ),
-        prompts_claim,
-    ]
-    return claims, body
-
-
-def memory_cells(memory: tuple[float, float, float]) -> list[str]:
-    """M^pi, buffer and M_req; a dash where no cycle is stable."""
-    base, _, required = memory
-    return [f"{v:,.0f}" if np.isfinite(v) else "-" for v in (base, required - base if np.isfinite(base) else np.nan, required)]
-
-
-def prompts(lab: Lab) -> tuple[Claim, list[str]]:
-    """Prompts that differ with the output length: memory by the longest prompt of each segment."""
-    types = ((100, 50, 1.0), (40, 100, 1.0), (10, 200, 1.0))
-    statistics, ends = statistics_of(types), (50, 100, 200)
-    case = Case(
-        "nested-wait",
-        1.0,
-        (("segment_ends", ends[:-1]),),
-        (("capacity_tokens", 1_000_000), ("d0", 1.0), ("d1", 2e-5)),
-        types=types,
-        horizon=lab.pick(10000.0, 3000.0),
-        seeds=lab.pick(20, 4),
-    )
-    policy: Any = case.build()
-    n = policy.parameters.thresholds
-    model = case.base_engine()
-    p = continuation(statistics, list(ends))
-    peak = lab.run("prompts by segment", [case])[0].values("kv_peak").max()
-
-    def need(prompt: Any) -> tuple[float, float]:
-        whole = required_memory(n, ends, p, prompt, model, num_types=3, horizon_seconds=case.horizon, delta=0.1)
-        return nested_memory(n, ends, prompt, model), whole
-
-    by_segment, everywhere = need([100.0, 40.0, 10.0]), need([100.0, 100.0, 100.0])
-    fits = peak <= by_segment[1]
-    body = [
-        "**Prompts that differ by segment.** Types (100, 50), (40, 100), (10, 200) at 1 request/s, segments ending at the three lengths: "
-        f"with the longest prompt of each segment M^pi = {by_segment[0]:,.0f} and M_req = {by_segment[1]:,.0f}; with the longest of all "
-        f"in every segment {everywhere[0]:,.0f} and {everywhere[1]:,.0f}. Highest peak over {case.seeds} seeds: {peak:,.0f} tokens.",
-        "",
-    ]
-    claim = Claim(
-        "prompts that differ: the longest of each segment suffices",
-        "memory terms with the per-segment maximum",
-        f"peak {peak:,.0f} <= M_req {by_segment[1]:,.0f}" if fits else f"peak {peak:,.0f} > M_req {by_segment[1]:,.0f}",
-        "agrees" if fits else "differs",
-    )
-    return claim, body
+def draw_buffer(lab: Lab, groups: Mapping[int, Group], peaks: npt.NDArray[np.float64], m_req: Callable[[float], float]) -> None:
+    """Evictions against the capacity, and the measured overflow beside the bound; ``m_req``: memory for a delta."""
+    with figure(lab.figures / "buffer.png", 1, 2) as axes:
+        left, right = axes[0]
+        draw(left, [Curve("evictions in [0, T]", [float(c) for c in groups], [g.interval("evictions") for g in groups.values()], 2)])
+        left.axvline(BASE, color="black", linestyle="--", linewidth=1, label="M^pi")
+        left.axvline(m_req(0.1), color="black", linestyle=":", linewidth=1, label="M_req, delta = 0.1")
+        left.set_yscale("symlog", linthresh=1)
+        left.set_ylim(bottom=0)
+        finish(left, "Nested WAIT (16, 6)", "KV capacity C (tokens)", "evictions")
+        grid = np.arange(BASE, m_req(0.001), 5.0)
+        right.step(grid, [np.mean(peaks > c) for c in grid], color=COLOURS[2], where="post", label=f"measured, {peaks.size} seeds")
+        deltas = np.geomspace(1e-3, 0.99, 60)
+        right.plot([m_req(d) for d in deltas], deltas, color="black", linestyle=":", label="bound: delta at C = M_req(delta)")
+        right.set_yscale("log")
+        finish(right, "overflow in [0, T]", "KV capacity C (tokens)", "probability")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -81,7 +81,6 @@ def region(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
     fcfs = [s.rate / fluid_rate(((10, 20, 1.0),), c) for (p, c), s in single.items() if p == "fcfs"]
     fcfs += [s.rate / fluid_rate(mix(x), CAPACITY) for (p, x), s in plane.items() if p == "fcfs"]
     nested = [s.rate / fluid_rate(mix(x), CAPACITY) for (p, x), s in plane.items() if p == "nested-wait"]
-    over = max([*fcfs, *nested, worst_wait])
     body = [
         "### Largest stable rate against the fluid boundary a = C / (d0 + d1 C)",
         "",
@@ -98,7 +97,14 @@ def region(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
             "stability.png", "Left: one type over the capacity. Right: the plane of two types at C = 3,750. Bars: brackets of the search."
         ),
     ]
-    claims = [
+    claims = region_claims(lab, worst_wait, fcfs, nested)
+    return claims, body, {"wait_region": worst_wait, "fcfs_low": min(fcfs), "fcfs_high": max(fcfs), "nested_low": min(nested)}
+
+
+def region_claims(lab: Lab, worst_wait: float, fcfs: Sequence[float], nested: Sequence[float]) -> list[Claim]:
+    """What the largest stable rates say; all are shares of the fluid boundary."""
+    over = max([*fcfs, *nested, worst_wait])
+    return [
         Claim(
             "WAIT is stable up to the fluid boundary",
             "stability region { M* <= C, rho < 1 } (proposition)",
@@ -127,7 +133,6 @@ def region(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
             "at the ends of the mix there is only one type and no boundary queue",
         ),
     ]
-    return claims, body, {"wait_region": worst_wait, "fcfs_low": min(fcfs), "fcfs_high": max(fcfs), "nested_low": min(nested)}
 
 
 def mix(share: float) -> tuple[tuple[int, int, float], ...]:
@@ -224,7 +229,7 @@ def scaling(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
             draw(axes[0][1], [Curve(label, x, [g.interval("latency") for g in own], style)])
         finish(axes[0][0], "throughput gap", "horizon T (s)", "fluid minus measured throughput (tokens/s)", log="xy")
         finish(axes[0][1], "mean latency", "horizon T (s)", "mean latency (s)", log="xy", legend=False)
-    edge, slack, fcfs = list(kinds)
+    slack = list(kinds)[1]
     body = [
         "### Throughput gap and latency against the horizon",
         "",
@@ -243,7 +248,15 @@ def scaling(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
         ),
         *picture("scaling.png", "Gap and mean latency over the horizon, log-log, with 95 % intervals."),
     ]
-    claims = [
+    return scaling_claims(gaps, lats, growths), body, {"slack_latency": lats[slack].mean}
+
+
+def scaling_claims(
+    gaps: Mapping[str, Interval], lats: Mapping[str, Interval], growths: Mapping[str, tuple[Interval, Interval]]
+) -> list[Claim]:
+    """What the slopes say of WAIT at the boundary, WAIT with slack and FCFS, in this order."""
+    edge, slack, fcfs = gaps
+    return [
         _growth_claim("throughput gap of WAIT at the boundary", "O(T^-1/2)", gaps[edge], -0.5, growths[edge][0]),
         _growth_claim("latency of WAIT at the boundary", "O(T^1/2)", lats[edge], 0.5, growths[edge][1]),
         _slope_claim("throughput gap of WAIT with slack", "O(1/T): slope -1", gaps[slack], -1.0),
@@ -256,7 +269,6 @@ def scaling(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
             "it starts below its limit: an empty system does not evict yet" if gaps[fcfs].low > 0 else "",
         ),
     ]
-    return claims, body, {"slack_latency": lats[slack].mean}
 
 
 def _slope(interval: Interval) -> str:

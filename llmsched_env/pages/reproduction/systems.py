@@ -266,32 +266,9 @@ def report(
     chosen: Mapping[tuple[str, float], int],
     boundary: str,
 ) -> list[str]:
-    fixed, tuned = [p for p in PLANS if not p.tuned], [p for p in PLANS if p.tuned]
+    """The lines of one workload; ``chosen``: the best trial of each tuned plan at each rate."""
     name = f"systems_{slug(load.name)}.png"
-    with figure(lab.figures / name, 2, 4, width=3.4, height=2.8) as axes:
-        for row, (plans, title) in enumerate(((fixed, "fixed or fluid"), (tuned, "best of 8 trials"))):
-            metrics = (
-                ("latency", "mean latency (s)", "y"),
-                ("ttft", "mean TTFT (s)", "y"),
-                ("ttft_p99", "P99 TTFT (s)", "y"),
-                ("completed", "completed (requests/s)", ""),
-            )
-            for column, (metric, text, log) in enumerate(metrics):
-                curves = [Curve(plan.label, rates, [results[plan.label, r].interval(metric) for r in rates], plan.style) for plan in plans]
-                draw(axes[row][column], curves)
-                if log:
-                    limit_to_means(axes[row][column], curves)
-                if metric == "completed":
-                    axes[row][column].plot(rates, rates, color="black", linewidth=0.8, linestyle=":", label="offered")
-                else:
-                    for plan in plans:  # the largest stable rate, marked
-                        low = stable[plan.label][0]
-                        if low > 0:
-                            axes[row][column].plot(
-                                [low], [results[plan.label, low].mean(metric)], "*", color="black", markersize=6, zorder=5
-                            )
-                finish(axes[row][column], title, "arrival rate (requests/s)", text, legend=False, log=log)
-            axes[row][3].legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    draw_report(lab, name, results, rates, stable)
     rows = []
     for plan in PLANS:
         low, high = stable[plan.label]
@@ -328,6 +305,35 @@ def report(
         "",
         *picture(name, f"{load.name}: top fixed or fluid settings, bottom the best of 8 trials a rate; stars: largest stable rate."),
     ]
+
+
+def draw_report(lab: Lab, name: str, results: Results, rates: Sequence[float], stable: Mapping[str, tuple[float, float]]) -> None:
+    """Latency, TTFT and completed rate over the rate: above fixed or fluid settings, below the best of the trials."""
+    fixed, tuned = [p for p in PLANS if not p.tuned], [p for p in PLANS if p.tuned]
+    with figure(lab.figures / name, 2, 4, width=3.4, height=2.8) as axes:
+        for row, (plans, title) in enumerate(((fixed, "fixed or fluid"), (tuned, "best of 8 trials"))):
+            metrics = (
+                ("latency", "mean latency (s)", "y"),
+                ("ttft", "mean TTFT (s)", "y"),
+                ("ttft_p99", "P99 TTFT (s)", "y"),
+                ("completed", "completed (requests/s)", ""),
+            )
+            for column, (metric, text, log) in enumerate(metrics):
+                curves = [Curve(plan.label, rates, [results[plan.label, r].interval(metric) for r in rates], plan.style) for plan in plans]
+                draw(axes[row][column], curves)
+                if log:
+                    limit_to_means(axes[row][column], curves)
+                if metric == "completed":
+                    axes[row][column].plot(rates, rates, color="black", linewidth=0.8, linestyle=":", label="offered")
+                else:
+                    for plan in plans:  # the largest stable rate, marked
+                        low = stable[plan.label][0]
+                        if low > 0:
+                            axes[row][column].plot(
+                                [low], [results[plan.label, low].mean(metric)], "*", color="black", markersize=6, zorder=5
+                            )
+                finish(axes[row][column], title, "arrival rate (requests/s)", text, legend=False, log=log)
+            axes[row][3].legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
 
 def best(results: Results, rate: float, labels: Sequence[str], metric: str = "latency") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmsched_env.bench.plots import COLOURS, MARKERS
@@ -46,6 +47,10 @@ def section(lab: Lab) -> Section:
     )
 
 
+Groups = Mapping[tuple[str, Any], Group]
+"""By arrival process and plan, or by plan and share of the boundary."""
+
+
 def significant(better: Group, worse: Group, metric: str) -> float:
     """P value of a paired t test that ``metric`` is the same: the seeds give both the same requests."""
     result = require("scipy.stats", "cli").ttest_rel(better.values(metric), worse.values(metric))
@@ -84,28 +89,7 @@ def varying(lab: Lab) -> tuple[list[Claim], list[str]]:
         [f"{a}: {p}", show(g.interval("tokens"), 4), show(g.interval("latency")), show(g.interval("ttft")), show(g.interval("evictions"))]
         for (a, p), g in groups.items()
     ]
-    names = list(arrivals)
-    with figure(lab.figures / "changing_rates.png", 1, 2, width=4.9) as axes:
-        for column, (metric, title) in enumerate((("latency", "mean latency (s)"), ("evictions", "evictions in [0, T]"))):
-            ax = axes[0][column]
-            for i, (p, (_, _, style)) in enumerate(plans.items()):
-                own = [groups[a, p].interval(metric) for a in names]
-                x = [j + 0.12 * (i - 1.5) for j in range(len(names))]
-                ax.errorbar(
-                    x, [v.mean for v in own], [v.half_width for v in own], fmt=MARKERS[style], color=COLOURS[style], capsize=3, label=p
-                )
-            ax.set_xticks(range(len(names)), ["Poisson", "steps", "MMPP-2"])
-            ax.set_ylim(bottom=0)
-            if metric == "evictions":
-                ax.set_yscale("symlog", linthresh=1)
-                ax.set_ylim(bottom=-0.2)
-            finish(ax, f"mean rate {mean:.2f} requests/s", "arrivals", title, legend=column == 0)
-    steps, bursts = names[1], names[2]
-    window_evictions = int(max(groups[a, "WAIT, busiest window"].values("evictions").max() for a in names))
-    modified, plain = groups[bursts, "Modified WAIT"], groups[bursts, "WAIT, mean rate"]
-    better = modified.mean("latency") < plain.mean("latency")
-    p_value = significant(modified, plain, "latency")
-    stepped, stepped_plain = groups[steps, "WAIT, busiest window"], groups[steps, "WAIT, mean rate"]
+    draw_varying(lab, groups, {p: style for p, (_, _, style) in plans.items()}, mean)
     body = [
         "### Rates that change, and bursts",
         "",
@@ -119,14 +103,26 @@ def varying(lab: Lab) -> tuple[list[Claim], list[str]]:
         *table(["arrivals: policy", "throughput (tok/s)", "mean latency (s)", "mean TTFT (s)", "evictions"], rows),
         *picture("changing_rates.png", "Mean latency and evictions by arrival process, 95 % intervals."),
     ]
-    claims = [
+    return varying_claims(groups, above=busiest > edge), body
+
+
+def varying_claims(groups: Groups, *, above: bool) -> list[Claim]:
+    """What the runs under steps and bursts say; ``above``: whether the busiest window exceeds the stability boundary."""
+    names = list(dict.fromkeys(process for process, _ in groups))
+    steps, bursts = names[1], names[2]
+    window_evictions = int(max(groups[a, "WAIT, busiest window"].values("evictions").max() for a in names))
+    modified, plain = groups[bursts, "Modified WAIT"], groups[bursts, "WAIT, mean rate"]
+    better = modified.mean("latency") < plain.mean("latency")
+    p_value = significant(modified, plain, "latency")
+    stepped, stepped_plain = groups[steps, "WAIT, busiest window"], groups[steps, "WAIT, mean rate"]
+    return [
         Claim(
             "WAIT with window thresholds keeps memory under time-varying rates",
             "the theorem holds with A_j(t, h) in place of lam_j h",
             f"at most {window_evictions} evictions on any seed; under steps mean latency {show(stepped.interval('latency'))} s "
             f"(thresholds of the mean rate: {show(stepped_plain.interval('latency'))} s)",
             "agrees" if window_evictions == 0 else "differs",
-            "the busiest windows of these arrivals exceed the stability boundary" if busiest > edge else "",
+            "the busiest windows of these arrivals exceed the stability boundary" if above else "",
         ),
         Claim(
             "Modified WAIT improves on WAIT under MMPP-2 bursts",
@@ -137,7 +133,26 @@ def varying(lab: Lab) -> tuple[list[Claim], list[str]]:
             "their workload and smoothing are not ours" if not (better and p_value < 0.05) else "",
         ),
     ]
-    return claims, body
+
+
+def draw_varying(lab: Lab, groups: Groups, styles: Mapping[str, int], mean: float) -> None:
+    """Latency and evictions by arrival process; ``mean``: rate in requests/s."""
+    names = list(dict.fromkeys(process for process, _ in groups))
+    with figure(lab.figures / "changing_rates.png", 1, 2, width=4.9) as axes:
+        for column, (metric, title) in enumerate((("latency", "mean latency (s)"), ("evictions", "evictions in [0, T]"))):
+            ax = axes[0][column]
+            for i, (p, style) in enumerate(styles.items()):
+                own = [groups[a, p].interval(metric) for a in names]
+                x = [j + 0.12 * (i - 1.5) for j in range(len(names))]
+                ax.errorbar(
+                    x, [v.mean for v in own], [v.half_width for v in own], fmt=MARKERS[style], color=COLOURS[style], capsize=3, label=p
+                )
+            ax.set_xticks(range(len(names)), ["Poisson", "steps", "MMPP-2"])
+            ax.set_ylim(bottom=0)
+            if metric == "evictions":
+                ax.set_yscale("symlog", linthresh=1)
+                ax.set_ylim(bottom=-0.2)
+            finish(ax, f"mean rate {mean:.2f} requests/s", "arrivals", title, legend=column == 0)
 
 
 def variants(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
@@ -165,12 +180,7 @@ def variants(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
         for f in loads
     }
     groups = dict(zip(cases, lab.run("variants", list(cases.values())), strict=True))
-    with figure(lab.figures / "variants.png", 1, 2) as axes:
-        for column, kind in enumerate(("wait", "nested")):
-            for i, label in enumerate(lbl for lbl, (_, _, k) in plans.items() if k == kind):
-                draw(axes[0][column], [Curve(label, list(loads), [groups[label, f].interval("latency") for f in loads], i)])
-            title = f"known lengths, C = {CAPACITY:,}" if kind == "wait" else "hidden lengths, C = 5,003"
-            finish(axes[0][column], title, "arrival rate / fluid boundary at C = 3,750", "mean latency (s)", log="y")
+    draw_variants(lab, groups, {label: kind for label, (_, _, kind) in plans.items()}, loads)
     rows = [
         [
             label,
@@ -179,14 +189,6 @@ def variants(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
         ]
         for label in plans
     ]
-    below = [f for f in loads if f <= 0.8]
-    wait, off = ([groups[name, f].mean("latency") for f in below] for name in ("WAIT", "WAIT, cap without the wait"))
-    cost = max(w / o for w, o in zip(wait, off, strict=True))
-    near = max(f for f in loads if f <= 1.0)
-    near_on, near_off = groups["WAIT", near], groups["WAIT, cap without the wait", near]
-    helps = near_on.mean("latency") < near_off.mean("latency")
-    ratio = [groups["Nested A", f].mean("latency") / groups["Nested B", f].mean("latency") - 1 for f in loads if f < 0.95]
-    collapse = groups["FCFS", near].mean("latency") / near_off.mean("latency")
     body = [
         "### Waiting on and off, variants A and B, and the implemented rules",
         "",
@@ -198,7 +200,32 @@ def variants(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
         *table(["", *(f"{f:g}" for f in loads), "most evictions"], rows),
         *picture("variants.png", "Mean latency over the load, 95 % intervals."),
     ]
-    claims = [
+    return variant_claims(groups, loads), body, variant_facts(groups, loads)
+
+
+def variant_facts(groups: Groups, loads: Sequence[float]) -> dict[str, float]:
+    """Ratios of mean latencies: what waiting costs below 0.8 of the boundary, and what it and FCFS cost near it."""
+    below = [f for f in loads if f <= 0.8]
+    wait, off = ([groups[name, f].mean("latency") for f in below] for name in ("WAIT", "WAIT, cap without the wait"))
+    cost = max(w / o for w, o in zip(wait, off, strict=True))
+    near = max(f for f in loads if f <= 1.0)
+    near_off = groups["WAIT, cap without the wait", near].mean("latency")
+    return {
+        "wait_cost": cost,
+        "near_load": near,
+        "near_ratio": groups["WAIT", near].mean("latency") / near_off,
+        "fcfs_collapse": groups["FCFS", near].mean("latency") / near_off,
+    }
+
+
+def variant_claims(groups: Groups, loads: Sequence[float]) -> list[Claim]:
+    """What the runs say of waiting, of the variants of Nested WAIT and of FCFS."""
+    facts = variant_facts(groups, loads)
+    cost, near, collapse = facts["wait_cost"], facts["near_load"], facts["fcfs_collapse"]
+    near_on, near_off = groups["WAIT", near], groups["WAIT, cap without the wait", near]
+    helps = near_on.mean("latency") < near_off.mean("latency")
+    ratio = [groups["Nested A", f].mean("latency") / groups["Nested B", f].mean("latency") - 1 for f in loads if f < 0.95]
+    return [
         Claim(
             "waiting costs a little at low load",
             "small cost at low load (wait-gate ablation)",
@@ -228,13 +255,16 @@ def variants(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
             "agrees" if collapse > 1.5 else "differs",
         ),
     ]
-    facts = {
-        "wait_cost": cost,
-        "near_load": near,
-        "near_ratio": near_on.mean("latency") / near_off.mean("latency"),
-        "fcfs_collapse": collapse,
-    }
-    return claims, body, facts
+
+
+def draw_variants(lab: Lab, groups: Groups, kinds: Mapping[str, str], loads: Sequence[float]) -> None:
+    """Latency over the load: left what is told the lengths (kind ``wait``), right what is not (``nested``)."""
+    with figure(lab.figures / "variants.png", 1, 2) as axes:
+        for column, kind in enumerate(("wait", "nested")):
+            for i, label in enumerate(lbl for lbl, k in kinds.items() if k == kind):
+                draw(axes[0][column], [Curve(label, list(loads), [groups[label, f].interval("latency") for f in loads], i)])
+            title = f"known lengths, C = {CAPACITY:,}" if kind == "wait" else "hidden lengths, C = 5,003"
+            finish(axes[0][column], title, "arrival rate / fluid boundary at C = 3,750", "mean latency (s)", log="y")
 
 
 def gate(lab: Lab) -> tuple[list[Claim], list[str]]:
@@ -265,17 +295,7 @@ def gate(lab: Lab) -> tuple[list[Claim], list[str]]:
                 f"{cost[-1][2]:+.1%}",
             ]
         )
-    with figure(lab.figures / "wait_gate.png", 1, 1, width=5.2) as axes:
-        x = [float(rate) for rate, *_ in table_rows]
-        draw(axes[0][0], [Curve("cap alone, ours", x, [groups[r, False].interval("latency") for r, *_ in table_rows], 7)])
-        draw(axes[0][0], [Curve("cap and wait, ours", x, [groups[r, True].interval("latency") for r, *_ in table_rows], 6)])
-        axes[0][0].plot(x, [off for *_, off, _ in table_rows], color="black", linestyle=":", marker="x", label="cap alone, paper")
-        axes[0][0].plot(x, [on for *_, on in table_rows], color="black", linestyle="--", marker="+", label="cap and wait, paper")
-        finish(axes[0][0], "p512d20, the paper's caps and chunks", "arrival rate (requests/s)", "mean latency (s)", log="y")
-    light = [c for c in cost if c[0] <= 15]
-    agrees = all(ours > 0 for _, ours, _ in light)
-    near = [c for c in cost if 16 <= c[0] <= 21]
-    helps = [ours < 0 for _, ours, _ in near]
+    draw_gate(lab, table_rows, groups)
     body = [
         "### The wait gate on the calibrated engine (p512d20)",
         "",
@@ -292,7 +312,16 @@ def gate(lab: Lab) -> tuple[list[Claim], list[str]]:
             [[v, *(show(groups[v, r].interval("latency")) for r in rates)] for v in names],
         ),
     ]
-    claims = [
+    return gate_claims(cost), body
+
+
+def gate_claims(cost: Sequence[tuple[int, float, float]]) -> list[Claim]:
+    """What the wait changes; ``cost``: rate, change of the mean latency here and in the paper."""
+    light = [c for c in cost if c[0] <= 15]
+    agrees = all(ours > 0 for _, ours, _ in light)
+    near = [c for c in cost if 16 <= c[0] <= 21]
+    helps = [ours < 0 for _, ours, _ in near]
+    return [
         Claim(
             "wait gate at low load, p512d20",
             ", ".join(f"{paper:+.0%} at {rate}/s" for rate, _, paper in light),
@@ -312,4 +341,14 @@ def gate(lab: Lab) -> tuple[list[Claim], list[str]]:
             else "waiting never lowers the mean here: an idle engine loses time that no later batch returns",
         ),
     ]
-    return claims, body
+
+
+def draw_gate(lab: Lab, rows: Sequence[tuple[int, int, int, float, float]], groups: Mapping[tuple[Any, Any], Group]) -> None:
+    """Latency with the wait and without it, ours and the paper's; ``rows`` of ``PAPER_GATE``."""
+    with figure(lab.figures / "wait_gate.png", 1, 1, width=5.2) as axes:
+        x = [float(rate) for rate, *_ in rows]
+        draw(axes[0][0], [Curve("cap alone, ours", x, [groups[r, False].interval("latency") for r, *_ in rows], 7)])
+        draw(axes[0][0], [Curve("cap and wait, ours", x, [groups[r, True].interval("latency") for r, *_ in rows], 6)])
+        axes[0][0].plot(x, [off for *_, off, _ in rows], color="black", linestyle=":", marker="x", label="cap alone, paper")
+        axes[0][0].plot(x, [on for *_, on in rows], color="black", linestyle="--", marker="+", label="cap and wait, paper")
+        finish(axes[0][0], "p512d20, the paper's caps and chunks", "arrival rate (requests/s)", "mean latency (s)", log="y")
