@@ -279,7 +279,8 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         return {"clock": self.fleet.clocks.copy(), "action_mask": self._masks}
 
     def close_extras(self, **kwargs: Any) -> None:
-        self._workers.close()
+        if hasattr(self, "_workers"):  # Gymnasium before 1.3 closes at last also what ``__init__`` refused
+            self._workers.close()
 
 
 def _listed(name: str, value: Any) -> list[Any]:

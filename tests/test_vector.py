@@ -160,6 +160,10 @@ def test_refusals(kwargs: dict[str, Any], match: str) -> None:
         LLMSchedVectorEnv(**kwargs)
 
 
+def test_what_was_refused_can_be_closed() -> None:
+    LLMSchedVectorEnv.__new__(LLMSchedVectorEnv).close()  # Gymnasium before 1.3 does so when it is collected
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
 @pytest.mark.parametrize("engine", [{"num_blocks": 700}, {"num_blocks": 700, "enable_prefix_caching": True}])
 def test_a_copy_keeps_the_state_and_goes_its_own_way(copied: Callable[[Any], Any], engine: dict[str, Any]) -> None:
