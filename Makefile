@@ -5,6 +5,9 @@
 # and, with vLLM 0.28 (CPU build) in an environment of its own:
 #   make test-vllm   the simulator against vLLM's scheduler, no difference allowed
 #
+# and at both ends of what pyproject.toml admits (PYTHON_LOWEST and PYTHON_HIGHEST, each the oldest or newest found):
+#   make test-versions   the fast tests with the lowest and with the newest versions
+#
 # With the raw data of other simulators and of recorded runs (LLMSCHED_CALIBRATION, LLMSCHED_PEERS, LLMSCHED_TRACES):
 #   make fidelity    measure the simulator against them and write docs/fidelity.md
 #
@@ -23,7 +26,7 @@ HOUSE := pyproject.toml constraints.txt
 DEMO_OUT ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all benchmark reproduction test-vllm setup-vllm fidelity lint clean distclean
+.PHONY: help demo test test-all test-versions test-lowest test-highest benchmark reproduction test-vllm setup-vllm fidelity lint clean distclean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -54,6 +57,27 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+# One environment for each end of the ranges. No torch: what trains agents is tested by `make test`. An old numpy that has no
+# wheel for this Python is an error, not an hour of compiling.
+found_python = $(shell for v in $(1); do \
+	python3.$$v -c 'import sys; sys.exit(sys.version_info[:2] != (3, '$$v'))' 2>/dev/null && echo python3.$$v && break; done)
+PYTHON_LOWEST ?= $(call found_python,11 12 13 14)
+PYTHON_HIGHEST ?= $(call found_python,14 13 12 11)
+.venv-lowest/.installed: END_PYTHON = $(PYTHON_LOWEST)
+.venv-highest/.installed: END_PYTHON = $(PYTHON_HIGHEST)
+
+.venv-lowest/.installed .venv-highest/.installed: .venv-%/.installed: pyproject.toml requirements/%.txt
+	@test -n "$(END_PYTHON)" || { echo "error: Python 3.11 or newer is needed" >&2; exit 1; }
+	$(END_PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet $(PIP_FLAGS) --only-binary numpy,scipy -c requirements/$*.txt \
+		-e ".[cli,render,calibrate]" pytest hypothesis build
+	@touch $@
+
+test-versions: test-lowest test-highest
+
+test-lowest test-highest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -m "not slow" --ignore tests/real_vllm
 
 $(VENV)/.fidelity: $(HOUSE) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[cli,calibrate]"
@@ -90,4 +114,4 @@ clean:
 	find llmsched_env baselines agents hardware scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-lowest .venv-highest
