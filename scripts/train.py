@@ -1,8 +1,8 @@
-"""Train an agent with stable-baselines3 on the native vector environment."""
+"""Train an agent with stable-baselines3 on the native vector environment: `llmsched train`."""
 
 import sys
 
-from llmsched_env.cli.train import main
+from llmsched_env.cli.train import COMMAND
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(COMMAND.main())

@@ -126,7 +126,7 @@ def test_episodes_survive_the_disk(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-# --- scripts/collect.py ---------------------------------------------------------------------------------
+# --- llmsched collect -----------------------------------------------------------------------------------
 COMMAND = ["--expert", "reserve", "--set", "policy.theta=1.0", "--loads", "0.9", "--kv", "400", "--num-requests", "30", "--max-admit", "6"]
 
 
@@ -139,13 +139,50 @@ def test_collect_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(out) == 0
     first = (out / "episode-00000.npz").stat().st_mtime_ns
     (out / "episode-00001.npz").unlink()
-    assert run(out, episodes=3) == 0
+    capsys.readouterr()
+    assert run(out, episodes=3) == 2
+    assert "holds recordings already; use --resume" in capsys.readouterr().err
+    assert run(out, "--resume", episodes=3) == 0
     assert (out / "episode-00000.npz").stat().st_mtime_ns == first
     data, description = read_demonstrations(out)
     assert len(list(data.episodes())) == 3 and description["expert"] == "reserve"
     assert sum(rows.stop - rows.start for rows in data.episodes()) == len(data)
-    assert run(out, "--no-features") == 2
-    assert "holds recordings" in capsys.readouterr().err
+    capsys.readouterr()
+    assert run(out, "--resume", "--no-features") == 2
+    assert "--resume: recipe is" in capsys.readouterr().err
+    assert run(out, "--overwrite", "--no-features", "--json", str(tmp_path / "found.json"), episodes=1) == 0
+    assert [path.name for path in sorted(out.glob("*.npz"))] == ["episode-00000.npz"], "those of the other recipe are gone"
+    assert json.loads((tmp_path / "found.json").read_text())["found"]["decisions"] == len(read_demonstrations(out)[0])
+
+
+def test_an_interrupted_recording_keeps_its_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect.Recorder.episode
+
+    def interrupted(recorder: collect.Recorder, number: int) -> tuple[Demonstrations, int]:
+        if number == 1:
+            raise KeyboardInterrupt
+        return whole(recorder, number)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(collect.Recorder, "episode", interrupted)
+        assert run(tmp_path / "a") == 130
+    assert len(list((tmp_path / "a").glob("*.npz"))) == 1
+    assert run(tmp_path / "a", "--resume") == 0 == run(tmp_path / "b")
+    ours, theirs = (read_demonstrations(tmp_path / name)[0] for name in "ab")
+    np.testing.assert_array_equal(ours.actions, theirs.actions)
+
+
+def test_an_expert_of_ones_own_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_module = "from llmsched_baselines import make_policy\n\n\ndef expert(setting, theta: float = 1.0):\n"
+    (tmp_path / "own_expert.py").write_text(own_module + '    return make_policy("reserve", setting, theta=theta)\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["--set", "policy.theta=0.7", "--loads", "0.9", "--kv", "400", "--num-requests", "30", "--max-admit", "6", "--episodes", "1"]
+    for name, expert in (("own", "own_expert:expert"), ("reserve", "reserve"), ("agent", "generalist")):
+        given = words[2:] if name == "agent" else words
+        assert collect.main(["--expert", expert, *given, "--out", str(tmp_path / name), "--quiet"]) == 0
+    own, theirs, agent = (read_demonstrations(tmp_path / name)[0] for name in ("own", "reserve", "agent"))
+    np.testing.assert_array_equal(own.actions, theirs.actions)
+    assert len(agent) > 10
 
 
 def test_collect_clones_and_improves_the_clone(tmp_path: Path) -> None:

@@ -534,7 +534,7 @@ def test_an_evaluation_from_runs_to_page(tmp_path: Path, capsys: pytest.CaptureF
     # What is there is neither run again nor lost unless one says so.
     capsys.readouterr()
     assert evaluate.main(words) == 2
-    assert "rows.csv holds finished runs" in capsys.readouterr().err and (tmp_path / "rows.csv").read_text() == before
+    assert capsys.readouterr().err.startswith("error: --rows:") and (tmp_path / "rows.csv").read_text() == before
     assert evaluate.main([*words, "--resume"]) == 0
     assert (tmp_path / "rows.csv").read_text() == before
     assert evaluate.main([*words, "--seeds", "1", "--overwrite"]) == 0

@@ -17,10 +17,10 @@ from llmsched_agents.agent import Agent
 from llmsched_agents.domain import EnvSetting
 from llmsched_agents.interface import Interface
 from llmsched_agents.recipe import Recipe
-from llmsched_baselines import Policy
 from llmsched_env.action import ActionCodec
 from llmsched_env.backends import make_backend
 from llmsched_env.errors import ConfigError
+from llmsched_env.runner import Policy
 from llmsched_env.types import Decision, EpisodeLimits, Workload
 
 DESCRIPTION = "demonstrations.json"

@@ -7,12 +7,70 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from llmsched_agents.checkpoint import checkpoint_folder, load_checkpoint, read_config, read_record, save_checkpoint
+from llmsched_agents.domain import Domain
 from llmsched_agents.network import Float32, Network
+from llmsched_agents.recipe import Recipe
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError
+
+OF_A_MEMBER = ("seed", "steps", "wall_seconds", "environment_seconds", "environments", "curve")
+"""What the record of an ensemble keeps of each member's."""
+SHARED = ("recipe", "components", "observation", "deterministic", "trained_on")
+"""What all members must have in common in their configurations."""
+
+
+def combine(agents: Sequence[str], out: Path, *, name: str | None = None, bonus: tuple[float, float] | None = None) -> None:
+    """Write the checkpoint of one agent made of several that were trained alike.
+
+    Args:
+        agents: names of shipped agents, or folders of checkpoints.
+        name: of the new one, in tables; None for the first one's.
+        bonus: a level, and what its logit gets on top; after paired roll-outs a logit is one per cent of cost.
+
+    Raises:
+        ConfigError: fewer than two, other recipes, or a level that is none of theirs.
+    """
+    if len(agents) < 2:
+        raise ConfigError(f"agents: {len(agents)} given, must be at least 2")
+    configs = [read_config(checkpoint_folder(agent)) for agent in agents]
+    for agent, config in zip(agents, configs, strict=True):
+        for key in SHARED:
+            if config[key] != configs[0][key]:
+                raise ConfigError(f"agents: {agent} has another {key} than {agents[0]}, must be the same")
+    members = [load_checkpoint(agent) for agent in agents]
+    recipe = Recipe.from_dict(configs[0]["recipe"])
+    network = averaged([member.network for member in members])
+    if bonus is not None:
+        level, logits = bonus
+        if recipe.action_set not in ("peak", "reserve") or level not in recipe.choices:
+            raise ConfigError(f"--bonus: level {level:g}, must be one of {', '.join(f'{x:g}' for x in recipe.choices)}")
+        network = with_bonus(network, recipe.choices.index(level), logits)
+    records = [read_record(agent) for agent in agents]
+    record = {
+        "algorithm": f"mean of {len(agents)} by {records[0]['algorithm']}",
+        "bonus": None if bonus is None else {"level": bonus[0], "logits": bonus[1]},
+        "wall_seconds": round(sum(r["wall_seconds"] for r in records), 1),
+        "environment_seconds": round(sum(r["environment_seconds"] for r in records), 1),
+        "steps": sum(r["steps"] for r in records),
+        "versions": records[0]["versions"],
+        "settings": records[0]["settings"],
+        "members": [{key: r[key] for key in OF_A_MEMBER if key in r} for r in records],
+    }
+    save_checkpoint(
+        out,
+        network,
+        recipe,
+        Domain.from_dict(configs[0]["trained_on"]),
+        members[0].layout,
+        name=name or str(configs[0]["name"]),
+        deterministic=bool(configs[0]["deterministic"]),
+        record=record,
+    )
 
 
 def averaged(networks: Sequence[Network]) -> Network:

@@ -9,7 +9,6 @@ DQN's replay buffer is not kept: after a resumption it fills up again.
 from __future__ import annotations
 
 import copy
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ from llmsched_agents.training_env import AgentVecEnv
 from llmsched_env import __version__
 from llmsched_env.errors import ConfigError
 
-STATE, RUN = "state.pt", "run.json"
+STATE = "state.pt"
 
 
 @dataclass(slots=True)
@@ -76,7 +75,6 @@ class RunOptions:
     tensorboard: bool = True
 
 
-
 class Training:
     """One run of one algorithm with one seed.
 
@@ -85,7 +83,7 @@ class Training:
         hyper: of the run.
         settings: the environments' settings, in turn.
         domain: what the settings come from, for the record.
-        out: folder of the run: ``state.pt``, ``run.json``, ``tensorboard/``, ``agent/``.
+        out: folder of the run: ``state.pt``, ``tensorboard/``, ``agent/``.
         clone: the network to start from, and to be pulled towards where ``hyper.kl`` is set.
         options: fields of ``RunOptions``.
 
@@ -310,21 +308,3 @@ class _Stages(BaseCallback):
                 f"{model.num_timesteps:>12,} of {training.hyper.n_timesteps:,} steps, {seconds:,.0f} s "
                 f"({100 * share:.0f} % in the environments), {in_system:.2f} requests in system"
             )
-
-
-def write_run(out: Path, description: dict[str, Any]) -> None:
-    """What a run is, for its resumption."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / RUN).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-
-
-def check_same_run(out: Path, description: dict[str, Any]) -> None:
-    """Raises ConfigError: the run in the folder is another one, or there is none."""
-    path = out / RUN
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path} cannot be read ({error})") from error
-    for key, value in description.items():
-        if kept.get(key) != json.loads(json.dumps(value)):
-            raise ConfigError(f"--resume: {key} is {value!r}, but the run in {out} has {kept.get(key)!r}")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from llmsched_agents.checkpoint import CONFIG, WEIGHTS, checkpoint_folder
@@ -13,7 +12,6 @@ from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting, make_policy, policy_class
 from llmsched_env import checks
 from llmsched_env.bench.suite import PAIRS, Bench, Cell, engine_of
-from llmsched_env.errors import ConfigError
 from llmsched_env.runner import Policy
 from llmsched_env.types import EngineConfig
 from llmsched_env.workload import Scenario, load_scenario
@@ -120,37 +118,3 @@ def needed_boundaries(chosen: Iterable[Cell]) -> dict[tuple[str, str], tuple[Sce
     pairs = {(cell.scenario, cell.kv) for cell in chosen}
     pairs |= {(PAIRS[cell.scenario], cell.kv) for cell in chosen if cell.part == "shift"}
     return {(name, kv): (load_scenario(name), engine_of(name, kv)) for name, kv in sorted(pairs)}
-
-
-def is_agent(text: str) -> bool:
-    """Whether a policy given on a command line is the folder of a checkpoint; baselines have plain names."""
-    return "/" in text or (Path(text) / "config.json").is_file()
-
-
-def named_policies(given: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The names of the policies of ``--policies``, each once, and the folders of those that are checkpoints.
-
-    Raises:
-        ConfigError: an unknown baseline, or two policies of one name.
-    """
-    unique = list(dict.fromkeys(given))
-    agents = {name: str(folder) for name, folder in agent_names([Path(text) for text in unique if is_agent(text)]).items()}
-    policies = tuple(Path(text).resolve().name if is_agent(text) else text for text in unique)
-    if len(set(policies)) < len(policies):
-        raise ConfigError(f"--policies: {', '.join(unique)}, a checkpoint's folder must not have the name of a baseline")
-    for name in policies:
-        if name not in agents:
-            policy_class(name)
-    return policies, agents
-
-
-def agent_names(folders: Sequence[Path]) -> dict[str, Path]:
-    """Names for the agents of these folders.
-
-    Raises:
-        ConfigError: two folders of one name.
-    """
-    names = {folder.resolve().name: folder for folder in folders}
-    if len(names) < len(folders):
-        raise ConfigError(f"--agents: {', '.join(map(str, folders))}, the folders must have different names")
-    return names

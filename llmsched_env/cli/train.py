@@ -62,7 +62,7 @@ class Train(Resumable):
     random: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """N random settings from these ranges."""
     reward: str = "latency"
-    """latency, throughput, slo_goodput[:TTFT,TPOT] in seconds, a registered name, or module:attribute."""
+    """latency, throughput, slo_goodput[:TTFT,TPOT] in seconds; or a compiled one: a registered name, or module:attribute."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Of everything that is drawn."""
     total_timesteps: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the entry's n_timesteps)")] = None
