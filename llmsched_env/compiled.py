@@ -3,7 +3,7 @@
 numba recompiles a cached function when its own file changes, but not when a function it calls changes
 in another file: after an upgrade or an edit it would go on running old code. Two things keep that from
 happening. The cache folder, in ``NUMBA_CACHE_DIR`` or the user's cache folder, is named after a digest of
-this package; folders of other versions that nobody uses are removed. And a file in it is
+the environment's sources (this package without the programs that stand above it); folders of other versions that nobody uses are removed. And a file in it is
 named after a digest of its function and of all that numba freezes into the machine code: the functions it
 reaches, in whatever file or package they are, and the constants they read.
 
@@ -42,6 +42,8 @@ from numba.core.serialize import dumps
 
 _PACKAGE = __name__.partition(".")[0]
 _PREFIX = f"{_PACKAGE}-"
+_ABOVE = ("bench", "pages", "cli")
+"""Folders of this package that stand above the environment: a page or a command that changes changes no engine."""
 _KEEP_SECONDS = 30 * 24 * 3600.0
 _DAY_SECONDS = 24 * 3600.0
 _KEEP_FOLDERS = 10
@@ -54,8 +56,10 @@ def _digest() -> str:
     package = Path(__file__).resolve().parent
     digest = hashlib.sha256(numba.__version__.encode())
     for source in sorted(package.rglob("*.py")):
-        digest.update(source.relative_to(package).as_posix().encode())
-        digest.update(source.read_bytes())
+        place = source.relative_to(package)
+        if place.parts[0] not in _ABOVE:
+            digest.update(place.as_posix().encode())
+            digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -120,7 +124,7 @@ _SETTINGS = ("BOUNDSCHECK", "OPT", "DEBUGINFO_DEFAULT", "FULL_TRACEBACKS")
 class _Reach:
     """The functions and constants that a function reaches by the names in its code.
 
-    Functions of this package are described by their own code and closure alone: the rest is in the
+    Functions of the environment are described by their own code and closure alone: the rest is in the
     folder's name. Not seen are numba extensions (``overload``) that another package registers.
     """
 
@@ -145,7 +149,8 @@ class _Reach:
                 self.value(cell.cell_contents, names)
             except ValueError:
                 self._add("empty cell")
-        if module.partition(".")[0] != _PACKAGE:
+        package, *inner = module.split(".")
+        if package != _PACKAGE or inner[:1] in ([folder] for folder in _ABOVE):
             for name in names:
                 if name in function.__globals__:
                     self._add("global", name)

@@ -2,7 +2,7 @@
 
 import sys
 
-from llmsched_env.cli.collect import COMMAND
+from llmsched_env.cli import main
 
 if __name__ == "__main__":
-    sys.exit(COMMAND.main())
+    sys.exit(main(["collect", *sys.argv[1:]]))

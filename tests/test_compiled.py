@@ -423,3 +423,17 @@ def test_edits_leave_a_bounded_number_of_folders(tmp_path: Path) -> None:
         os.utime(folder, (now - i * 6 * 3600, now - i * 6 * 3600))
     module._remove_stale(tmp_path / "llmsched_env-0")
     assert sorted(int(path.name.rpartition("-")[2]) for path in tmp_path.iterdir()) == list(range(11))
+
+
+def test_a_page_or_a_command_that_changes_leaves_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "package"
+    for name in ("compiled.py", "engine/step.py", "cli/compare.py", "pages/results/page.py", "bench/suite.py"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text("x = 1\n", encoding="utf-8")
+    monkeypatch.setattr(module, "__file__", str(package / "compiled.py"))
+    before = module._digest()
+    for name in ("cli/compare.py", "pages/results/page.py", "bench/suite.py"):
+        (package / name).write_text("x = 2\n", encoding="utf-8")
+        assert module._digest() == before
+    (package / "engine" / "step.py").write_text("x = 2\n", encoding="utf-8")
+    assert module._digest() != before
