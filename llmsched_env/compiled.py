@@ -3,9 +3,10 @@
 numba recompiles a cached function when its own file changes, but not when a function it calls changes
 in another file: after an upgrade or an edit it would go on running old code. Two things keep that from
 happening. The cache folder, in ``NUMBA_CACHE_DIR`` or the user's cache folder, is named after a digest of
-the environment's sources (this package without the programs that stand above it); folders of other versions that nobody uses are removed. And a file in it is
-named after a digest of its function and of all that numba freezes into the machine code: the functions it
-reaches, in whatever file or package they are, and the constants they read.
+the environment's sources (this package without the programs that stand above it); folders of other
+versions that nobody uses are removed. And a file in it is named after a digest of its function and of all
+that numba freezes into the machine code: the functions it reaches, in whatever file or package they are,
+and the constants they read.
 
 A file is written whole or not at all and carries a checksum: a damaged one is compiled again, and a folder
 that cannot be written to costs time, never the run. The first compilation of a process is announced on

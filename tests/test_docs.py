@@ -46,7 +46,8 @@ def test_a_scenario_file_is_one(page: str, number: int, tmp_path: Path) -> None:
 def test_files_that_a_page_names_are_there(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     top = "llmsched_env|baselines|agents|hardware|scripts|docs|tests|examples|requirements"
-    named = set(re.findall(rf"`((?:{top})/[\w./-]+?)`", text)) | {f"docs/{name}" for name in re.findall(r"\]\((?:docs/)?([\w-]+\.md)", text)}
+    named = set(re.findall(rf"`((?:{top})/[\w./-]+?)`", text))
+    named |= {f"docs/{name}" for name in re.findall(r"\]\((?:docs/)?([\w-]+\.md)", text)}
     missing = sorted(name for name in named if not (ROOT / name).exists())
     assert not missing
 

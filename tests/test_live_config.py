@@ -64,7 +64,7 @@ def test_whatever_it_raises_is_told(monkeypatch: pytest.MonkeyPatch, error: Exce
 
     with pytest.raises(ConfigError, match=rf"operators_own:make.*{type(error).__name__}"):
         built(monkeypatch, make)
-    with pytest.raises(ConfigError, match="operators_own:make.*TypeError"):
+    with pytest.raises(ConfigError, match=r"operators_own:make.*TypeError"):
         built(monkeypatch, lambda: None)
     with pytest.raises(ConfigError, match=r"policy\.segments: not an option of 'operators_own:make'; did you mean 'segment'"):
         built(monkeypatch, lambda setting, segment=1: None, segments=3)
