@@ -75,7 +75,8 @@ class Registry:
         offers = self._offered().get(name, ()) if isinstance(name, str) else ()
         if not offers:
             known = self.names()
-            raise ConfigError(f"{self.kind}: {checks.shown(name)} is unknown{did_you_mean(str(name), known)} (known: {', '.join(known)}{also})")
+            hint = did_you_mean(str(name), known)
+            raise ConfigError(f"{self.kind}: {checks.shown(name)} is unknown{hint} (known: {', '.join(known)}{also})")
         if len({point.value for point in offers}) > 1:
             raise ConfigError(f"{self.kind}: {name!r} is offered by {' and by '.join(map(_owner, offers))}; uninstall one of them")
         try:
