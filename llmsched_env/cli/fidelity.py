@@ -10,7 +10,8 @@ import tyro
 
 from llmsched_env.cli.frame import Command, Options, Outcome, Screen
 from llmsched_env.errors import ConfigError, did_you_mean
-from llmsched_env.files import check_file, replacing
+from llmsched_env.files import check_file
+from llmsched_env.markdown import write_page
 from llmsched_env.pages.fidelity.evidence import MISSED, Paths, folder_of
 from llmsched_env.pages.fidelity.page import PARTS, page
 from llmsched_env.pages.fidelity.rtx4090 import PROMPTS, PROMPTS_SOURCE, write_prompts
@@ -52,8 +53,7 @@ def run(options: Fidelity, screen: Screen) -> Outcome:
             raise ConfigError(f"--parts: {name!r} is no part{did_you_mean(name, PARTS)} (parts: {', '.join(PARTS)})")
     check_file("--out", options.out)
     lines = page(Paths.find(), options.parts or list(PARTS), lambda name: screen.say(f"{name} ..."))
-    with replacing(options.out) as file:
-        file.write("\n".join(lines))
+    write_page(options.out, lines)
     missed = [line for line in lines if MISSED in line]
     screen.print(f"{options.out}: {len(lines)} lines, bars missed: {len(missed)}")
     for line in missed:

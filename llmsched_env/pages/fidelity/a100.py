@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from llmsched_env.errors import ConfigError
+from llmsched_env.markdown import table
 from llmsched_env.pages.fidelity.evidence import Check, Paths, check_table
 from llmsched_env.perf import Batch, TableTime, load_calibration
 from llmsched_env.perf.base import FloatArray
@@ -135,12 +136,6 @@ def our_parts(model: TableTime, batches: Iterable[Batch]) -> tuple[Parts, FloatA
     return Parts(seconds[:, 3], seconds[:, 1] - seconds[:, 2], seconds[:, 2] - seconds[:, 3]), seconds[:, 0]
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    names = list(header)
-    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] + ["---:"] * (len(names) - 1)) + " |"]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
-
-
 def _percent(value: float) -> str:
     return f"{100 * value:+.1f} %"
 
@@ -192,7 +187,7 @@ def _by_batch(grid: Grid, ours: Parts, with_head: FloatArray, with_engine: Float
         else:
             rows.append(row(title, family == kind, grid.theirs.total))
     header = ("batch", "compositions", "layers MAPE", "bias", "+ lm_head, sampler MAPE", "bias", "+ engine MAPE", "bias")
-    return _table(header, rows)
+    return [*table(header, rows, "lr"), ""]
 
 
 def _by_part(grid: Grid, ours: Parts) -> list[str]:
@@ -210,7 +205,7 @@ def _by_part(grid: Grid, ours: Parts) -> list[str]:
             )
         ]
         rows.append([title, *(_percent(s) for s in shares), _percent(sum(shares))])
-    return _table(("bias of the iteration from", "GEMMs and elementwise", "decode attention", "prefill attention", "all"), rows)
+    return [*table(("bias of the iteration from", "GEMMs and elementwise", "decode attention", "prefill attention", "all"), rows, "lr"), ""]
 
 
 MlpProfile = dict[int, dict[str, float]]
@@ -245,7 +240,7 @@ def _linear_by_tokens(profile: Profile, shape: LlamaShape, theirs: MlpProfile, c
             sums = [sums[0] + a, sums[1] + b]
             cells.append(f"{1e6 * a:.0f} / {1e6 * b:.0f}")
         rows.append([*cells, _percent(sums[0] / sums[1] - 1)])
-    return _table(("T", *(", ".join(parts) for parts in OPERATORS), "layer"), rows)
+    return [*table(("T", *(", ".join(parts) for parts in OPERATORS), "layer"), rows, "lr"), ""]
 
 
 def _attention_cells(model: TableTime, theirs: dict[str, FloatArray], layers: int) -> list[str]:
@@ -265,7 +260,7 @@ def _attention_cells(model: TableTime, theirs: dict[str, FloatArray], layers: in
             b = float(theirs["decode_attn_s"][n - 1, k // 64])
             cells.append(cell(Batch(decodes=n, decode_kv=n * k, sampled=n, batch_size=n), "decode", b))
         rows.append(cells)
-    lines = _table(("decodes", *(f"context {k}" for k in contexts)), rows)
+    lines = [*table(("decodes", *(f"context {k}" for k in contexts)), rows, "lr"), ""]
     rows = []
     contexts = (0, 512, 1024, 2048)
     for chunk in (64, 256, 512, 1024, 2048):
@@ -283,7 +278,7 @@ def _attention_cells(model: TableTime, theirs: dict[str, FloatArray], layers: in
             )
             cells.append(cell(batch, "prefill", b))
         rows.append(cells)
-    return lines + _table(("chunk", *(f"over context {x}" for x in contexts)), rows)
+    return [*lines, *table(("chunk", *(f"over context {x}" for x in contexts)), rows, "lr"), ""]
 
 
 # ---------------------------------------------------------------------------------------------------- derived rules
@@ -402,7 +397,7 @@ def _added(model: TableTime, grouped: TableTime, overheads: dict[int, float]) ->
         cells.append(_milliseconds(overheads[n]) if n in overheads else "not recorded")
         rows.append(cells)
     header = ("decodes", "lm_head + sampler, Llama-2-7B", "the same, Llama-3-8B", "engine, ours", "engine, Vidur's authors (early 2024)")
-    return _table(header, rows)
+    return [*table(header, rows, "lr"), ""]
 
 
 def _with_and_without(models: Iterable[TableTime]) -> list[str]:
@@ -414,7 +409,7 @@ def _with_and_without(models: Iterable[TableTime]) -> list[str]:
             batch = _decode_batch(n, 1024)
             a, b = model.seconds(batch), bare.seconds(batch)
             rows.append([model.provenance.name, str(n), _milliseconds(b), _milliseconds(a), _percent(a / b - 1)])
-    return _table(("calibration", "decodes at context 1024", "GPU alone", "with the engine", "difference"), rows)
+    return [*table(("calibration", "decodes at context 1024", "GPU alone", "with the engine", "difference"), rows, "lr"), ""]
 
 
 def _why(profile: Profile, model: TableTime, mlp: MlpProfile, tables: dict[str, FloatArray]) -> list[str]:
@@ -482,7 +477,7 @@ def _rules(profile: Profile, attention: Attention) -> list[str]:
         found.append(dataclasses.replace(corner, where=f"decode attention, {shape.title}"))
     found.append(prompts_together_errors(profile, MODELS["llama-2-7b"]))
     rows = [[e.rule, e.where, str(e.cells), f"{e.mape:.1%}", _percent(e.bias), f"{e.p95:.1%}"] for e in found]
-    return _table(("rule", "where", "cells", "MAPE", "bias", "P95"), rows)
+    return [*table(("rule", "where", "cells", "MAPE", "bias", "P95"), rows, "lr"), ""]
 
 
 def _differences(
@@ -522,7 +517,8 @@ def _derived(profile: Profile, attention: Attention) -> list[str]:
         "per query head. Measured attention of a mixed call over the sum of its parts, Llama-3.1-8B on the RTX 4090, chunks of 256 "
         f"tokens and more, contexts to 4096; attention of such iterations in `{GROUPED}` is likely too fast by about as much:",
         "",
-        *_table(("decodes", "cells", "mean", "least", "most"), ratios),
+        *table(("decodes", "cells", "mean", "least", "most"), ratios, "lr"),
+        "",
     ]
 
 

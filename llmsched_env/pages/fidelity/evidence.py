@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmsched_env.errors import ConfigError
+from llmsched_env.markdown import table
 
 _FOLDERS = {"calibration": "LLMSCHED_CALIBRATION", "peers": "LLMSCHED_PEERS", "traces": "LLMSCHED_TRACES"}
 
@@ -103,7 +104,5 @@ def percent(share: float) -> str:
 
 def check_table(checks: Iterable[Check]) -> list[str]:
     """The checks as lines of a Markdown table."""
-    lines = ["| against | figure | ours | theirs | error | bar | verdict |", "| --- | --- | ---: | ---: | ---: | --- | --- |"]
-    for c in checks:
-        lines.append(f"| {c.against} | {c.figure} | {c.ours} | {c.theirs} | {c.error} | {c.bar} | {c.verdict} |")
-    return lines
+    headings = ("against", "figure", "ours", "theirs", "error", "bar", "verdict")
+    return table(headings, ((c.against, c.figure, c.ours, c.theirs, c.error, c.bar, c.verdict) for c in checks), "llrrrll")

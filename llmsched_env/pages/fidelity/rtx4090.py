@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import PrefixCachingBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import replacing
+from llmsched_env.markdown import table
 from llmsched_env.metrics import latency, tpot, ttft
 from llmsched_env.pages.fidelity.evidence import Check, Paths, check_table, percent
 from llmsched_env.perf import Batch, IterationTimeModel, load_calibration
@@ -282,11 +283,6 @@ def checks(run: Run, log: RequestLog) -> list[Check]:
     ]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(header)} |", f"| --- | {' | '.join('---:' for _ in header[1:])} |"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
 def _signed(share: float) -> str:
     return f"{100 * share:+.2f} %"
 
@@ -361,10 +357,12 @@ def _prefix_cache(variants: Sequence[Variant], heads: SharedPrompts) -> list[str
         f"blocks that nobody took meanwhile, and {int((heads.donor >= 0).sum())} of the prompts begin like an earlier one. Errors of the "
         "means, and the largest of the fifteen errors, by what is simulated of it:",
         "",
-        *_table(
+        *table(
             ("prefix cache", "TTFT", "TPOT", "latency", "largest error", "preemptions", "tokens found in the cache"),
             [one.row for one in variants],
+            "lr",
         ),
+        "",
         f"(Which prompts begin alike is not in the recorded file. It was taken from {PROMPTS_SOURCE}, whose sha256 the record states.)",
         "",
     ]
@@ -397,10 +395,12 @@ def _interpolation(profile: Path) -> list[str]:
         "**Interpolation.** The tables are measured; between their points they are linear. Every interior point predicted from its two "
         "neighbours, which lie twice as far apart as in use:",
         "",
-        *_table(
+        *table(
             ("table", "points", "mean error", "bias", "P95"),
             [[e.name, f"{e.points:,}", f"{e.mean:.1%}", f"{e.bias:+.1%}", f"{e.p95:.1%}"] for e in left_out],
+            "lr",
         ),
+        "",
     ]
 
 

@@ -21,6 +21,7 @@ from llmsched_env.backend import View
 from llmsched_env.engine.rules import run_constant
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
+from llmsched_env.markdown import table
 from llmsched_env.metrics import latency, ttft
 from llmsched_env.pages.fidelity.evidence import Check, Paths, check_table, percent
 from llmsched_env.perf import Batch, IterationTimeModel, TableTime, load_calibration
@@ -222,17 +223,14 @@ def _run_checks(r: Replay) -> Iterator[Check]:
 
 
 def _largest(replays: Sequence[Replay]) -> list[str]:
-    lines = [
-        "| run | admitted (s) | TTFT (s) | latency (s) | requests with other restarts "
-        "| iterations with another batch size, prefill tokens, blocks, queue |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    counted = "iterations with another batch size, prefill tokens, blocks, queue"
+    rows = []
     for r in replays:
-        seconds = " | ".join(f"{r.largest_difference(c):.1e}" for c in ("scheduled_at", "ttft", "e2e"))
+        seconds = (f"{r.largest_difference(c):.1e}" for c in ("scheduled_at", "ttft", "e2e"))
         restarts = int(np.count_nonzero(r.ours["restarts"] != r.run.requests["restarts"]))
         counts = (r.differing_rows(c) for c in ("batch_size", "prefill_tokens", "alloc_blocks_before_free", "waiting"))
-        lines.append(f"| {r.run.name} | {seconds} | {restarts} | {', '.join(map(str, counts))} |")
-    return lines
+        rows.append((r.run.name, *seconds, restarts, ", ".join(map(str, counts))))
+    return table(("run", "admitted (s)", "TTFT (s)", "latency (s)", "requests with other restarts", counted), rows, "lr")
 
 
 def _iteration_times(paths: Paths, model: TableTime) -> list[str]:
@@ -279,27 +277,25 @@ def _mape(against: str, figure: str, errors: FloatArray, bar: float | None) -> C
 
 def _above_the_profile(paths: Paths, model: TableTime) -> list[str]:
     clipped = model.clipped()
-    lines = [
+    headings = ("decodes", "mean context", "clip (ms)", "extrapolate (ms)", "extrapolate / clip", "tokens per second, clip", "extrapolate")
+    rows = []
+    for decodes in (PROFILED_DECODES, 192, 256, 512):
+        for context in (192, 1024):
+            batch = Batch(decodes=decodes, decode_kv=decodes * context, sampled=decodes, batch_size=decodes)
+            low, high = clipped.seconds(batch), model.seconds(batch)
+            milliseconds = (f"{1e3 * low:.1f}", f"{1e3 * high:.1f}", f"{high / low:.2f}")
+            rows.append((decodes, f"{context:,}", *milliseconds, f"{decodes / low:,.0f}", f"{decodes / high:,.0f}"))
+    sampled = read_iterations(paths.calibration / "vidur_a100_llama2_7b_iterations.csv")
+    above = sampled.decodes > PROFILED_DECODES
+    short = 1 - sampled.seconds[above] / sampled.extrapolated[above]
+    return [
         f"### Above {PROFILED_DECODES} decodes: clip and extrapolate",
         "",
         f"Vidur's profile ends at {PROFILED_DECODES} decode requests; beyond, its forests return the value of the last row, so that a "
         f"larger batch costs no more attention (`clip`, as `{CALIBRATION}:clip`). The default goes on in proportion to the number of "
         "requests. Decode-only batches:",
         "",
-        "| decodes | mean context | clip (ms) | extrapolate (ms) | extrapolate / clip | tokens per second, clip | extrapolate |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for decodes in (PROFILED_DECODES, 192, 256, 512):
-        for context in (192, 1024):
-            batch = Batch(decodes=decodes, decode_kv=decodes * context, sampled=decodes, batch_size=decodes)
-            low, high = clipped.seconds(batch), model.seconds(batch)
-            milliseconds = f"{1e3 * low:.1f} | {1e3 * high:.1f} | {high / low:.2f}"
-            lines.append(f"| {decodes} | {context:,} | {milliseconds} | {decodes / low:,.0f} | {decodes / high:,.0f} |")
-    sampled = read_iterations(paths.calibration / "vidur_a100_llama2_7b_iterations.csv")
-    above = sampled.decodes > PROFILED_DECODES
-    short = 1 - sampled.seconds[above] / sampled.extrapolated[above]
-    return [
-        *lines,
+        *table(headings, rows, "r"),
         "",
         f"Over the {int(above.sum())} sampled compositions above {PROFILED_DECODES} decodes clipping leaves out "
         f"{percent(float(short.mean()))} of the iteration time on average, {percent(float(short.max()))} at most. Either way such "
@@ -378,7 +374,7 @@ def machine() -> str:
 
 def _speed(paths: Paths, runs: Sequence[Run], model: TableTime) -> list[str]:
     theirs = vidur_speeds(paths.peers)
-    checks, lines = [], []
+    checks, rows = [], []
     sarathi = [run for run in runs if run.policy == "sarathi"]
     long = repeated(sarathi[0].workload, SPEED_REQUESTS)
     cases = [(run, run.workload, run.name) for run in sarathi]
@@ -397,8 +393,9 @@ def _speed(paths: Paths, runs: Sequence[Run], model: TableTime) -> list[str]:
                 holds=ratio >= SPEED_BAR,
             )
         )
-        iterations = f"{speed.iterations:,} | {speed.compiled * speed.iterations / len(workload):,.0f}"
-        lines.append(f"| {label} | {iterations} | {speed.asked:,.0f} | {speed.asked / peer:,.0f} |")
+        iterations = (f"{speed.iterations:,}", f"{speed.compiled * speed.iterations / len(workload):,.0f}")
+        rows.append((label, *iterations, f"{speed.asked:,.0f}", f"{speed.asked / peer:,.0f}"))
+    headings = ("trace", "iterations", "iterations per second, compiled", "requests per second, policy asked", "times Vidur")
     return [
         "### Speed",
         "",
@@ -410,7 +407,5 @@ def _speed(paths: Paths, runs: Sequence[Run], model: TableTime) -> list[str]:
         "",
         "A policy that is asked before every iteration costs calls into Python each time:",
         "",
-        "| trace | iterations | iterations per second, compiled | requests per second, policy asked | times Vidur |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        *lines,
+        *table(headings, rows, "lr"),
     ]
