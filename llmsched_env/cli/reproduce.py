@@ -13,7 +13,8 @@ import tyro
 
 from llmsched_env.cli.frame import Command, Outcome, Progress, Resumable, Screen, check_counts
 from llmsched_env.errors import ConfigError, did_you_mean, require
-from llmsched_env.files import check_file, check_folder, goes_on, replacing
+from llmsched_env.files import check_file, check_folder, goes_on
+from llmsched_env.markdown import write_page
 from llmsched_env.pages.reproduction.lab import Lab, Section
 from llmsched_env.pages.reproduction.page import SECTIONS, page
 from llmsched_env.parallel import start_workers
@@ -78,8 +79,7 @@ def run(options: Reproduce, screen: Screen) -> Outcome:
     with screen.progress(1) as bar:
         sections = sections_of(options, lab, bar, parts)
     chosen = [*(["--quick"] if options.quick else []), *(["--only", *options.only] if options.only else [])]
-    with replacing(options.out) as target:
-        target.write("\n".join(page(sections, lab, shlex.join(["python", "scripts/reproduce.py", *chosen]))))
+    write_page(options.out, page(sections, lab, shlex.join(["python", "scripts/reproduce.py", *chosen])))
     seconds = time.perf_counter() - start
     read = len(lab.seconds) - lab.computed
     screen.print(f"{lab.computed} configurations run, {read} read from {options.results}, {seconds:.0f} s -> {options.out}")

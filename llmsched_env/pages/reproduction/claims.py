@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
-from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, picture, show, table
+from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, picture, show
 from llmsched_env.pages.reproduction.systems import (
     CAPS,
     FIXED_BASELINES,
@@ -82,7 +83,8 @@ def decode_only(lab: Lab) -> tuple[list[Claim], list[str]]:
         "with the iteration that admits it. The iteration time is the calibrated formula without its prefill terms: exact up to 128 "
         "decodes, then from 8 % too long to 5 % too short at 185, the most that fit. Mean latency (s):",
         "",
-        *table(["policy", *(f"{r:g}/s" for r in rates)], rows),
+        *table(["policy", *(f"{r:g}/s" for r in rates)], rows, "lr"),
+        "",
         *picture("decode_only.png", "Mean latency and completed rate, decode only, 95 % intervals."),
     ]
     claim = Claim(
@@ -136,7 +138,8 @@ def eviction_models(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]
         "p512d1000 on Llama-2-7B, where KV memory binds (engine option `eviction`). Mean latency (s) and share of requests evicted at "
         "least once:",
         "",
-        *table(["policy, eviction", *(f"{r:g}/s" for r in rates)], rows),
+        *table(["policy, eviction", *(f"{r:g}/s" for r in rates)], rows, "lr"),
+        "",
         f"How much of the better fluid WAIT's advantage is the eviction model: {finding}.",
         "",
         *picture("eviction_models.png", "Mean latency and completed rate under both eviction models, 95 % intervals."),
@@ -228,7 +231,9 @@ def headline(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
                 "TTFT at the baseline's largest stable rate",
             ],
             rows,
+            "lr",
         ),
+        "",
     ]
     return headline_claims(hits, top), body, {f"gain:{key.replace(' ', '_')}": value for key, value in top.items()}
 

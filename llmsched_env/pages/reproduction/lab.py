@@ -195,14 +195,8 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, blank line behind it; all columns but the first to the right."""
-    lines = [f"| {' | '.join(header)} |", f"| --- | {' | '.join('---:' for _ in header[1:])} |"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
 def picture(name: str, caption: str) -> list[str]:
     return [f"![{caption}](figures/{name})", "", f"*{caption}*", ""]
 
 
-__all__ = ["Claim", "Lab", "Section", "StableRate", "number", "picture", "show", "table"]
+__all__ = ["Claim", "Lab", "Section", "StableRate", "number", "picture", "show"]

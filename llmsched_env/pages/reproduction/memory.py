@@ -13,9 +13,10 @@ from llmsched_env.bench.plots import COLOURS
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import require
 from llmsched_env.fluid import required_memory
+from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish, thin
-from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, picture, show, table
+from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, picture, show
 from llmsched_env.pages.reproduction.segments import segments
 from llmsched_env.pages.reproduction.stability import LABEL, STYLE, TWO, paper_engine
 from llmsched_env.runner import Policy
@@ -104,11 +105,14 @@ def cascade(lab: Lab) -> tuple[list[Claim], list[str]]:
         "",
         "Greedy FCFS with C = 12 and l = l' = 1 (d0 = 1, d1 = 0): the balanced state [4, 4] (requests in prefill, in decode) and [6, 3].",
         "",
-        *table(["start, arrivals", "completions, first 12 iterations", f"mean of {long}", "evictions"], rows),
+        *table(["start, arrivals", "completions, first 12 iterations", f"mean of {long}", "evictions"], rows, "lr"),
+        "",
         *table(
             ["types (10, 10, 2/s), (10, 20, 1/s)", "throughput (tok/s), fluid 40", "mean latency (s)", "evictions"],
             summary,
+            "lr",
         ),
+        "",
         f"T = {cases['fcfs', 3000].horizon:,.0f} s, {cases['fcfs', 3000].seeds} seeds. Below M_req Nested WAIT runs outside its "
         "conditions.",
         "",
@@ -224,8 +228,10 @@ def buffer(lab: Lab) -> tuple[list[Claim], list[str]]:
         f"Nested WAIT (16, 6) on the two types with hidden lengths, d0 = 1 s, T = {horizon:,.0f} s: M^pi = {BASE:,}. Overflow is measured "
         f"as the peak of the KV charged over {n} seeds without a memory limit, so that one set of runs serves every C.",
         "",
-        *table(["C", "evictions in [0, T]", "P(overflow), no limit", "mean latency (s)"], sizes),
-        *table(["delta", "M_req", "P(peak > M_req)", "C needed", "share of the buffer needed"], rows),
+        *table(["C", "evictions in [0, T]", "P(overflow), no limit", "mean latency (s)"], sizes, "lr"),
+        "",
+        *table(["delta", "M_req", "P(peak > M_req)", "C needed", "share of the buffer needed"], rows, "lr"),
+        "",
         "*C needed* is the (1 - delta) quantile of the peak.",
         "",
         *picture("buffer.png", "Left: evictions against the capacity. Right: measured overflow probability and the bound."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from llmsched_env.markdown import cell, table
 from llmsched_env.pages.reproduction import claims, memory, stability, systems, variants
 from llmsched_env.pages.reproduction.lab import Claim, Lab, Section
 
@@ -78,25 +79,21 @@ def making(lab: Lab) -> list[str]:
     return lines
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|") or "-"
-
-
 def summary(found: Sequence[Claim]) -> list[str]:
     """How the claims stand, and each of them with its verdict."""
     counts = {v: sum(c.verdict == v for c in found) for v in ("agrees", "differs", "not comparable")}
-    lines = [
+    rows = []
+    for claim in found:
+        verdict = f"**{claim.verdict}**" + (f" ({claim.why})" if claim.why else "")
+        rows.append([cell(text) for text in (claim.claim, claim.paper, claim.ours, verdict)])
+    return [
         "## Summary",
         "",
         f"{counts['agrees']} claims agree, {counts['differs']} differ, {counts['not comparable']} are not comparable.",
         "",
-        "| claim | paper | ours | verdict |",
-        "| --- | --- | --- | --- |",
+        *table(("claim", "paper", "ours", "verdict"), rows, "l"),
+        "",
     ]
-    for claim in found:
-        verdict = f"**{claim.verdict}**" + (f" ({claim.why})" if claim.why else "")
-        lines.append(f"| {_cell(claim.claim)} | {_cell(claim.paper)} | {_cell(claim.ours)} | {_cell(verdict)} |")
-    return [*lines, ""]
 
 
 def when_to_use(facts: Mapping[str, float]) -> list[str]:

@@ -10,9 +10,10 @@ import numpy as np
 from llmsched_env.bench.plots import COLOURS
 from llmsched_env.fluid import continuation, equal_width_ends, nested_memory, required_memory
 from llmsched_env.fluid.nested import design_memory
+from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
-from llmsched_env.pages.reproduction.lab import Claim, Lab, picture, show, table
+from llmsched_env.pages.reproduction.lab import Claim, Lab, picture, show
 from llmsched_env.types import EngineConfig, LengthStatistics
 
 Memory = tuple[float, float, float]
@@ -69,11 +70,13 @@ def segments(lab: Lab) -> tuple[list[Claim], list[str]]:
         f"equal width; latency with memory to spare, {seeds} seeds. The paper does not state the lengths behind its figures, so only "
         "shapes compare.",
         "",
-        *table(["L", "M^pi", "buffer (T = 200 s, delta = 0.1)", "M_req", "mean latency (s)", "mean TTFT (s)"], rows),
+        *table(["L", "M^pi", "buffer (T = 200 s, delta = 0.1)", "M_req", "mean latency (s)", "mean TTFT (s)"], rows, "lr"),
+        "",
         "A dash: no cycle is stable with so few segments. Continuous lengths: the lmsys distribution at 30 requests/s with d0 = 10.6 ms "
         "and d1 = 0.401 us (fractional thresholds, rotated).",
         "",
-        *table(["L", "M^pi", "buffer", "M_req", "mean latency (s)", "mean TTFT (s)"], chat_rows),
+        *table(["L", "M^pi", "buffer", "M_req", "mean latency (s)", "mean TTFT (s)"], chat_rows, "lr"),
+        "",
         *picture("segments.png", "Required memory over the number of segments; latency (bars: 95 % intervals)."),
         *prompts_body,
     ]

@@ -11,10 +11,11 @@ import numpy.typing as npt
 
 from llmsched_env.errors import require
 from llmsched_env.fluid import stability_boundary
+from llmsched_env.markdown import table
 from llmsched_env.metrics import Interval, mean_interval
 from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
-from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, StableRate, number, picture, show, table
+from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, StableRate, number, picture, show
 from llmsched_env.types import EngineConfig, LengthStatistics
 
 D0, D1 = 1.0, 1e-3
@@ -90,7 +91,8 @@ def region(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
         "that rule; the brackets are the largest rate whose 95 % interval lies below the bar and the smallest one whose interval lies "
         "above it.",
         "",
-        *table(["workload", "fluid boundary (req/s)", "WAIT", "FCFS", "Nested WAIT"], rows),
+        *table(["workload", "fluid boundary (req/s)", "WAIT", "FCFS", "Nested WAIT"], rows, "lr"),
+        "",
         "Rates as shares of the boundary, with bracket. A policy above 1 would refute the fluid bound.",
         "",
         *picture(
@@ -245,7 +247,9 @@ def scaling(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
         *table(
             ["", "slope of the gap", "slope of the latency", "p, unfinished tokens", "p, latency", f"latency at T = {horizons[-1]:,} s"],
             rows,
+            "lr",
         ),
+        "",
         *picture("scaling.png", "Gap and mean latency over the horizon, log-log, with 95 % intervals."),
     ]
     return scaling_claims(gaps, lats, growths), body, {"slack_latency": lats[slack].mean}

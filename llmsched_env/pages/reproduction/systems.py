@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmsched_env.fluid import find_boundary
+from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group, Pairs
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish, limit_to_means
-from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, picture, show, table
+from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, picture, show
 
 TUNING_SEED = 1000
 """Seeds of the tuning runs start here: none of them is among those that are reported."""
@@ -297,10 +298,12 @@ def report(
         f"Fluid boundary of the `vllm` engine {boundary}. Mean latency (s)"
         + (f"; the paper's numbers are from {load.source}:" if load.published else ":"),
         "",
-        *table(["policy", "stable (next)", *heading], rows),
+        *table(["policy", "stable (next)", *heading], rows, "lr"),
+        "",
         "TTFT, mean / P99 (s):",
         "",
-        *table(["policy", *heading], ttft),
+        *table(["policy", *heading], ttft, "lr"),
+        "",
         f"Highest share of requests evicted at any rate: {', '.join(evicted) or 'none'}.",
         "",
         *picture(name, f"{load.name}: top fixed or fluid settings, bottom the best of 8 trials a rate; stars: largest stable rate."),

@@ -8,9 +8,10 @@ from typing import Any
 from llmsched_env.bench.plots import COLOURS, MARKERS
 from llmsched_env.errors import require
 from llmsched_env.fluid import fluid_equilibrium, window_rates
+from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
-from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, picture, show, table
+from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, picture, show
 from llmsched_env.pages.reproduction.stability import CAPACITY, STYLE, TWO, fluid_rate, paper_engine
 from llmsched_env.types import EngineConfig
 
@@ -100,7 +101,8 @@ def varying(lab: Lab) -> tuple[list[Claim], list[str]]:
         + ". *Modified WAIT* (arXiv 2608.06135) estimates the rates on line and recomputes the thresholds before each iteration. "
         "MMPP-2: phases of 60 and 20 s on average.",
         "",
-        *table(["arrivals: policy", "throughput (tok/s)", "mean latency (s)", "mean TTFT (s)", "evictions"], rows),
+        *table(["arrivals: policy", "throughput (tok/s)", "mean latency (s)", "mean TTFT (s)", "evictions"], rows, "lr"),
+        "",
         *picture("changing_rates.png", "Mean latency and evictions by arrival process, 95 % intervals."),
     ]
     return varying_claims(groups, above=busiest > edge), body
@@ -197,7 +199,8 @@ def variants(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
         "what the authors' code ran behind the curves of the first version (WAIT) and of 2026 (Nested WAIT). Thresholds are the same in "
         "all.",
         "",
-        *table(["", *(f"{f:g}" for f in loads), "most evictions"], rows),
+        *table(["", *(f"{f:g}" for f in loads), "most evictions"], rows, "lr"),
+        "",
         *picture("variants.png", "Mean latency over the load, 95 % intervals."),
     ]
     return variant_claims(groups, loads), body, variant_facts(groups, loads)
@@ -302,7 +305,8 @@ def gate(lab: Lab) -> tuple[list[Claim], list[str]]:
         f"WAIT-CP with the caps and chunks of the paper's ablation, with the wait and without it; {base.seeds} seeds. The paper's engine "
         "differs (Vidur's Llama-3-8B), so absolute latencies are not expected to agree. Mean latency (s):",
         "",
-        *table(["", "cap alone", "cap and wait", "change", "paper: cap alone", "paper: and wait", "paper: change"], rows),
+        *table(["", "cap alone", "cap and wait", "change", "paper: cap alone", "paper: and wait", "paper: change"], rows, "lr"),
+        "",
         *picture("wait_gate.png", "Mean latency with and without the wait, ours with 95 % intervals."),
         "The variants of WAIT with fluid thresholds on the same workload. Here n_j is at most one, and the cap of a class can be used up "
         "(with whole thresholds above one it never is, and *caps release* is the paper's rule):",
@@ -310,7 +314,9 @@ def gate(lab: Lab) -> tuple[list[Claim], list[str]]:
         *table(
             ["variant of `wait`", *(f"{r:g}/s" for r in rates)],
             [[v, *(show(groups[v, r].interval("latency")) for r in rates)] for v in names],
+            "lr",
         ),
+        "",
     ]
     return gate_claims(cost), body
 
