@@ -11,7 +11,8 @@ import tyro
 
 from llmsched_env.cli.frame import Command, Options, Outcome, Screen, check_counts
 from llmsched_env.errors import MissingExtraError, install_command
-from llmsched_env.files import check_file, replacing
+from llmsched_env.files import check_file
+from llmsched_env.markdown import write_page
 from llmsched_env.pages.performance.environments import cartpole_speed
 from llmsched_env.pages.performance.figure import Figure, machine
 from llmsched_env.pages.performance.page import PARTS, page
@@ -57,12 +58,11 @@ def run(options: Benchmark, screen: Screen) -> Outcome:
         screen.say(f"{name} ...")  # a bar would draw itself beside what is measured
         figures += measure(options.repeats)
     after = cartpole_speed(options.repeats)
-    text = page(figures, (before, after))
+    lines = page(figures, (before, after))
     if options.out is not None:
-        with replacing(options.out) as file:
-            file.write(text)
+        write_page(options.out, lines)
     if not options.quiet:
-        screen.print(text)
+        screen.print("\n".join(lines))
     return Outcome({"machine": machine(), "figures": [figure.describe() for figure in figures]})
 
 

@@ -13,7 +13,8 @@ import tyro
 from llmsched_env import __version__
 from llmsched_env.cli.frame import Command, Outcome, Resumable, Screen, check_counts
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.files import check_file, check_folder, check_same_settings, goes_on, replacing, write_settings
+from llmsched_env.files import check_file, check_folder, check_same_settings, goes_on, write_settings
+from llmsched_env.markdown import write_page
 from llmsched_env.pages.paper_model.page import by_line, claims, page
 from llmsched_env.pages.paper_model.runs import Line, Run, lines, run_line
 from llmsched_env.parallel import start_workers, unordered
@@ -98,10 +99,9 @@ def run(options: PaperTable, screen: Screen) -> Outcome:
             results.close()
     runs = by_line([row for row in file.rows if row.seed < options.seeds])
     text = page(runs, options.seeds)
-    with replacing(options.out) as target:
-        target.write(text)
+    write_page(options.out, text)
     if not options.quiet:
-        screen.print(text)
+        screen.print("\n".join(text))
     screen.print(f"{len(missing)} runs in {time.perf_counter() - start:.1f} s, {len(wanted) - len(missing)} kept -> {options.out}")
     return Outcome({"claims": claims(runs), "runs": [row for rows in runs.values() for row in rows]})
 
