@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_env.files import replacing
+from llmsched_env.markdown import table
 from llmsched_hardware.validation import SIM, Gap, Ranking, Run, Schedules
 from llmsched_hardware.validation_runs import Plan
 
@@ -203,5 +204,4 @@ def _number(value: float) -> str:
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(table(heading, rows, "l"))

@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from llmsched_env.cli.frame import Command, Options, Outcome, Screen
-from llmsched_env.files import check_file, replacing
+from llmsched_env.files import check_file
+from llmsched_env.markdown import write_page
 from llmsched_env.pages.hardware.page import page
 
 
@@ -29,8 +30,7 @@ def run(options: HardwarePage, screen: Screen) -> Outcome:
     """Nothing is written unless the whole page could be."""
     check_file("--out", options.out)
     text = page(options.calibrations, options.validations)
-    with replacing(options.out) as file:
-        file.write(text)
+    write_page(options.out, text.split("\n"))
     screen.print(str(options.out))
     return Outcome({"page": options.out})
 

@@ -16,8 +16,9 @@ from llmsched_baselines.overrides import parse_overrides
 from llmsched_env.backends import make_backend
 from llmsched_env.cli.frame import DONE, FAILED, Assignments, Command, Outcome, Resumable, Screen, check_counts, words
 from llmsched_env.errors import ConfigError, EngineError, require
-from llmsched_env.files import check_folder, check_same_settings, goes_on, replacing, write_settings
+from llmsched_env.files import check_folder, check_same_settings, goes_on, write_settings
 from llmsched_env.fluid import stability_boundary
+from llmsched_env.markdown import write_page
 from llmsched_env.perf import CalibrationRangeWarning, load_calibration
 from llmsched_env.row_file import RowFile
 from llmsched_env.workload import Scenario, load_scenario
@@ -207,8 +208,7 @@ def title(plan: Plan) -> str:
 
 def present(options: Validate, screen: Screen, page: str, lines: Sequence[str]) -> None:
     """The report, and its main lines on the screen."""
-    with replacing(options.out / REPORT_FILE) as file:
-        file.write(page)
+    write_page(options.out / REPORT_FILE, page.split("\n"))
     for text in (*lines, f"Report: {options.out / REPORT_FILE}"):
         screen.print(text)
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmsched_env.errors import ConfigError
+from llmsched_env.markdown import table
 from llmsched_env.perf import FormulaTime, load_calibration
 from llmsched_env.row_file import read_rows
 from llmsched_hardware.shapes import SHAPES
@@ -13,7 +14,7 @@ from llmsched_hardware.validation import Run, Schedules, gaps, rankings
 from llmsched_hardware.validation_report import DEFINITIONS, error_table, ranking_sentence, ranking_table
 from llmsched_hardware.validation_runs import MACHINE_FILE, REPORT_FILE, RUNS_FILE, SCHEDULES_FILE, read_machine
 
-HOW = """# On your own hardware
+CALIBRATE = """# On your own hardware
 
 The simulator is as good as its iteration times. Two programs measure a vLLM engine on the machine at hand: `calibrate.py engine`
 fits iteration times to it, `validate.py` runs the same requests on the simulator and on the engine and says how far apart they are.
@@ -32,14 +33,15 @@ shape is run before it is timed, medians are taken, and the plan is gone through
 that prefill several prompts at once are not in the plan; the models read them as one chunk of the same sum of squares. Then
 models are fitted (non-negative least squares on relative error), and a workload that was not measured before is run on the engine
 and on the simulator.
+"""
 
-| file | what it is |
-| --- | --- |
-| `tiny.json` | the formula of `FormulaTime` with provenance: device, driver, versions, date, KV blocks, range, errors |
-| `tiny.npz` | tables through the measured batches (`TableTime`), the same provenance |
-| `tiny.points.jsonl` | every measured batch: its sums, seconds of the whole step, seconds of execution alone |
+FILES = (
+    ("`tiny.json`", "the formula of `FormulaTime` with provenance: device, driver, versions, date, KV blocks, range, errors"),
+    ("`tiny.npz`", "tables through the measured batches (`TableTime`), the same provenance"),
+    ("`tiny.points.jsonl`", "every measured batch: its sums, seconds of the whole step, seconds of execution alone"),
+)
 
-Either of the first two goes wherever a calibration does: `--calibration tiny.json` of every program, or
+VALIDATE = """Either of the first two goes wherever a calibration does: `--calibration tiny.json` of every program, or
 
     gym.make("llmsched_env:LLMSched-v0", engine={"time_model": "tiny.json", "num_blocks": 512, "max_model_len": 1024})
 
@@ -85,14 +87,21 @@ with the shape `tiny` alone, and nothing is said here about how close the simula
 
 
 def shape_table() -> str:
-    lines = ["| shape | layers | hidden | heads / KV heads | parameters | KV bytes a token | source |"]
-    lines.append("| --- |" + " ---: |" * 5 + " --- |")
-    for name, shape in SHAPES.items():
-        lines.append(
-            f"| `{name}` | {shape.layers} | {shape.hidden:,} | {shape.heads} / {shape.kv_heads} | {shape.parameters / 1e9:.3g} billion | "
-            f"{shape.kv_bytes_per_token:,} | {shape.source} |"
+    """The shapes that ship."""
+    rows = [
+        (
+            f"`{name}`",
+            shape.layers,
+            f"{shape.hidden:,}",
+            f"{shape.heads} / {shape.kv_heads}",
+            f"{shape.parameters / 1e9:.3g} billion",
+            f"{shape.kv_bytes_per_token:,}",
+            shape.source,
         )
-    return "\n".join(lines)
+        for name, shape in SHAPES.items()
+    ]
+    headings = ("shape", "layers", "hidden", "heads / KV heads", "parameters", "KV bytes a token", "source")
+    return "\n".join(table(headings, rows, "lrrrrrl"))
 
 
 def calibration_section(path: Path) -> str:
@@ -160,7 +169,8 @@ def page(calibrations: Sequence[Path], validations: Sequence[Path]) -> str:
     """
     models = [load_calibration(str(path)) for path in calibrations]
     on_gpu = any(", driver " in model.provenance.gpu for model in models) and any(map(_ran_on_gpu, validations))
-    parts = [HOW.strip(), shape_table(), GPU.strip()]
+    files = "\n".join(table(("file", "what it is"), FILES, "l"))
+    parts = [CALIBRATE.strip(), files, VALIDATE.strip(), shape_table(), GPU.strip()]
     if not on_gpu:
         parts.append(OPEN.strip())
     if calibrations:
