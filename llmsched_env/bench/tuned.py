@@ -19,6 +19,8 @@ from llmsched_env.files import replacing
 
 SHIPPED = Path(__file__).parent / "suites" / "tuned.json"
 """The parameters behind the published page of results."""
+SHIPPED_NAME = "shipped"
+"""What stands for them where a file is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +104,14 @@ def searches(bench: Bench, chosen: Sequence[Cell], policies: Iterable[str], *, s
 
 
 def tuned_parameters(option: str, path: Path | None) -> Mapping[tuple[str, str], Tuned]:
-    """The entries of a file that a user named; none where no file was named.
+    """The entries of a file that a user named, or of the one that ships (``SHIPPED_NAME``); none where no file was named.
 
     Raises:
         ConfigError: the file is not there or holds something else.
     """
     if path is None:
         return {}
-    if not path.exists():
-        raise ConfigError(f"{option}: {path} does not exist")
-    return TunedFile.read(path).entries
+    file = SHIPPED if str(path) == SHIPPED_NAME else path
+    if not file.exists():
+        raise ConfigError(f"{option}: {file} does not exist")
+    return TunedFile.read(file).entries

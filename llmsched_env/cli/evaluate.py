@@ -56,7 +56,7 @@ class Evaluate(Selection):
     ablation: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: the shipped one)")] = None
     """What `llmsched ablation` wrote."""
     tuned: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: none)")] = None
-    """What `llmsched tune` wrote: the baselines run with these parameters too."""
+    """What `llmsched tune` wrote, or shipped for the parameters behind the published page: the baselines run with them too."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {SEEDS}; with --quick {QUICK_SEEDS})")] = None
     """Paired evaluation seeds in a cell."""
     first_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -203,7 +203,7 @@ def page_of(options: Evaluate, plan: Plan, results: Results, screen: Screen) -> 
         told=plan.told,
         records=plan.records,
         ablation=[] if plan.ablation is None else section(plan.ablation, plan.ablation.digest in digests),
-        command="python scripts/evaluate.py" + screen.command.removeprefix("llmsched evaluate"),
+        command=screen.command,
         figures=options.out.parent / options.out.stem,
     )
 

@@ -101,7 +101,7 @@ class Page:
             "95 % bootstrap intervals (BCa) that resample seeds. A cell is *better* or *worse* where the interval of the relative "
             "difference excludes zero, else *equal*.",
             "* Loads are shares of greedy FIFO's measured boundary (last section). Tuning, evaluation and the boundaries draw from seed "
-            "streams that cannot meet (`scripts/seeds.py`); no recorded trace is replayed, so no time ranges are shared either.",
+            "streams that cannot meet (`llmsched_env/bench/seeds.py`); no recorded trace is replayed, so no time ranges are shared either.",
             f"* *Default* is a baseline as it ships, *tuned* with the best parameters found for that very cell: by the search of "
             f"`scripts/tune.py`{self._longer_searches()}, "
             "*tuned together* with one set of parameters for the whole non-stationary part; these run in that part alone and never count "
@@ -134,7 +134,7 @@ class Page:
         own = ", ".join(f"`{name}` is `{text}`" for name, text in self.own.items())
         ran = "Each ran as its checkpoint states, sampled or deterministic."
         if own:
-            ran = f"Checkpoints ran as they state, sampled or deterministic; {own}."
+            ran = f"Checkpoints ran as they state, sampled or deterministic; {own}." if len(self.own) < len(self.records) else f"{own}."
         return [
             *lines,
             "",
@@ -328,7 +328,7 @@ class Page:
             "## Greedy FIFO's boundaries",
             "",
             "All requests are present from the start; the boundary is the rate of completions of greedy FIFO between the 20th and the 80th "
-            "percentile of completions: a backlog shrinks below it and grows above (`scripts/boundary.py`).",
+            "percentile of completions: a backlog shrinks below it and grows above (`llmsched_env/bench/boundary.py`).",
             "",
             "| scenario | KV units | boundary (requests/s) | spread over seeds | requests x seeds |",
             "| --- | ---: | ---: | --- | --- |",
