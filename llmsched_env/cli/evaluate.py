@@ -21,7 +21,8 @@ from llmsched_env.bench.variants import GREEDY, POLICIES, Variant
 from llmsched_env.cli.frame import Command, Outcome, Screen, check_counts
 from llmsched_env.cli.selection import NAMES, Selection
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.files import check_file, check_same_settings, goes_on, replacing, write_settings
+from llmsched_env.files import check_file, check_same_settings, goes_on, write_settings
+from llmsched_env.markdown import write_page
 from llmsched_env.pages.results.ablation import section
 from llmsched_env.pages.results.page import Page
 from llmsched_env.pages.results.table import write_table
@@ -224,8 +225,7 @@ def run(options: Evaluate, screen: Screen) -> Outcome:
     lines = page_of(options, planned, results, screen).lines()
     table = lines_of(results)
     write_table(options.out.with_suffix(".csv"), table)
-    with replacing(options.out) as page:
-        page.write("\n".join(lines).rstrip("\n") + "\n")
+    write_page(options.out, lines)
     screen.print(f"Page: {options.out}")
     agent, slo_agent = (next(iter(names), "") for names in (planned.agents, planned.slo_agents))
     return Outcome({"bars": bars(results, agent, slo_agent), "table": table})

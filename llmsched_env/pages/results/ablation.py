@@ -7,6 +7,7 @@ import math
 from llmsched_agents.statistics import Estimate
 from llmsched_env.bench.ablation_table import REFERENCE_ROW, Ablation, Figures
 from llmsched_env.bench.results import interval, percent
+from llmsched_env.markdown import table
 
 
 def section(ablation: Ablation, own: bool) -> list[str]:
@@ -16,6 +17,7 @@ def section(ablation: Ablation, own: bool) -> list[str]:
     counts = f"{least:,}" if least == most else f"{least:,} to {most:,}"
     other = "" if own else " **No agent evaluated on this page is this checkpoint.**"
     numbers = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else f"{seeds[0]}"
+    headings = ("variant", "with the network", "worst cell", f"constant: {reference}, or as named", "worst cell")
     return [
         "## What was tried",
         "",
@@ -28,24 +30,22 @@ def section(ablation: Ablation, own: bool) -> list[str]:
         "the same requests, with 95 % bootstrap intervals that resample seeds; then the cell in which it is worst. "
         "A dash stands where the network does not fit the variant, or where only one of the two can differ.",
         "",
-        f"| variant | with the network | worst cell | constant: {reference}, or as named | worst cell |",
-        "| --- | --- | --- | --- | --- |",
-        *_table(ablation),
+        *table(headings, _rows(ablation), "l"),
         "",
     ]
 
 
-def _table(ablation: Ablation) -> list[str]:
+def _rows(ablation: Ablation) -> list[list[str]]:
     by_name: dict[str, dict[bool, Figures]] = {}
     for row in ablation.rows:
         by_name.setdefault(row.variant, {})[row.constant is not None] = row
-    lines = []
+    rows = []
     for name, found in by_name.items():
         cells = [text for constant in (False, True) for text in (texts(found[constant]) if constant in found else ("-", "-"))]
         if found.get(True) and found[True].constant == ablation.reference and name == REFERENCE_ROW:
             cells[2:] = ["0 (the reference)", "-"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
+        rows.append([name, *cells])
+    return rows
 
 
 def texts(row: Figures) -> tuple[str, str]:

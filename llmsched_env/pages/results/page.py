@@ -23,6 +23,7 @@ from llmsched_env.bench.results import (
 from llmsched_env.bench.suite import MOVING, SUITE, WARMUP_SHARE, Bench, Cell
 from llmsched_env.bench.tuning import TOGETHER, TRIALS, Tuned, objective_of
 from llmsched_env.bench.variants import greedy_of
+from llmsched_env.markdown import table
 from llmsched_env.pages.results.plots import choices, middle, plot_loads, plot_middles, plot_profiles
 
 KNOWN = " †"
@@ -204,17 +205,18 @@ class Page:
         middles.sort(key=lambda item: -item[1][0].value)
         plot_middles(self.figures / "interquartile-means.png", [(_marked(label), found[0]) for label, found in middles])
         profiled = plot_profiles(self.figures / "profiles.png", r, shown)
+        scores = [(_marked(label), cells, _plain_interval(estimate)) for label, (estimate, cells) in middles]
         lines = [
             "## All cells together",
             "",
             "A run's score is the mean latency of greedy FIFO on the same requests over its own. Interquartile mean over cells "
             "and seeds; only rows over the same cells can be compared:",
             "",
-            "| variant | cells | speed-up |",
-            "| --- | ---: | --- |",
+            *table(("variant", "cells", "speed-up"), scores, "lrl"),
+            "",
+            self._image("interquartile-means.png"),
+            "",
         ]
-        lines += [f"| {_marked(label)} | {cells} | {_plain_interval(estimate)} |" for label, (estimate, cells) in middles]
-        lines += ["", self._image("interquartile-means.png"), ""]
         if profiled:
             lines += [f"Share of runs with at least that speed-up, over the {profiled} cells that have all of these:", ""]
             lines += [self._image("profiles.png"), ""]
@@ -233,12 +235,10 @@ class Page:
         if not own:
             return []
         r = self.results
-        lines = ["## Non-stationary part: mean latency (s)", ""]
         labels = list(dict.fromkeys(v.label for cell in own for v in r.plan[cell]))
         kinds = [f"{cell.part}: {cell.title}" for cell in own]
-        lines += ["| variant | " + " | ".join(kinds) + " |", "| --- | " + " | ".join("---:" for _ in own) + " |"]
-        for label in labels:
-            lines.append(f"| {_marked(label)} | " + " | ".join(self._entry(cell, label, "latency_mean") for cell in own) + " |")
+        means = [(_marked(label), *(self._entry(cell, label, "latency_mean") for cell in own)) for label in labels]
+        lines = ["## Non-stationary part: mean latency (s)", "", *table(("variant", *kinds), means, "lr")]
         tuned = [cell for cell in own if r.best_tuned(cell)]
         if tuned:
             pooled = pooled_difference(r, tuned, r.best_tuned, r.best_default)
@@ -251,18 +251,18 @@ class Page:
         labels = sorted(r.together(shared), key=lambda label: r.relative_mean(shared, label))
         if not labels:
             return []
-        lines = [
-            f"Tuned together: one set of parameters for {len(shared)} cells. Mean over these cells of the mean latency as a share of "
-            "greedy FIFO's, on the evaluation seeds:",
-            "",
-            "| baseline | parameters | share |",
-            "| --- | --- | ---: |",
-        ]
+        rows = []
         for label in labels:
             policy = label.rpartition(" (")[0]
             name = policy + KNOWN if lengths_known(label) else policy
-            lines.append(f"| {name} | {_options(self.tuned.get((TOGETHER, policy)))} | {r.relative_mean(shared, label):.3f} |")
-        return [*lines, ""]
+            rows.append((name, _options(self.tuned.get((TOGETHER, policy))), f"{r.relative_mean(shared, label):.3f}"))
+        return [
+            f"Tuned together: one set of parameters for {len(shared)} cells. Mean over these cells of the mean latency as a share of "
+            "greedy FIFO's, on the evaluation seeds:",
+            "",
+            *table(("baseline", "parameters", "share"), rows, "llr"),
+            "",
+        ]
 
     def _goodput(self) -> list[str]:
         own = [cell for cell in self.results.cells if cell.part == "stationary"]
@@ -278,16 +278,9 @@ class Page:
         where = "Means over seeds. All cells and metrics with intervals: the CSV file beside this page."
         lines: list[str] = []
         for cell in heavy:
-            lines += [
-                f"**{cell.title}**",
-                "",
-                "| variant | " + " | ".join(METRICS.values()) + " |",
-                "| --- | " + " | ".join("---:" for _ in METRICS) + " |",
-            ]
-            for label in self.results.labels(cell):
-                values = [_number(self.results.mean(cell, label, metric)) for metric in METRICS]
-                lines.append(f"| {_marked(label)} | " + " | ".join(values) + " |")
-            lines.append("")
+            labels = self.results.labels(cell)
+            means = [(_marked(label), *(_number(self.results.mean(cell, label, metric)) for metric in METRICS)) for label in labels]
+            lines += [f"**{cell.title}**", "", *table(("variant", *METRICS.values()), means, "lr"), ""]
         return ["## Every metric at load 1.0", "", where, "", *_folded("Every scenario and memory", lines)] if heavy else []
 
     def _costs(self) -> list[str]:
@@ -298,6 +291,13 @@ class Page:
             trials = Counter(t.trials for t in used)
             shared = [t for t in used if t.over]
             also = f", {len(shared)} of them one a policy over {_range(sorted({len(t.over) for t in shared}))} cells" if shared else ""
+            rows = []
+            for policy, together in sorted({(t.policy, bool(t.over)) for t in used}):
+                own = [t for t in used if (t.policy, bool(t.over)) == (policy, together)]
+                ranges = (_range(sorted({t.trials for t in own})), _range(sorted({t.seeds for t in own})))
+                better = sum(t.value != t.default_value for t in own)
+                name = f"{policy}, together" if together else policy
+                rows.append((name, len(own), *ranges, f"{sum(t.seconds for t in own):,.0f}", better))
             lines += [
                 f"{len(used)} searches (one a cell and policy{also}), {sum(t.runs for t in used):,} runs of "
                 f"{_range(sorted({t.num_requests for t in used}))} requests, "
@@ -305,17 +305,9 @@ class Page:
                 + ", ".join(f"{n} in {c}" for n, c in sorted(trials.items()))
                 + ". A search ends early only where its grid has no more points. Theta in steps of 0.01.",
                 "",
-                "| policy | searches | trials | seeds a trial | core-seconds | changed the default in |",
-                "| --- | ---: | ---: | ---: | ---: | ---: |",
+                *table(("policy", "searches", "trials", "seeds a trial", "core-seconds", "changed the default in"), rows, "lr"),
+                "",
             ]
-            for policy, together in sorted({(t.policy, bool(t.over)) for t in used}):
-                own = [t for t in used if (t.policy, bool(t.over)) == (policy, together)]
-                better = sum(t.value != t.default_value for t in own)
-                lines.append(
-                    f"| {policy}{', together' if together else ''} | {len(own)} | {_range(sorted({t.trials for t in own}))} | "
-                    f"{_range(sorted({t.seeds for t in own}))} | {sum(t.seconds for t in own):,.0f} | {better} |"
-                )
-            lines.append("")
         else:
             lines += ["Nothing was tuned.", ""]
         for name, record in self.records.items():
@@ -324,23 +316,27 @@ class Page:
         return [*lines, ""] if self.records else lines
 
     def _boundaries(self) -> list[str]:
-        lines = [
+        used = {(cell.scenario, cell.kv) for cell in self.results.cells}
+        rows = [
+            (
+                b.scenario,
+                f"{b.kv_units:,}",
+                f"{b.rate:.4g}",
+                f"{min(b.rates):.4g} to {max(b.rates):.4g}",
+                f"{b.requests:,} x {len(b.rates)}",
+            )
+            for b in self.bench.boundaries.entries
+            if (b.scenario, b.kv) in used
+        ]
+        return [
             "## Greedy FIFO's boundaries",
             "",
             "All requests are present from the start; the boundary is the rate of completions of greedy FIFO between the 20th and the 80th "
             "percentile of completions: a backlog shrinks below it and grows above (`llmsched_env/bench/boundary.py`).",
             "",
-            "| scenario | KV units | boundary (requests/s) | spread over seeds | requests x seeds |",
-            "| --- | ---: | ---: | --- | --- |",
+            *table(("scenario", "KV units", "boundary (requests/s)", "spread over seeds", "requests x seeds"), rows, "lrrll"),
+            "",
         ]
-        used = {(name, cell.kv) for cell in self.results.cells for name in (cell.scenario,)}
-        for b in self.bench.boundaries.entries:
-            if (b.scenario, b.kv) in used:
-                lines.append(
-                    f"| {b.scenario} | {b.kv_units:,} | {b.rate:.4g} | {min(b.rates):.4g} to {max(b.rates):.4g} | "
-                    f"{b.requests:,} x {len(b.rates)} |"
-                )
-        return [*lines, ""]
 
     def _remarks(self) -> list[str]:
         r = self.results
@@ -383,16 +379,14 @@ class Page:
         for scenario, kv in dict.fromkeys((cell.scenario, cell.kv) for cell in own):
             cells = [cell for cell in own if (cell.scenario, cell.kv) == (scenario, kv)]
             labels = list(dict.fromkeys(label for cell in cells for label in self.results.labels(cell)))
+            means = [(_marked(label), *(self._entry(cell, label, metric) for cell in cells)) for label in labels]
             lines += [
                 f"**{cells[0].title}** ({self.bench.boundaries.rate(scenario, kv):.3g} requests/s is load 1; greedy FIFO is "
                 f"`{greedy_of(cells[0])}`)",
                 "",
-                "| variant | " + " | ".join(f"{cell.load:g}" for cell in cells) + " |",
-                "| --- | " + " | ".join("---:" for _ in cells) + " |",
+                *table(("variant", *(f"{cell.load:g}" for cell in cells)), means, "lr"),
+                "",
             ]
-            for label in labels:
-                lines.append(f"| {_marked(label)} | " + " | ".join(self._entry(cell, label, metric) for cell in cells) + " |")
-            lines.append("")
         return lines
 
     def _entry(self, cell: Cell, label: str, metric: str) -> str:
