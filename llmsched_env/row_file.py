@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import replacing
@@ -40,7 +40,7 @@ class RowFile(Generic[T]):
         # Written anew: a line that a kill cut off is gone.
         write_rows(self._path, self._kind, self.rows)
         self._file = self._path.open("a", encoding="utf-8", newline="")
-        self._writer = csv.writer(self._file)
+        self._writer = csv_writer(self._file)
         return self
 
     def append(self, row: T) -> None:
@@ -52,6 +52,11 @@ class RowFile(Generic[T]):
         self._file.close()
 
 
+def csv_writer(file: IO[str]) -> Any:
+    """A writer of the one form that CSV files have here: commas, quotes where they are needed, lines that end in a line feed."""
+    return csv.writer(file, lineterminator="\n")
+
+
 def columns(kind: type[Any]) -> list[str]:
     """The heading of a file of such rows."""
     return [name for name, _ in _leaves(kind)]
@@ -60,7 +65,7 @@ def columns(kind: type[Any]) -> list[str]:
 def write_rows(path: Path, kind: type[T], rows: Iterable[T]) -> None:
     """Replace the file by these rows."""
     with replacing(path) as file:
-        writer = csv.writer(file)
+        writer = csv_writer(file)
         writer.writerow(columns(kind))
         writer.writerows(_cells(row) for row in rows)
 

@@ -189,5 +189,5 @@ def test_interval_without_scipy_says_what_to_install(monkeypatch: pytest.MonkeyP
     import sys
 
     monkeypatch.setitem(sys.modules, "scipy.special", None)
-    with pytest.raises(MissingExtraError, match=r"llmsched-env\[plots\]"):
+    with pytest.raises(MissingExtraError, match=r"\[cli\]"):
         mean_interval([1.0, 2.0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from llmsched_env.files import replacing
 from llmsched_env.markdown import table
+from llmsched_env.row_file import csv_writer
 from llmsched_hardware.validation import SIM, Gap, Ranking, Run, Schedules
 from llmsched_hardware.validation_runs import Plan
 
@@ -76,7 +76,7 @@ def facts(plan: Plan, machine: Mapping[str, Any], command: str, runs: Sequence[R
 def write_table(path: Path, found: Sequence[Gap]) -> None:
     """Every metric of every policy and rate."""
     with replacing(path) as file:
-        writer = csv.writer(file)
+        writer = csv_writer(file)
         writer.writerow(("rate", "policy", "metric", "sim", "engine", "engine_low", "engine_high", "repeats", "error", "spread"))
         writer.writerows((g.rate, g.policy, g.metric, g.sim, g.real, g.low, g.high, g.repeats, g.error, g.spread) for g in found)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from llmsched_env.backend import View
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import replacing
 from llmsched_env.metrics import latency, lost, ttft
+from llmsched_env.row_file import csv_writer
 from llmsched_env.runner import EpisodeResult, Policy, run_episode
 from llmsched_env.types import EngineConfig, EpisodeLimits, IterationReport, RequestLog, Workload
 from llmsched_env.workload import Scenario, Trace, TraceArrivals
@@ -209,12 +209,12 @@ def _cell(value: float) -> float | str:
 def write(out: Path, result: EpisodeResult, types: Sequence[str], steps: tuple[Path, IterationRows] | None = None) -> None:
     """The rows of requests and, where asked for, of iterations; both files take their places only when both are written."""
     with ExitStack() as files:
-        requests = csv.writer(files.enter_context(replacing(out)))
+        requests = csv_writer(files.enter_context(replacing(out)))
         requests.writerow((*REQUEST_COLUMNS, TYPE_COLUMN) if types else REQUEST_COLUMNS)
         requests.writerows(request_rows(result.log, types))
         if steps is not None:
             path, collected = steps
-            rows = csv.writer(files.enter_context(replacing(path)))
+            rows = csv_writer(files.enter_context(replacing(path)))
             rows.writerow(ITERATION_COLUMNS)
             # An iteration that the horizon cuts off is reported but does not count.
             rows.writerows(collected.rows[: result.counters.iterations])

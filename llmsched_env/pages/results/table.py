@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
 
 from llmsched_env.bench.evaluation import METRICS
 from llmsched_env.bench.results import Line
 from llmsched_env.files import replacing
+from llmsched_env.row_file import csv_writer
 
 COLUMNS = ("cell", "variant", "options", "seeds", *(f"{metric}{end}" for metric in METRICS for end in ("", "_low", "_high")))
 
@@ -16,7 +16,7 @@ COLUMNS = ("cell", "variant", "options", "seeds", *(f"{metric}{end}" for metric 
 def write_table(path: Path, table: Iterable[Line]) -> None:
     """Six significant digits; empty where a variant has no figure."""
     with replacing(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
+        writer = csv_writer(file)
         writer.writerow(COLUMNS)
         for line in table:
             figures: list[str] = []
