@@ -126,8 +126,7 @@ class Page:
     def _bars(self) -> list[str]:
         agent = self.agents[0] if self.agents else ""
         slo = self.slo_agents[0] if self.slo_agents else ""
-        lines = ["## The bars for agents", "", "| bar | | found | verdict |", "| ---: | --- | --- | --- |"]
-        lines += [f"| {b.number} | {b.text} | {b.found or '-'} | **{b.answer}** |" for b in bars(self.results, agent, slo)]
+        rows = [(b.number, b.text, b.found or "-", f"**{b.answer}**") for b in bars(self.results, agent, slo)]
         named = [f"`{agent}` for bars 1 to 4"] if agent else []
         named += [f"`{slo}` for bar 5"] if slo else []
         about = " What they are, how they were trained and what was tried: [agents.md](agents.md)."
@@ -137,7 +136,9 @@ class Page:
         if own:
             ran = f"Checkpoints ran as they state, sampled or deterministic; {own}." if len(self.own) < len(self.records) else f"{own}."
         return [
-            *lines,
+            "## The bars for agents",
+            "",
+            *table(("bar", "", "found", "verdict"), rows, "rl"),
             "",
             f"Agents: {', '.join(named) or 'none given'}. {ran}{told}",
             "",
@@ -145,22 +146,18 @@ class Page:
 
     def _challengers(self, title: str) -> list[str]:
         lines = [f"## {title}", ""]
+        headings = ("cell", "load", "value", "against best tuned", "", "against best default", "")
         by_latency = [(name, "latency_mean", "mean latency", True) for name in self.agents]
         for name, metric, what, lower in [*by_latency, *((name, "slo_goodput", "SLO goodput", False) for name in self.slo_agents)]:
-            lines += [
-                f"**{name}**, {what}:",
-                "",
-                "| cell | load | value | against best tuned | | against best default | |",
-                "| --- | ---: | ---: | --- | --- | --- | --- |",
-            ]
+            rows = []
             for cell in self.results.cells:
                 text = [_cell_name(cell), f"{cell.load:g}", _number(self.results.mean(cell, name, metric))]
                 for best in (self.results.best_tuned, self.results.best_default):
                     other = best(cell, metric, lowest=lower)
                     found = mark(self.results, cell, name, other, metric, lower=lower) if other else None
                     text += [f"{interval(found.difference)} ({_short(other)})", MARKS[found.verdict]] if found else ["-", "-"]
-                lines.append("| " + " | ".join(text) + " |")
-            lines.append("")
+                rows.append(text)
+            lines += [f"**{name}**, {what}:", "", *table(headings, rows, "lrrl"), ""]
         return lines
 
     def _tuning_gain(self) -> list[str]:
@@ -170,23 +167,20 @@ class Page:
         if not marks:
             return [*lines, "No tuned baseline in this evaluation.", ""]
         count = Counter(m.verdict for m in marks)
+        rows = []
+        for m in marks:
+            oracle = r.oracle(m.cell)
+            bound = interval(r.against(m.cell, oracle, m.challenger)) if oracle.endswith("(tuned)") else "-"
+            best = [f"{_short(label)} {_number(r.mean(m.cell, label))} s" for label in (m.baseline, m.challenger)]
+            options = _options(self.tuned.get((m.cell.key, _short(m.challenger))))
+            rows.append((_cell_name(m.cell), f"{m.cell.load:g}", *best, options, interval(m.difference), MARKS[m.verdict], bound))
         lines += [
             f"Mean latency of the best tuned against the best default baseline: better in {count['better']}, equal in {count['equal']}, "
             f"worse in {count['worse']} of {len(marks)} cells. The oracle column is the bound with known lengths against the "
             "best tuned one: what is left to gain from better forecasts.",
             "",
-            "| cell | load | best default | best tuned | with | difference | | oracle |",
-            "| --- | ---: | --- | --- | --- | --- | --- | --- |",
+            *table(("cell", "load", "best default", "best tuned", "with", "difference", "", "oracle"), rows, "lrl"),
         ]
-        for m in marks:
-            oracle = r.oracle(m.cell)
-            bound = interval(r.against(m.cell, oracle, m.challenger)) if oracle.endswith("(tuned)") else "-"
-            entry = self.tuned.get((m.cell.key, _short(m.challenger)))
-            lines.append(
-                f"| {_cell_name(m.cell)} | {m.cell.load:g} | {_short(m.baseline)} {_number(r.mean(m.cell, m.baseline))} s | "
-                f"{_short(m.challenger)} {_number(r.mean(m.cell, m.challenger))} s | {_options(entry)} | "
-                f"{interval(m.difference)} | {MARKS[m.verdict]} | {bound} |"
-            )
         heavy = [m.cell for m in marks if m.cell.part == "stationary" and m.cell.load in OVERLOADED]
         overloaded = r.with_gap((cell for cell in heavy if r.oracle(cell).endswith("(tuned)")), r.best_default)
         if overloaded:
