@@ -327,7 +327,7 @@ class ReserveCodec(Codec):
     def levels(self) -> npt.NDArray[np.float64]:
         return np.array(self.thetas, dtype=np.float64)
 
-    def space(self) -> gym.spaces.Discrete:
+    def space(self) -> gym.spaces.Discrete:  # type: ignore[type-arg, unused-ignore]  # generic in some versions of Gymnasium
         return gym.spaces.Discrete(len(self.thetas))
 
     @property

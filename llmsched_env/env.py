@@ -340,7 +340,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
             self._link(self._env)
             self._bind()
 
-    def render(self) -> npt.NDArray[np.uint8] | None:
+    def render(self) -> npt.NDArray[np.uint8] | None:  # type: ignore[override, unused-ignore]  # a type variable before Gymnasium 1.3
         if self.render_mode is None:
             gym.logger.warn("render() was called without render_mode; use gym.make(..., render_mode='rgb_array')")
             return None

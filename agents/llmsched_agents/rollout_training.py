@@ -74,7 +74,9 @@ class RolloutTraining:
                 held = ", ".join(f"{word} {figures[key]:+.2f} %" for word, key in named if key in figures)
                 self.report(
                     f"round {self.rollouts.done} of {plan.rounds}: {self.progress.steps:,} states, {figures['seconds']:.0f} s; "
-                    f"cost of what was followed, held out: {held}"
+                    f"cost of what was followed, held out: {held}",
+                    self.rollouts.done,
+                    plan.rounds,
                 )
         return self.progress
 

@@ -61,7 +61,7 @@ class RunOptions:
         reward: as for ``LLMSchedVectorEnv``.
         threads: of PyTorch and the environments; None leaves both alone.
         name: of the agent, in tables.
-        report: called with a line of text after every rollout.
+        report: called after every rollout with a line of text, what is done and how much there is to do.
         stage_steps: least number of steps between two saves.
         tensorboard: write curves.
     """
@@ -70,7 +70,7 @@ class RunOptions:
     reward: Any = "latency"
     threads: int | None = None
     name: str = "agent"
-    report: Callable[[str], None] | None = None
+    report: Callable[[str, int, int], None] | None = None
     stage_steps: int = 500_000
     tensorboard: bool = True
 
@@ -306,5 +306,7 @@ class _Stages(BaseCallback):
         if training.report is not None:
             training.report(
                 f"{model.num_timesteps:>12,} of {training.hyper.n_timesteps:,} steps, {seconds:,.0f} s "
-                f"({100 * share:.0f} % in the environments), {in_system:.2f} requests in system"
+                f"({100 * share:.0f} % in the environments), {in_system:.2f} requests in system",
+                int(model.num_timesteps),
+                training.hyper.n_timesteps,
             )

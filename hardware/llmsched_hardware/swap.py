@@ -157,7 +157,7 @@ class Swap:
         env = self.environment(name)
         backend: Any = env.backend
         schedule = Schedule(backend)
-        flat = FlattenObservation(env)
+        flat: Any = FlattenObservation(env)
         try:
             network.reset()
             observation, info = flat.reset(seed=self.seed)

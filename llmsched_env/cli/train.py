@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -196,7 +196,7 @@ def plan(options: Train) -> Plan:
     return Plan(domain, settings, hyper, reward, clone, resumed, description)
 
 
-def training_of(options: Train, plan: Plan, screen: Screen) -> Training | RolloutTraining:
+def training_of(options: Train, plan: Plan, report: Callable[[str, int, int], None]) -> Training | RolloutTraining:
     """The training, at the last save of the run that goes on.
 
     Raises:
@@ -210,7 +210,7 @@ def training_of(options: Train, plan: Plan, screen: Screen) -> Training | Rollou
         "reward": plan.reward,
         "threads": options.threads,
         "name": options.name,
-        "report": screen.say,
+        "report": report,
     }
     training: Training | RolloutTraining
     if options.algo == "paired-rollouts":
@@ -242,10 +242,16 @@ def run(options: Train, screen: Screen) -> Outcome:
     if not options.no_tensorboard:
         require("tensorboard", "agents")
     planned = plan(options)
-    training = training_of(options, planned, screen)
-    if not planned.resumed:
-        prepare_folder(options, planned)
-    done = training.run()
+    with screen.progress(1) as bar:
+
+        def report(line: str, done: int, total: int) -> None:
+            screen.say(line)
+            bar.show("training", done, total)
+
+        training = training_of(options, planned, report)
+        if not planned.resumed:
+            prepare_folder(options, planned)
+        done = training.run()
     share = 100 * done.env_seconds / max(done.seconds, 1e-9)
     unit = "states" if options.algo == "paired-rollouts" else "steps"
     agent = options.out / AGENT

@@ -35,7 +35,7 @@ def scalar_figure(repeats: int) -> Figure:
     cartpole.reset(seed=0)
     pairs = [(scalar_steps(ours, greedy, 20_000), scalar_steps(cartpole, 1, 20_000)) for _ in range(repeats)]
     a, b = (statistics.median(x) for x in zip(*pairs, strict=True))
-    running = ours.unwrapped.view().num_residents  # type: ignore[attr-defined]
+    running = ours.unwrapped.view().num_residents  # type: ignore[attr-defined, unused-ignore]
     bare = median(lambda: scalar_steps(ours.unwrapped, greedy, 20_000), repeats)
     what = f"scalar `gym.make` environment, {running} running: steps/s"
     reason = (
@@ -74,9 +74,9 @@ def vector_figures(repeats: int) -> list[Figure]:
         rates[threads], fastest = median_and_best(decisions, repeats)
         if threads == 1:
             best = fastest
-            fleet = env.unwrapped.fleet  # type: ignore[attr-defined]
+            fleet = env.unwrapped.fleet  # type: ignore[attr-defined, unused-ignore]
             running = float(np.mean([record.num_residents for record in fleet.records]))
-            megabytes = env.unwrapped.nbytes / num / 1e6  # type: ignore[attr-defined]
+            megabytes = env.unwrapped.nbytes / num / 1e6  # type: ignore[attr-defined, unused-ignore]
     cartpole = gym.make_vec("CartPole-v1", num_envs=num, vectorization_mode="vector_entry_point")
     cartpole.reset(seed=0)
     ones = np.ones(num, dtype=np.int64)
