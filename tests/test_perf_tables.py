@@ -437,7 +437,7 @@ def test_files_that_are_no_calibration_are_refused(data: bytes, message: str, tm
 
 
 def test_names_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"'a100-llama2-7b-vidour' is unknown; did you mean 'a100-llama2-7b-vidur'\? \(shipped: "):
+    with pytest.raises(ConfigError, match=r"'a100-llama2-7b-vidour' is unknown; did you mean 'a100-llama2-7b-vidur'\? \(known: "):
         load_calibration("a100-llama2-7b-vidour")
     with pytest.raises(ConfigError, match="No such file"):
         load_calibration(str(tmp_path / "absent.npz"))

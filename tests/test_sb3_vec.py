@@ -293,8 +293,8 @@ def test_wrappers_of_stable_baselines() -> None:
 @pytest.mark.parametrize("missing", ["torch", "stable_baselines3"])
 def test_missing_extra_says_what_to_install(missing: str) -> None:
     program = (
-        f"import sys\nsys.modules[{missing!r}] = None\nimport agents\nfrom llmsched_env.errors import MissingExtraError\n"
+        f"import sys\nsys.modules[{missing!r}] = None\nimport llmsched_agents\nfrom llmsched_env.errors import MissingExtraError\n", install_command
         "try:\n    import llmsched_agents.sb3_vec\nexcept MissingExtraError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stdout == f"{missing} is not installed; run: pip install 'llmsched-env[agents]'\n", done.stderr
+    assert done.stdout == f"{missing} is not installed; run: {install_command('agents')}\n", done.stderr

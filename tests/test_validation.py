@@ -312,7 +312,7 @@ def test_a_validation_is_kept_resumed_or_overwritten_as_asked(
     assert "--resume: num_requests is 21, but what" in capsys.readouterr().err
     assert validate.main([*given, "--resume", "--clock", "virtual"]) == 2
     assert "--resume: clock is 'virtual'" in capsys.readouterr().err
-    (out / "runs.csv").write_bytes(b"\r\n".join(before["runs.csv"].split(b"\r\n")[:4]) + b"\r\nvllm,")
+    (out / "runs.csv").write_bytes(b"\n".join(before["runs.csv"].split(b"\n")[:4]) + b"\nvllm,")
     assert validate.main([*given, "--resume"]) == 0
     again = read_rows(out / "runs.csv", Run)
     assert [run.task for run in again] == [run.task for run in runs] and list(map(repr, again[:3])) == list(map(repr, runs[:3]))
