@@ -13,6 +13,7 @@ import pytest
 from gymnasium.vector import AutoresetMode
 
 from llmsched_env import ConfigError, LLMSchedEnv
+from llmsched_env.errors import install_command
 from llmsched_env.vector import LLMSchedVectorEnv
 
 pytest.importorskip("torch", reason="torch is not installed (extra: agents)")
@@ -293,7 +294,7 @@ def test_wrappers_of_stable_baselines() -> None:
 @pytest.mark.parametrize("missing", ["torch", "stable_baselines3"])
 def test_missing_extra_says_what_to_install(missing: str) -> None:
     program = (
-        f"import sys\nsys.modules[{missing!r}] = None\nimport llmsched_agents\nfrom llmsched_env.errors import MissingExtraError\n", install_command
+        f"import sys\nsys.modules[{missing!r}] = None\nimport llmsched_agents\nfrom llmsched_env.errors import MissingExtraError\n"
         "try:\n    import llmsched_agents.sb3_vec\nexcept MissingExtraError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
