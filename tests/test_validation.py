@@ -317,7 +317,7 @@ def test_a_validation_is_kept_resumed_or_overwritten_as_asked(
     again = read_rows(out / "runs.csv", Run)
     assert [run.task for run in again] == [run.task for run in runs] and list(map(repr, again[:3])) == list(map(repr, runs[:3]))
 
-    (out / "runs.csv").write_bytes(b"\r\n".join(before["runs.csv"].split(b"\r\n")[:4]) + b"\r\n")
+    (out / "runs.csv").write_bytes(b"\n".join(before["runs.csv"].split(b"\n")[:4]) + b"\n")
     monkeypatch.setattr(Pretended, "device", "another")
     assert validate.main([*given, "--resume"]) == 2
     assert "device is 'another', but runs in" in capsys.readouterr().err
