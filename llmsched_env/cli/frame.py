@@ -127,8 +127,8 @@ class Screen:
             rich.MofNCompleteColumn(),
             rich.TimeElapsedColumn(),
             rich.TimeRemainingColumn(),
-            console=require("rich.console", "cli").Console(stderr=True),
-            disable=self.quiet,
+            console=require("rich.console", "cli").Console(stderr=True, quiet=self.quiet),
+            disable=self.quiet,  # the console is quiet, too: a disabled bar ends in an empty line before rich 14.3
         )
         with bar:
             yield Progress(bar, total)
