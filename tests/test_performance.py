@@ -35,6 +35,7 @@ def test_the_page_says_what_was_missed_and_where_the_time_goes() -> None:
 
 
 def test_the_command_writes_page_and_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(benchmark, "version", lambda package: "1.0")  # nothing here trains
     monkeypatch.setattr(benchmark, "PARTS", {"one": lambda repeats: [FAST] * repeats, "two": lambda repeats: [SLOW]})
     monkeypatch.setattr(benchmark, "cartpole_speed", lambda repeats: 100.0)
     out, record = tmp_path / "deep" / "page.md", tmp_path / "figures.json"
