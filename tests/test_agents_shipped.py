@@ -76,7 +76,7 @@ for name in {NAMES!r}:
 
 
 def test_an_agent_is_compared_beside_the_experts(tmp_path: Path) -> None:
-    pytest.importorskip("joblib", reason="joblib is not installed (extra: plots)")
+    pytest.importorskip("joblib", reason="joblib is not installed (extra: cli)")
     from llmsched_env.cli.compare import main
 
     words = ["--scenario", "azure-conv", "--rates", "5", "--policies", "vllm", str(CHECKPOINTS / "generalist"), "--seeds", "2"]
