@@ -15,6 +15,7 @@ import gymnasium as gym
 
 from llmsched_env.env import AdmitOnly, LLMSchedEnv
 from llmsched_env.errors import ConfigError, InfeasibleError, MissingExtraError
+from llmsched_env.registry import register_backend, register_calibration, register_policy, register_reward, register_scenario
 from llmsched_env.types import (
     ADMIT_ALL,
     Decision,
@@ -45,6 +46,11 @@ __all__ = [
     "RequestLog",
     "Workload",
     "__version__",
+    "register_backend",
+    "register_calibration",
+    "register_policy",
+    "register_reward",
+    "register_scenario",
 ]
 
 
