@@ -6,7 +6,10 @@ import difflib
 import functools
 import importlib
 import json
-from collections.abc import Iterable
+import shlex
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from types import ModuleType
 from urllib.parse import unquote, urlsplit
@@ -28,10 +31,39 @@ class EngineError(RuntimeError):
     """A real engine could not start or has died; the message names the cause."""
 
 
+class PolicyError(RuntimeError):
+    """A policy failed while it decided. The message says which, where and how; ``details`` is its own traceback, where there is one."""
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message, details)  # both, so that worker processes can hand it over
+        self.details = details
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@contextmanager
+def policy_named(what: str) -> Iterator[None]:
+    """Say whose run failed: ``what`` stands before the error's own words.
+
+    Raises:
+        PolicyError: in place of any error, and of a program's end that a policy asks for.
+    """
+    try:
+        yield
+    except PolicyError:
+        raise
+    except ConfigError as error:  # a decision that was refused: its words say all
+        raise PolicyError(f"{what}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise PolicyError(f"{what}: {type(error).__name__}: {error}", traceback.format_exc()) from error
+
+
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """``; did you mean 'NAME'?`` where one of the allowed words is near, else nothing."""
-    near = difflib.get_close_matches(word[:100], list(allowed), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """``; did you mean 'NAME'?`` where one of the allowed words is near, however it is capitalised; else nothing."""
+    by_lower = {name.lower(): name for name in allowed}
+    near = difflib.get_close_matches(word[:100].lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -39,7 +71,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingExtraError(f"{module} is not installed; run: {install_command(extra)}") from error
+        raise MissingExtraError(f"{module.partition('.')[0]} is not installed; run: {install_command(extra)}") from error
 
 
 @functools.cache
@@ -52,7 +84,12 @@ def install_command(extra: str) -> str:
     url = record.get("url", "")
     if "dir_info" in record:
         editable = "-e " if record["dir_info"].get("editable") else ""
-        return f"pip install {editable}'{unquote(urlsplit(url).path)}[{extra}]'"
+        return f"pip install {editable}{_quoted(f'{unquote(urlsplit(url).path)}[{extra}]')}"
     if "vcs_info" in record:
         url = f"{record['vcs_info']['vcs']}+{url}@{record['vcs_info']['commit_id']}"
-    return f"pip install 'llmsched-env[{extra}] @ {url}'" if url else f"pip install 'llmsched-env[{extra}]'"
+    return f"pip install {_quoted(f'llmsched-env[{extra}]' + (f' @ {url}' if url else ''))}"
+
+
+def _quoted(word: str) -> str:
+    """A word for a shell: in plain quotes where it holds none itself."""
+    return f"'{word}'" if "'" not in word else shlex.quote(word)

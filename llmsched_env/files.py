@@ -26,6 +26,10 @@ def check_folder(option: str, folder: Path) -> None:
         raise ConfigError(f"{option}: {folder} cannot be a folder, {existing} is a file")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"{option}: {folder} cannot be written, no permission in {existing}")
+    try:  # permissions do not tell of every place that cannot be written to
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ConfigError(f"{option}: {folder} cannot be written, {error.strerror} in {existing}") from error
 
 
 def check_file(option: str, path: Path) -> None:
@@ -74,6 +78,21 @@ def goes_on(out: Path, there: bool, *, resume: bool, overwrite: bool, what: str 
     return there and resume
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """What ``write_settings`` left.
+
+    Raises:
+        ConfigError: it is missing or unreadable.
+    """
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {path} cannot be read ({error}), use --overwrite") from error
+    if not isinstance(kept, dict):
+        raise ConfigError(f"--resume: {path} holds no settings, use --overwrite")
+    return kept
+
+
 def check_same_settings(path: Path, description: Mapping[str, Any]) -> None:
     """Refuse to mix the results of two different settings.
 
@@ -84,10 +103,7 @@ def check_same_settings(path: Path, description: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the settings kept are missing, unreadable or differ.
     """
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path} cannot be read ({error}), use --overwrite") from error
+    kept = read_settings(path)
     for name, value in json.loads(json.dumps(description)).items():
         if kept.get(name) != value:
             raise ConfigError(f"--resume: {name} is {value!r}, but what {path.parent} holds was made with {kept.get(name)!r}")

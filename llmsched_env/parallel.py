@@ -73,11 +73,16 @@ def unordered(backend: str, jobs: int, function: Callable[..., Any], arguments: 
     joblib = require("joblib", "cli")
     calls = (joblib.delayed(function)(*a) for a in arguments)
     jobs = min(jobs, max(len(arguments), 1))
-    if backend == "loky":
-        with sigint_ignored():
-            results: Generator[Any] = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
-        return results
-    return _in_waves(joblib.Parallel(n_jobs=jobs, backend=backend), calls, WAVE * jobs)
+    if backend != "loky":
+        yield from _in_waves(joblib.Parallel(n_jobs=jobs, backend=backend), calls, WAVE * jobs)
+        return
+    with sigint_ignored():
+        results: Generator[Any] = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(calls)
+    try:
+        yield from results
+    finally:
+        with sigint_ignored():  # a second Ctrl-C must not break off the end of the workers
+            results.close()
 
 
 def _in_waves(parallel: Any, calls: Iterator[Any], size: int) -> Generator[Any]:

@@ -62,7 +62,7 @@ class Registry:
         return isinstance(name, str) and (name in self._here or name in self._offered())
 
     def find(self, name: object, also: str = "") -> Any:
-        """The thing behind a name; a package's is imported now. What is built in or registered comes before a package's.
+        """The thing behind a name or ``module:attribute``. What is built in or registered comes before what a package offers.
 
         Args:
             also: what else would be allowed, for the error.
@@ -72,6 +72,8 @@ class Registry:
         """
         if isinstance(name, str) and name in self._here:
             return self._here[name]
+        if isinstance(name, str) and is_reference(name):
+            return load_reference(self.kind, name)
         offers = self._offered().get(name, ()) if isinstance(name, str) else ()
         if not offers:
             known = self.names()
@@ -83,7 +85,7 @@ class Registry:
             return offers[0].load()
         except (ConfigError, MissingExtraError):
             raise
-        except Exception as error:  # whatever the package raises when it is imported
+        except (Exception, SystemExit) as error:  # whatever the package does when it is imported
             raise ConfigError(f"{self.kind}: {name!r} of {_owner(offers[0])}: {type(error).__name__}: {error}") from error
 
     def _offered(self) -> Mapping[str, tuple[EntryPoint, ...]]:
@@ -117,9 +119,14 @@ def load_reference(kind: str, text: str) -> Any:
     """
     module, _, attribute = text.partition(":")
     try:
-        return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
-    except Exception as error:  # whatever the module raises when it is imported
+        found: Any = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
         raise ConfigError(f"{kind}: {text!r}: {type(error).__name__}: {error}") from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            raise ConfigError(f"{kind}: {text!r}: no {name!r} there{did_you_mean(name, dir(found))}")
+        found = getattr(found, name)
+    return found
 
 
 POLICIES = Registry("policy", "llmsched_env.policies")
@@ -129,9 +136,15 @@ BACKENDS = Registry("backend", "llmsched_env.backends")
 REWARDS = Registry("reward", "llmsched_env.rewards")
 
 
+def _callable(kind: str, name: str, factory: Any) -> Any:
+    if not callable(factory):
+        raise ConfigError(f"{kind}: {name!r} is {checks.shown(factory)}, must be a class or a function")
+    return factory
+
+
 def register_policy(name: str, factory: Callable[..., Any]) -> None:
     """``factory(setting, **options)`` gives a ``llmsched_env.runner.Policy``; mostly its class. Raises as ``Registry.register``."""
-    POLICIES.register(name, factory)
+    POLICIES.register(name, _callable("policy", name, factory))
 
 
 def register_scenario(name: str, scenario: Any) -> None:
@@ -149,7 +162,7 @@ def register_calibration(name: str, calibration: Any) -> None:
 
 def register_backend(name: str, factory: Callable[..., Any]) -> None:
     """``factory(**backend_config)`` gives the ``Backend``; mostly its class. Raises as ``Registry.register``."""
-    BACKENDS.register(name, factory)
+    BACKENDS.register(name, _callable("backend", name, factory))
 
 
 def register_reward(name: str, factory: Callable[..., Any]) -> None:

@@ -22,7 +22,7 @@ from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.pointers import address_of, call_float
 from llmsched_env.records import Numbers, reader
-from llmsched_env.registry import REWARDS, is_reference, load_reference
+from llmsched_env.registry import REWARDS
 from llmsched_env.types import FloatArray, IntArray
 
 
@@ -247,15 +247,14 @@ def make_reward(spec: str | Mapping[str, Any] | Reward) -> Reward:
         )
     arguments = {"name": spec} if isinstance(spec, str) else checks.mapping("reward", spec)
     name = arguments.pop("name", None)
-    if isinstance(name, str) and is_reference(name):
-        found = load_reference("reward", name)
-    else:
-        found = REWARDS.find(name, "; or module:attribute, or a callable")
+    found = REWARDS.find(name, "; or module:attribute, or a callable")
     if not arguments and not _is_factory(found):
         return make_reward(found)
     try:
         return make_reward(found(**arguments))
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"reward {name!r}: {error}") from error
 
 

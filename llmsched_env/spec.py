@@ -113,7 +113,7 @@ class EnvSpec:
         known = EnvSettings.__dataclass_fields__
         for name in settings:
             if name not in known:
-                hint = did_you_mean(name, known)
+                hint = did_you_mean(name, ("scenario", *known))
                 raise ConfigError(f"{name}: unknown setting of an environment{hint} (allowed: scenario, {', '.join(known)})")
         given = EnvSettings(**settings)
         for name in ("reveal_output_length", "drain"):

@@ -69,6 +69,11 @@ def minus_evictions(outcome):
     return -float(outcome.evictions)
 
 
+def weighted(weight=1.0):
+    factor = float(weight)
+    return lambda outcome: -factor * outcome.evictions
+
+
 def slow():
     return LinearTime(1.0, 0.0)
 
@@ -211,7 +216,7 @@ def test_a_policy_by_module_and_attribute() -> None:
 @pytest.mark.parametrize(
     ("attribute", "expected"),
     [
-        ("Atmost", "AttributeError"),
+        ("Atmost", r"no 'Atmost' there; did you mean 'AtMost'"),
         ("number", "3, must be a class or function of a setting"),
         ("NoPolicy", "NoPolicy has no 'layout'"),
         ("fails", "KeyError: 'tables'"),
@@ -390,3 +395,51 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_scenario(str(tmp_path / "none.toml"))
     with pytest.raises(ConfigError, match="lengths: missing"):
         load_scenario(write(tmp_path / "x.toml", "name = 'x'\n"))
+
+
+# --- what breaks is named ------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("things")
+def test_scenarios_calibrations_and_backends_by_module_and_attribute() -> None:
+    assert load_scenario(f"{MODULE}:busy").name == "busy"
+    assert isinstance(load_calibration(f"{MODULE}:slow"), LinearTime)
+    assert isinstance(make_backend(f"{MODULE}:SimBackend"), SimBackend)
+    with pytest.raises(ConfigError, match=r"no 'buzy' there; did you mean 'busy'\?"):
+        load_scenario(f"{MODULE}:buzy")
+
+
+def test_a_module_that_ends_the_program_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "llmsched_test_exits.py").write_text("raise SystemExit(0)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match="SystemExit: 0"):
+        named_policy("llmsched_test_exits:X")
+
+
+def test_a_factory_must_be_callable() -> None:
+    with pytest.raises(ConfigError, match="policy: 'five' is 5, must be a class or a function"):
+        registry.register_policy("five", 5)  # type: ignore[arg-type]
+
+
+def test_the_nearest_name_is_found_however_it_is_capitalised() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'vllm'\?"):
+        named_policy("VLLM")
+    with pytest.raises(ConfigError, match=r"did you mean 'generalist'\?"):
+        load_checkpoint("generalst")
+    for nothing in (lambda: load_checkpoint(""), lambda: named_policy("")):
+        with pytest.raises(ConfigError):
+            nothing()
+
+
+@pytest.mark.usefixtures("things")
+def test_a_reward_refuses_an_argument_in_its_own_name() -> None:
+    with pytest.raises(ConfigError, match=f"reward '{MODULE}:weighted': could not convert string to float: 'a'"):
+        make_reward({"name": f"{MODULE}:weighted", "weight": "a"})
+
+
+@pytest.mark.usefixtures("things")
+def test_a_policy_is_known_again_by_what_it_is(tmp_path: Path) -> None:
+    own = named_policy(f"{MODULE}:AtMost")
+    before = own.digest()
+    assert len(before) == 16 and named_policy("wait").digest() == ""
+    (tmp_path / f"{MODULE}.py").write_text(SOURCE.replace("limit: int = 64", "limit: int = 2"), encoding="utf-8")
+    assert own.digest() != before
+    assert len(named_policy("generalist").digest()) == 16

@@ -293,6 +293,74 @@ def test_json_holds_the_rows_and_nothing_else_is_on_standard_output(tmp_path: Pa
     assert [row["figures"]["latency_mean"] for row in record["found"]] == [row.figures.latency_mean for row in rows]
 
 
+def own_policy(folder: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> str:
+    """A policy in a module of one's own, as ``module:attribute``."""
+    name = f"llmsched_own_{folder.name.replace('-', '_')}"
+    source = "from llmsched_baselines import Policy\nfrom llmsched_env import Decision\n\n\nclass Own(Policy):\n    name = 'own'\n\n"
+    (folder / f"{name}.py").write_text(f"{source}    def decide(self, view):\n        {body}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    sys.modules.pop(name, None)
+    return f"{name}:Own"
+
+
+GREEDY = "return Decision.of(run=[1], admit=[100])"
+
+
+def test_a_policy_that_fails_is_named_with_its_own_traceback_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_compare: Program
+) -> None:
+    given = own_policy(tmp_path, monkeypatch, "return {}['load'] if view.clock > 1 else Decision.of(run=[1], admit=[100])")
+    for jobs in (1, 2):
+        words = (*SMALL[:-1], jobs, "--rates", 5, "--policies", "vllm", given, "--out", f"out{jobs}", "--quiet")
+        command = [sys.executable, "-m", "llmsched_env.cli", "compare", *map(str, words)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        err = done.stderr
+        assert done.returncode == 1
+        assert err.splitlines()[-1].startswith("error: policy 'own' at rate 5, seed ") and "KeyError: 'load'" in err.splitlines()[-1]
+        assert "return {}['load']" in err and "joblib" not in err
+    for body, expected in (("return 3", "decision: int, must be a Decision"), ("raise SystemExit(0)", "SystemExit: 0")):
+        given = own_policy(tmp_path, monkeypatch, body)
+        code, _, err = run_compare(*SMALL, "--rates", 5, "--policies", given, "--out", tmp_path / "other", "--quiet")
+        assert code == 1 and "policy 'own'" in err and expected in err
+
+
+def test_a_policy_that_never_schedules_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_compare: Program) -> None:
+    given = own_policy(tmp_path, monkeypatch, "return Decision.of(run=[0], admit=[0])")
+    assert run_compare(*SMALL, "--rates", 5, "--policies", given, "--out", tmp_path / "out", "--quiet")[0] == 0
+    assert all("scheduled nothing in" in row.notes for row in read_rows(tmp_path / "out" / "summary.csv", Row))
+
+
+def test_what_stands_for_something_else_by_now_is_not_mixed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_compare: Program
+) -> None:
+    text = '[lengths]\nlognormal = { prompt_mean = 180, prompt_sigma = 1.0, output_mean = 320, output_sigma = 0.8, max_total = 4096 }\n'
+    file = tmp_path / "own.toml"
+    file.write_text(text + "[arrivals]\nrate = 5.0\n", encoding="utf-8")
+    given = own_policy(tmp_path, monkeypatch, GREEDY)
+    words = ("--scenario", file, "--num-requests", 30, "--jobs", 1, "--quiet", "--out", tmp_path / "out", "--policies", "vllm", given)
+    assert run_compare(*words, "--seeds", 1)[0] == 0
+    assert run_compare(*words, "sarathi", "--seeds", 2, "--resume")[0] == 0  # more seeds and policies may come
+    own_policy(tmp_path, monkeypatch, "return Decision.of(run=[1], admit=[1])")
+    code, _, err = run_compare(*words, "--seeds", 3, "--resume")
+    assert code == 2 and "--resume: policy 'own' is" in err
+    own_policy(tmp_path, monkeypatch, GREEDY)
+    file.write_text(text.replace("180", "900") + "[arrivals]\nrate = 5.0\n", encoding="utf-8")
+    code, _, err = run_compare(*words, "--seeds", 3, "--resume")
+    assert code == 2 and "--resume: content is" in err
+
+
+def test_one_file_is_not_taken_for_two_purposes(tmp_path: Path, trace: Path, run_compare: Program, run_replay: Program) -> None:
+    kept = trace.read_bytes()
+    out = tmp_path / "out.csv"
+    for words in (("--json", trace), ("--out", trace), ("--iterations", out)):
+        code, _, err = run_replay("--trace", trace, "--policy", "vllm", "--out", out, *words)
+        assert code == 2 and str(words[0]) in err and trace.read_bytes() == kept and not out.exists()
+    base = (*SMALL, "--rates", 5, "--policies", "vllm", "--out", tmp_path / "folder")
+    for words, expected in ((("--json", tmp_path), "--json"), (("--json", trace / "below"), "--json"), (("--calibration", ""), "empty")):
+        code, _, err = run_compare(*base, *words)
+        assert code == 2 and expected in err and not (tmp_path / "folder").exists()
+
+
 def test_compare_refusals_as_a_person_sees_them(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     policies = ("--policies", "vllm")

@@ -17,7 +17,7 @@ from llmsched_agents.network import Network
 from llmsched_agents.recipe import Recipe
 from llmsched_baselines import Setting
 from llmsched_env import __version__, checks
-from llmsched_env.errors import ConfigError, require
+from llmsched_env.errors import ConfigError, did_you_mean, require
 from llmsched_env.types import QueueLayout
 
 FORMAT = 1
@@ -164,6 +164,8 @@ def shipped_agents() -> list[str]:
 
 def checkpoint_folder(text: str | Path) -> Path:
     """The folder that a name of a shipped agent, or a path, stands for (``./generalist`` is a path)."""
+    if text == "":
+        raise ConfigError(f"checkpoint: '', must be a folder or one of {', '.join(shipped_agents())}")
     return SHIPPED / text if isinstance(text, str) and text in shipped_agents() else Path(text)
 
 
@@ -190,6 +192,9 @@ def load_checkpoint(
     """
     with checks.told(f"checkpoint: {checks.shown(folder)}"):
         where = checkpoint_folder(folder)
+    if isinstance(folder, str) and not where.is_dir():
+        hint = did_you_mean(folder, shipped_agents())
+        raise ConfigError(f"checkpoint: {checks.shown(folder)} is no folder{hint} (agents that ship: {', '.join(shipped_agents())})")
     seed = checks.integer("seed", seed, high=2**64 - 1)
     if deterministic is not None:
         deterministic = checks.flag("deterministic", deterministic)

@@ -6,12 +6,15 @@ that ships (``generalist``), the folder of a checkpoint, or ``module:attribute``
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmsched_agents.checkpoint import checkpoint_folder, load_checkpoint, shipped_agents
+from llmsched_agents.checkpoint import CONFIG, WEIGHTS, checkpoint_folder, load_checkpoint, shipped_agents
+from llmsched_baselines import SHIPPED as SHIPPED_POLICIES
 from llmsched_baselines import Setting, make_policy, policy_class, policy_names
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError, did_you_mean
@@ -73,6 +76,27 @@ class NamedPolicy:
         return made
 
 
+    def digest(self) -> str:
+        """Of what it does, so that results of another state are not taken for its own: a checkpoint's files, or the source file of a
+        policy from outside. Empty for what ships, which the version stands for, and where there is no source.
+
+        Raises:
+            ConfigError: a folder without the files of a checkpoint.
+        """
+        if self.kind == "checkpoint":
+            folder = checkpoint_folder(self.text)
+            read = [checks.file_bytes(f"checkpoint: {folder / name}", folder / name) for name in (CONFIG, WEIGHTS)]
+            return hashlib.sha256(b"".join(read)).hexdigest()[:16]
+        factory = policy_class(self.text)
+        if factory in SHIPPED_POLICIES:
+            return ""
+        try:
+            source = inspect.getsourcefile(factory)
+            return hashlib.sha256(Path(source or "").read_bytes()).hexdigest()[:16]
+        except (OSError, TypeError):  # made in an interactive session, or of no source
+            return ""
+
+
 def check_policy(owner: str, made: Any) -> None:
     """Refuse an object that lacks what ``llmsched_env.runner.Policy`` asks for.
 
@@ -127,7 +151,7 @@ def named_policies(option: str, texts: Sequence[str]) -> dict[str, NamedPolicy]:
 def is_checkpoint(text: str) -> bool:
     """Whether a text is an agent that ships, or a folder, which must then be a checkpoint's."""
     try:
-        return text not in POLICIES and (text in shipped_agents() or Path(text).is_dir())
+        return bool(text) and text not in POLICIES and (text in shipped_agents() or Path(text).is_dir())
     except OSError:  # a name that is too long
         return False
 

@@ -20,7 +20,7 @@ from llmsched_baselines.wait import Wait
 from llmsched_baselines.wait_cp import WaitCp
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError, did_you_mean
-from llmsched_env.registry import POLICIES, is_reference, load_reference
+from llmsched_env.registry import POLICIES
 
 SHIPPED: tuple[type[Policy], ...] = (
     Fcfs,
@@ -52,12 +52,9 @@ def policy_class(name: str) -> Callable[..., Policy]:
     Raises:
         ConfigError: unknown name (the nearest one is given), or a module that cannot be imported.
     """
-    if isinstance(name, str) and is_reference(name):
-        found: Callable[..., Policy] = load_reference("policy", name)
-        if not callable(found):
-            raise ConfigError(f"policy: {name!r} is {checks.shown(found)}, must be a class or function of a setting")
-        return found
     factory: Callable[..., Policy] = POLICIES.find(name, "; or module:attribute")
+    if not callable(factory):
+        raise ConfigError(f"policy: {name!r} is {checks.shown(factory)}, must be a class or function of a setting")
     return factory
 
 

@@ -60,7 +60,7 @@ class Plan:
             "num_requests": validation.num_requests,
             "clock": self.clock,
             "policy_options": {name: {k: str(v) for k, v in own.items()} for name, own in validation.options.items()},
-            "policies": {name: policy.text for name, policy in validation.policies.items() if policy.text != name},
+            "policies": {name: [policy.text, digest] for name, policy in validation.policies.items() if (digest := policy.digest())},
         }
 
 

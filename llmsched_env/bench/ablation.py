@@ -144,7 +144,7 @@ class Plan:
     """An ablation to carry out.
 
     Attributes:
-        agent, digest: name of the checkpoint, and ``llmsched_env.bench.variants.digest_of`` it.
+        agent, digest: name of the checkpoint, and its ``NamedPolicy.digest``.
         network, deterministic: of the agent whose recipe is changed.
         chosen: the variants that run.
         cells: in the order of the file.

@@ -63,7 +63,7 @@ class Ablation:
     """What each part of an agent's recipe is worth.
 
     Attributes:
-        agent, digest: the checkpoint's name and ``llmsched_env.bench.variants.digest_of`` it.
+        agent, digest: the checkpoint's name and its ``NamedPolicy.digest``.
         version, sources: of the package, and the digest of the simulator's sources.
         reference: the constant level of the checkpoint's recipe that all figures are relative to.
         seeds: of the stream ``tuning``.

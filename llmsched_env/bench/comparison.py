@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from llmsched_env.backends import make_backend
 from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine_changes import engine_with
-from llmsched_env.errors import ConfigError
+from llmsched_env.errors import ConfigError, policy_named
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import Summary, summarize, ttft
 from llmsched_env.perf.base import CalibrationRangeWarning
@@ -27,6 +29,10 @@ from llmsched_env.workload import Scenario
 
 SUMMARY_FILE = "summary.csv"
 SETTINGS_FILE = "settings.json"
+OVERRULED = 0.05
+"""Share of iterations in which the engine had to override a policy above which a reader must know."""
+SAMPLE = 2_000
+"""Requests that stand for a scenario where it must be known again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +128,21 @@ class Comparison:
                 backend.reset(workload, first.layout, first.engine, EpisodeLimits(), reveal_output_length=first.known_lengths)
         for at_rates in policies:
             # One short episode compiles the engine, before several processes want it at once.
-            run_episode(at_rates[0], _shortest_request(workload))
+            with policy_named(f"policy {at_rates[0].name!r}"):
+                run_episode(at_rates[0], _shortest_request(workload))
+
+    def content(self) -> str:
+        """Digest of what the scenario draws and runs on: a file or a registered name may stand for something else tomorrow."""
+        sample = self.scenario.generate(0, num_requests=min(self.num_requests, SAMPLE))
+        scenario = self.scenario
+        digest = hashlib.sha256(repr((scenario.layout, scenario.known_layout, scenario.ttft_slo, scenario.tpot_slo)).encode())
+        engine = self.engine
+        fields = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine) if f.name != "time_model"}
+        digest.update(repr((fields, engine.time_model.provenance)).encode())
+        gaps = np.round(sample.arrival * scenario.rate, 6)  # in mean gaps: a trace stretched to another rate is the same
+        for values in (gaps, sample.prompt_tokens, sample.output_tokens, sample.type_id):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """What must agree between a comparison and its resumption, as plain values."""
@@ -132,7 +152,8 @@ class Comparison:
             "trace": self.source,
             "num_requests": self.num_requests,
             "set": {key: _plain(value) for key, value in self.overrides.items()},
-            "policies": {name: policy.text for name, policy in self.policies.items() if policy.text != name},
+            "content": self.content(),
+            "policies": {name: [policy.text, digest] for name, policy in self.policies.items() if (digest := policy.digest())},
         }
 
 
@@ -150,14 +171,18 @@ def run_tasks(comparison: Comparison, tasks: Sequence[Task]) -> Iterator[Row]:
     """The runs in order, each row as its run ends; a policy is built once for all its seeds."""
     policies: dict[tuple[str, float], Policy] = {}
 
-    def run_of(task: Task) -> Run:
+    def policy_of(task: Task) -> Policy:
         key = (task.policy, task.rate)
         if key not in policies:
             policies[key] = comparison.policy(*key)
-        return Run(policies[key], comparison.workload(task.rate, task.seed))
+        return policies[key]
 
-    for task, result in zip(tasks, run_batch(map(run_of, tasks)), strict=True):
-        yield _row(comparison, task, policies[task.policy, task.rate], result)
+    results = run_batch(Run(policy_of(task), comparison.workload(task.rate, task.seed)) for task in tasks)
+    for task in tasks:
+        policy = policy_of(task)  # built here, as what refuses to be built names itself
+        with policy_named(f"policy {task.policy!r} at rate {task.rate:g}, seed {task.seed}"):
+            result = next(results)
+        yield _row(comparison, task, policy, result)
 
 
 def finished_rows(comparison: Comparison, tasks: Sequence[Task]) -> list[Row]:
@@ -187,6 +212,9 @@ def _row(comparison: Comparison, task: Task, policy: Policy, result: EpisodeResu
     notes = [policy.notes] if policy.notes else []
     if figures.truncated:
         notes.append("stopped at max_iterations")
+    if figures.drain_iterations > OVERRULED * figures.iterations:
+        share = 100 * figures.drain_iterations / figures.iterations
+        notes.append(f"scheduled nothing in {share:.0f} % of the iterations, in which the engine then admitted on its own")
     if figures.rejected:
         notes.append(f"{figures.rejected} requests rejected")
     return Row(

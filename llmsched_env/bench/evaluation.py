@@ -12,7 +12,7 @@ from llmsched_env.bench.tuning import TOGETHER, Tuned, default_options
 from llmsched_env.bench.variants import SUFFIXES, Variant, known_lengths, runs_on
 from llmsched_env.compiled import CACHE_FOLDER
 from llmsched_env.engine.simulator import SimBackend
-from llmsched_env.errors import ConfigError
+from llmsched_env.errors import ConfigError, policy_named
 from llmsched_env.metrics import Summary
 from llmsched_env.runner import Policy
 
@@ -111,7 +111,9 @@ def run_cell(bench: Bench, cell: Cell, seed: int, variants: Sequence[Variant]) -
         if isinstance(policy, str):
             rows.append(_row(bench, cell, seed, variant, Summary.absent(), 0.0, policy))
         else:
-            rows.append(_row(bench, cell, seed, variant, *run_counted(policy, workload, backend, limits), policy.notes))
+            with policy_named(f"{variant.label} in {cell.key}, seed {seed}"):
+                figures, wall_seconds = run_counted(policy, workload, backend, limits)
+            rows.append(_row(bench, cell, seed, variant, figures, wall_seconds, policy.notes))
     return rows
 
 

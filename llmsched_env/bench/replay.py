@@ -15,7 +15,7 @@ from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting
 from llmsched_baselines.overrides import Overrides
 from llmsched_env.backend import View
-from llmsched_env.errors import ConfigError
+from llmsched_env.errors import ConfigError, policy_named
 from llmsched_env.files import replacing
 from llmsched_env.metrics import latency, lost, ttft
 from llmsched_env.row_file import csv_writer
@@ -54,8 +54,9 @@ class Replay:
 
     def run(self, on_step: IterationRows | None = None) -> EpisodeResult:
         """Serve the trace; its wall time is that of compiled code."""
-        run_episode(self.policy, Workload.of([0.0], [1], [1]))  # one request compiles the engine
-        return run_episode(self.policy, self.workload, limits=self.limits, on_step=on_step)
+        with policy_named(f"policy {self.policy.name!r}"):
+            run_episode(self.policy, Workload.of([0.0], [1], [1]))  # one request compiles the engine
+            return run_episode(self.policy, self.workload, limits=self.limits, on_step=on_step)
 
 
 def prepared(

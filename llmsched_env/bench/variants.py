@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from llmsched_agents.checkpoint import CONFIG, WEIGHTS, checkpoint_folder
 from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting, make_policy, policy_class
-from llmsched_env import checks
 from llmsched_env.bench.suite import PAIRS, Bench, Cell, engine_of
 from llmsched_env.runner import Policy
 from llmsched_env.types import EngineConfig
@@ -38,7 +35,7 @@ class Variant:
         kind: ``tuned`` in that very cell, or ``together`` for the non-stationary part as a whole.
         options: (name, value) pairs of a baseline's constructor, engine fields with the prefix ``engine.``.
         agent: what an agent is built from; None for a baseline of the suite.
-        digest: of an agent's checkpoint (``digest_of``), empty for what has none.
+        digest: of an agent (``NamedPolicy.digest``), empty for a baseline of the suite.
     """
 
     name: str
@@ -49,8 +46,8 @@ class Variant:
 
     @classmethod
     def of(cls, agent: NamedPolicy) -> Variant:
-        """An agent, whose rows count only as long as its checkpoint is the same."""
-        return cls(agent.name, "agent", agent=agent, digest=digest_of(agent))
+        """An agent, whose rows count only as long as it is the same."""
+        return cls(agent.name, "agent", agent=agent, digest=agent.digest())
 
     @property
     def label(self) -> str:
@@ -68,19 +65,6 @@ class Variant:
         """
         setting = bench.setting(cell)
         return make(self.name, setting, dict(self.options)) if self.agent is None else self.agent.build(setting)
-
-
-def digest_of(agent: NamedPolicy) -> str:
-    """Of what a checkpoint does: its configuration and its weights. Empty for other policies, whose code is not followed.
-
-    Raises:
-        ConfigError: a folder without these files.
-    """
-    if agent.kind != "checkpoint":
-        return ""
-    folder = checkpoint_folder(agent.text)
-    read = [checks.file_bytes(f"checkpoint: {folder / name}", folder / name) for name in (CONFIG, WEIGHTS)]
-    return hashlib.sha256(b"".join(read)).hexdigest()[:16]
 
 
 def make(policy: str, setting: Setting, options: Mapping[str, Any]) -> Policy:

@@ -15,13 +15,22 @@ def main(words: Sequence[str] | None = None) -> int:
     from llmsched_env.errors import MissingExtraError, require
 
     given = list(sys.argv[1:] if words is None else words)
-    # Like `python -m`, and unlike other console commands: module:attribute finds the modules of the folder one works in.
+    # Unlike other console commands: module:attribute finds the modules of the folder one works in, after all that is installed.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     try:
         require("tyro", "cli")
         from llmsched_env.cli.commands import dispatch
+
+        code = dispatch(given)
+        sys.stdout.flush()
+        return code
     except MissingExtraError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return dispatch(given)
+    except KeyboardInterrupt:  # while the commands are imported
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone, as `head` does: nothing more can be said to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

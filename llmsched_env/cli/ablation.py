@@ -13,7 +13,6 @@ from llmsched_agents.checkpoint import load_checkpoint
 from llmsched_agents.lookup import named_policy
 from llmsched_env.bench.ablation import FIRST_SEED, LOADS, SEEDS, Plan, Run, candidates, fitting, run_cell
 from llmsched_env.bench.suite import SUITE, Cell
-from llmsched_env.bench.variants import digest_of
 from llmsched_env.cli.frame import Command, Outcome, Screen, check_counts
 from llmsched_env.cli.selection import Selection
 from llmsched_env.errors import ConfigError, require
@@ -72,7 +71,7 @@ def plan(options: Ablate, screen: Screen) -> tuple[Plan, RowFile[Run]]:
     for name, reason in left_out.items():
         screen.say(f"left out: {name} with the network ({reason})")
     seeds = tuple(range(FIRST_SEED, FIRST_SEED + options.seeds))
-    planned = Plan(bench, agent.name, digest_of(named), agent.network, agent.deterministic, chosen, tuple(cells), seeds)
+    planned = Plan(bench, agent.name, named.digest(), agent.network, agent.deterministic, chosen, tuple(cells), seeds)
     if resumed and options.runs.exists():
         check_same_settings(options.settings, planned.settings())
     file = RowFile(options.runs, Run, resume=resumed)

@@ -32,7 +32,7 @@ from llmsched_env.bench.tables import Cell, cells, policy_labels
 from llmsched_env.cli.frame import INTERRUPTED, Assignments, Command, Outcome, Resumable, Screen, check_counts, words
 from llmsched_env.cli.trace_options import TraceOptions
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.files import check_folder, check_same_settings, goes_on, write_settings
+from llmsched_env.files import check_folder, check_same_settings, goes_on, read_settings, write_settings
 from llmsched_env.parallel import start_workers, unordered
 from llmsched_env.row_file import RowFile, read_rows, write_rows
 from llmsched_env.workload import Scenario, TraceArrivals, load_scenario
@@ -121,7 +121,13 @@ def kept_rows(options: Compare, comparison: Comparison) -> list[Row]:
     path = options.out / SUMMARY_FILE
     if not goes_on(options.out, path.exists(), resume=options.resume, overwrite=options.overwrite, what="a comparison"):
         return []
-    check_same_settings(options.out / SETTINGS_FILE, comparison.describe())
+    settings = options.out / SETTINGS_FILE
+    description = comparison.describe()
+    kept = read_settings(settings).get("policies", {})
+    for name, state in description.pop("policies").items():  # more may be added; one of the same name must be the same
+        if kept.get(name, state) != state:
+            raise ConfigError(f"--resume: policy {name!r} is {state}, but the rows in {options.out} were made with {kept[name]}")
+    check_same_settings(settings, description)
     return read_rows(path, Row)
 
 
@@ -221,7 +227,11 @@ def run(options: Compare, screen: Screen) -> Outcome:
     options.out.mkdir(parents=True, exist_ok=True)
     for name in (REPORT_FILE, *FIGURES):
         (options.out / name).unlink(missing_ok=True)
-    write_settings(options.out / SETTINGS_FILE, comparison.describe())
+    settings = options.out / SETTINGS_FILE
+    description = comparison.describe()
+    if rows:
+        description["policies"] = read_settings(settings).get("policies", {}) | description["policies"]
+    write_settings(settings, description)
     file = RowFile(options.out / SUMMARY_FILE, Row, resume=bool(rows))
     done = {row.task for row in file.rows}
     tasks = [task for task in comparison.tasks() if task not in done]

@@ -20,8 +20,8 @@ from typing import Annotated, Any, Generic, TypeVar
 import numpy as np
 
 from llmsched_env import __version__
-from llmsched_env.errors import ConfigError, EngineError, MissingExtraError, install_command, require
-from llmsched_env.files import replacing
+from llmsched_env.errors import ConfigError, EngineError, MissingExtraError, PolicyError, install_command, require
+from llmsched_env.files import check_file, replacing
 
 try:
     import tyro
@@ -44,7 +44,7 @@ class Options:
     quiet: bool = False
     """No progress bar and no tables."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write what was found as JSON too; - is standard output, which then holds nothing else."""
+    """Write what was found and the exit code as JSON too; - is standard output, which then holds nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,29 +158,63 @@ class Command(Generic[T]):
         except SystemExit as stop:  # tyro has printed help, or why it refuses
             return int(stop.code or 0)
         screen = Screen(shlex.join([*program.split(), *given]), options)
+        outcome = self._carried_out(options, screen, given)
+        if options.json is not None and outcome.code != REFUSED:
+            try:
+                write_json(options.json, screen.command, outcome)
+            except OSError as error:
+                screen.note(f"error: --json: {error}")
+                return FAILED
+        return outcome.code
+
+    def _carried_out(self, options: T, screen: Screen, given: Sequence[str]) -> Outcome:
+        """What the command found, or how it failed, said on standard error."""
+        # With --json - whatever else is printed, by a policy of the user's too, must not stand before the JSON.
+        output = contextlib.redirect_stdout(sys.stderr) if str(options.json) == "-" else contextlib.nullcontext()
         try:
-            outcome = self.run(options, screen)
-            if options.json is not None:
-                write_json(options.json, screen.command, outcome.found)
-            return outcome.code
+            with output:
+                check_words(options, given)
+                return self.run(options, screen)
         except (ConfigError, MissingExtraError) as error:
             screen.note(f"error: {error}")
-            return REFUSED
+            return Outcome(code=REFUSED)
         except KeyboardInterrupt:
             kept = isinstance(options, Resumable)
             screen.note("Interrupted. What is finished is kept; go on with --resume." if kept else "Interrupted.")
-            return INTERRUPTED
-        except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
-            sys.stderr.close()
-            return FAILED
+            return Outcome(code=INTERRUPTED)
+        except BrokenPipeError:
+            raise  # the reader of a pipe has gone, as `head` does
+        except PolicyError as error:
+            screen.note(f"{error.details}error: {error}")
+            return Outcome(code=FAILED)
         except (EngineError, OSError) as error:
             screen.note(f"error: {error}")
-            return FAILED
+            return Outcome(code=FAILED)
 
 
-def write_json(path: Path, command: str, found: Any) -> None:
-    """What a command found, with how it was called; a number that does not exist is null."""
-    text = json.dumps({"command": command, "version": __version__, "found": plain(found)}, indent=1, allow_nan=False)
+def check_words(options: Options, given: Sequence[str]) -> None:
+    """Refuse what no command can carry out: empty words, and one file for two purposes.
+
+    Raises:
+        ConfigError: naming the options.
+    """
+    if "" in given:
+        raise ConfigError("an empty word is no value of an option")
+    paths = {f"--{field.name.replace('_', '-')}": getattr(options, field.name) for field in dataclasses.fields(options)}
+    taken: dict[Path, str] = {}
+    for option, path in paths.items():
+        if isinstance(path, Path) and str(path) != "-":
+            other = taken.setdefault(path.resolve(), option)
+            if other != option:
+                raise ConfigError(f"{option}: {path} is also {other}, must be another file")
+    if options.json is not None and str(options.json) != "-":
+        check_file("--json", options.json)
+
+
+def write_json(path: Path, command: str, outcome: Outcome) -> None:
+    """What a command found, with how it was called and how it ended; a number that does not exist is null."""
+    record = {"command": command, "version": __version__, "exit_code": outcome.code, "found": plain(outcome.found)}
+    text = json.dumps(record, indent=1, allow_nan=False)
     if str(path) == "-":
         print(text)
         return

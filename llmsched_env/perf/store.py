@@ -28,7 +28,7 @@ from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance
 from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.perf.models import FormulaTime, LinearTime
 from llmsched_env.perf.tables import TableTime
-from llmsched_env.registry import CALIBRATIONS
+from llmsched_env.registry import CALIBRATIONS, is_reference
 
 _FORMS: dict[str, type[IterationTimeModel]] = {
     "linear": LinearTime,
@@ -73,7 +73,7 @@ def load_calibration(name_or_file: str | os.PathLike[str]) -> IterationTimeModel
         return model.clipped()
     if name in _shipped_names():
         return _shipped(name)
-    if name in CALIBRATIONS:
+    if name in CALIBRATIONS or is_reference(name):
         return _offered(name, CALIBRATIONS.find(name))
     path = Path(name)
     if path.suffix not in _SUFFIXES:

@@ -57,7 +57,7 @@ LENGTHS = ("table", "trace", "types", "lognormal")
 
 def is_scenario_file(text: str) -> bool:
     """Whether a scenario is given as a TOML file."""
-    return text.endswith(".toml")
+    return text.lower().endswith(".toml")
 
 
 def read_scenario(path: str | os.PathLike[str]) -> Scenario:

@@ -167,7 +167,7 @@ def load_scenario(name: str) -> Scenario:
     """
     if isinstance(name, str) and is_scenario_file(name):
         return read_scenario(name)
-    return _built(name, SCENARIOS.find(name, "; or a .toml file"))
+    return _built(name, SCENARIOS.find(name, "; or a .toml file, or module:attribute"))
 
 
 @functools.lru_cache(maxsize=128)  # statistics of a scenario are computed once
