@@ -119,6 +119,9 @@ def check(options: Evaluate) -> None:
         raise ConfigError(f"--first-seed: {options.first_seed}, must be >= 0")
     for option, path in (("--out", options.out), ("--rows", options.rows)):
         check_file(option, path)
+    table = options.out.with_suffix(".csv")
+    if options.rows.resolve() == table.resolve():
+        raise ConfigError(f"--rows: {options.rows} is also the table that goes beside --out {options.out}, must be another file")
 
 
 def plan(options: Evaluate, screen: Screen) -> Plan:
