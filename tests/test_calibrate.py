@@ -99,7 +99,7 @@ def test_the_shipped_calibration_from_vidur_is_what_its_profile_gives(tmp_path: 
     ("change", "message"),
     [
         (lambda folder: words(folder, folder / "x.json"), "--out: {folder}/x.json, must end in .npz for a TableTime"),
-        (lambda folder: words(folder, folder), "--out: {folder} is a folder, must be a file"),
+        (lambda folder: words(folder, folder), "--out: {folder} is also --source, must be another file"),
         (lambda folder: words(folder / "absent", folder / "x.npz"), "SOURCE: {folder}/absent does not exist"),
         (lambda folder: words(folder, folder / "x.npz", model="llama-9"), "--model: 'llama-9', must be one of llama-2-7b"),
         (lambda folder: words(folder, folder / "x.npz", name=" "), "--name: empty"),

@@ -394,7 +394,7 @@ def test_rows_on_disk_are_not_run_again(bench: Bench, tmp_path: Path) -> None:
 def test_an_agent_whose_checkpoint_has_changed_runs_again(bench: Bench) -> None:
     before, after = (Variant("ours", "agent", agent=NamedPolicy("ours", "./ours", "checkpoint"), digest=digest) for digest in "ab")
     (row,) = run_cell(bench, CELL, 0, [before])
-    assert "ours is not one" in row.notes and row.digest == "a"
+    assert "./ours' is no folder" in row.notes and row.digest == "a"
     assert not missing_tasks(bench, {CELL: [before]}, range(1), [row])
     assert len(missing_tasks(bench, {CELL: [after]}, range(1), [row])) == 1
     assert Results({CELL: [before]}, [row]).cells and not Results({CELL: [after]}, [row]).cells
