@@ -22,7 +22,8 @@ from llmsched_env.pages.performance.page import PARTS, page
 class Benchmark(Options):
     """Speed of the simulator, each figure beside its yardstick in the same run.
 
-    A figure is the median of repeated measurements; batch sizes stand beside it. Minutes on two cores that nobody else uses.
+    A figure is the median of repeated measurements; batch sizes stand beside it. Minutes on two cores that nobody else uses. Needs the
+    extra agents (torch, stable-baselines3), with which one of the figures trains.
     """
 
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: standard output alone)")] = None
