@@ -63,14 +63,44 @@ class TunedFile:
             file.write("\n")
 
     def holds(self, task: Search) -> bool:
-        """Whether an entry comes from a search as asked for; a small grid has fewer points than trials."""
-        first = task.cells[0]
-        entry = self.entries.get((TOGETHER if task.together else first.key, task.policy))
+        """Whether an entry comes from a search as asked for."""
+        return self._entry(task) is not None and not self.differences(task)
+
+    def differences(self, task: Search) -> dict[str, tuple[int, int]]:
+        """In what the entry of the same search was made otherwise than asked for: setting -> (kept, asked); nothing without an entry.
+
+        More trials than asked for are no difference, nor are fewer where the grid has no more points.
+        """
+        entry = self._entry(task)
         if entry is None:
-            return False
+            return {}
+        first = task.cells[0]
         points = math.prod(len(values) for values in grid_of(task.policy, first).values())
-        same = (task.seeds, task.bench.count(first), {cell.key for cell in task.cells} if task.together else set())
-        return (entry.seeds, entry.num_requests, set(entry.over)) == same and entry.trials >= min(task.trials, points)
+        pairs = {"seeds": (entry.seeds, task.seeds), "num_requests": (entry.num_requests, task.bench.count(first))}
+        found = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        return found if entry.trials >= min(task.trials, points) else {"trials": (entry.trials, task.trials), **found}
+
+    def check_same(self, path: Path, asked: Iterable[Search]) -> None:
+        """Refuse to put an entry in place of one that was made with other settings.
+
+        Args:
+            path: of this file.
+
+        Raises:
+            ConfigError: naming the options, what they are and what they were.
+        """
+        for task in asked:
+            found = self.differences(task)
+            if found:
+                now = ", ".join(f"--{name.replace('_', '-')} is {value}" for name, (_, value) in found.items())
+                then = ", ".join(str(value) for value, _ in found.values())
+                entry = f"{task.key} {task.policy}"
+                raise ConfigError(f"--resume: {now}, but {entry} in {path} was made with {then}; use --overwrite or another --out")
+
+    def _entry(self, task: Search) -> Tuned | None:
+        """The entry of the same search: the same policy in the same cells."""
+        entry = self.entries.get((task.key, task.policy))
+        return entry if entry is not None and set(entry.over) == task.over else None
 
 
 def _plain(entry: Tuned) -> dict[str, Any]:
@@ -88,6 +118,16 @@ class Search:
     seeds: int
     trials: int
     together: bool
+
+    @property
+    def key(self) -> str:
+        """In place of a cell's in the file."""
+        return TOGETHER if self.together else self.cells[0].key
+
+    @property
+    def over(self) -> set[str]:
+        """Keys of the cells searched together; none where there is one cell."""
+        return {cell.key for cell in self.cells} if self.together else set()
 
     def run(self) -> Tuned:
         """Raises ``ConfigError`` as ``tune_together``."""

@@ -26,8 +26,8 @@ SEEDS = 4
 class Tune(Selection):
     """Tune every baseline's parameters in every cell of the suite, on seeds that evaluation never sees.
 
-    Each policy with parameters gets the same number of trials. The file holds one entry a search and is written anew after each;
-    --resume keeps what it holds and makes the searches that are missing.
+    Each policy with parameters gets the same number of trials. The file holds one entry a search and is written anew after each.
+    With --resume the searches that it lacks are made; those that it holds must have had the same --trials, --seeds and --num-requests.
     """
 
     policies: Annotated[tuple[str, ...], NAMES] = tuple(GRIDS)
@@ -61,7 +61,7 @@ def plan(options: Tune, screen: Screen) -> tuple[TunedFile, list[Search]]:
     """The file to go on with, and the searches that it lacks; nothing is written.
 
     Raises:
-        ConfigError: an option that cannot be carried out.
+        ConfigError: an option that cannot be carried out, or a search that the file holds with other settings.
     """
     check_counts(seeds=options.seeds, trials=options.trials, jobs=options.jobs)
     for name in options.policies:
@@ -75,6 +75,7 @@ def plan(options: Tune, screen: Screen) -> tuple[TunedFile, list[Search]]:
     kept = TunedFile.read(options.out) if resumed else TunedFile({})
     bench = options.bench(chosen, screen)
     asked = searches(bench, chosen, options.policies, seeds=options.seeds, trials=options.trials, together=options.together)
+    kept.check_same(options.out, asked)
     return kept, [search for search in asked if not kept.holds(search)]
 
 
