@@ -20,8 +20,8 @@ from llmsched_env.bench.evaluation import Row, lengths_known, missing_tasks, run
 from llmsched_env.bench.results import BAR_TEXTS, NO_AGENT, NOT_TOGETHER, NOT_TUNED, Results, bars
 from llmsched_env.bench.seeds import PURPOSES, seed_of
 from llmsched_env.bench.suite import LOADS, MEMORY, MOVING, SCENARIOS, Bench, Cell, cells, engine_of, one_after_the_other, warmup_seconds
-from llmsched_env.bench.tuned import SHIPPED, TunedFile, tuned_parameters
-from llmsched_env.bench.tuning import GRIDS, THETAS, TOGETHER, Tuned, search, tune_together
+from llmsched_env.bench.tuned import SHIPPED, Search, TunedFile, tuned_parameters
+from llmsched_env.bench.tuning import GRIDS, THETAS, TOGETHER, Tuned, grid_of, search, tune_together
 from llmsched_env.bench.variants import Kind, Variant, make, runs_on
 from llmsched_env.cli import evaluate, tune
 from llmsched_env.errors import ConfigError
@@ -239,6 +239,24 @@ def test_tuning_helps_on_its_own_seeds_and_goes_on_where_it_was_left(tmp_path: P
     assert tune.main([*words, "--policies", "reserve", "sarathi", "--resume"]) == 0
     assert "1 searches" in capsys.readouterr().err
     assert {policy for _, policy in TunedFile.read(out).entries} == {"reserve", "late-last", "sarathi"}
+    # Searches of other settings do not take the place of those that are there.
+    kept = out.read_text()
+    key = CELL.key
+    for changes, now, then in (
+        (["--seeds", "3"], "--seeds is 3", "2"),
+        (["--trials", "13"], "--trials is 13", "12"),
+        (["--num-requests", "310", "--trials", "14"], "--trials is 14, --num-requests is 310", "12, 300"),
+    ):
+        assert tune.main([*words, *changes, "--policies", "vllm-v0", "reserve", "--resume"]) == 2
+        wanted = f"error: --resume: {now}, but {key} reserve in {out} was made with {then}; use --overwrite"
+        assert wanted in capsys.readouterr().err and out.read_text() == kept
+    # Fewer trials than were made are no reason to lose them, and searches of other cells or policies may have other settings.
+    assert tune.main([*words, "--trials", "5", "--resume"]) == 0
+    assert "0 searches" in capsys.readouterr().err and out.read_text() == kept
+    assert tune.main([*words, "--seeds", "1", "--trials", "3", "--policies", "wait", "--resume"]) == 0
+    assert tune.main([*words, "--seeds", "1", "--trials", "3", "--loads", "0.9", "--policies", "reserve", "--resume"]) == 0
+    both = TunedFile.read(out).entries
+    assert (both[key, "reserve"].trials, both[key, "wait"].trials) == (12, 3) and len(both) == 5
     # What is reported as tuned is what these options give.
     bench = Bench(Boundaries.read(), 300)
     entry = TunedFile.read(out).entries[CELL.key, "reserve"]
@@ -294,6 +312,18 @@ def test_one_set_of_parameters_for_several_cells(tmp_path: Path, capsys: pytest.
     (only,) = TunedFile.read(out).entries.values()
     (found,) = json.loads((tmp_path / "f.json").read_text())["found"]
     assert (only.policy, only.trials) == ("reserve", 3) and found["options"] == only.options
+
+
+def test_a_grid_with_fewer_points_than_trials_is_done(bench: Bench) -> None:
+    cell = cells(["stationary"], ["two-type"], ["80GB"], [1.0])[0]
+    points = math.prod(len(values) for values in grid_of("reserve", cell).values())
+    entry = Tuned(cell.key, "reserve", "latency_mean", {}, 1.0, 1.0, points, 2, bench.count(cell), 1.0)
+    file = TunedFile({(cell.key, "reserve"): entry})
+    asked = [Search(bench, (cell,), "reserve", 2, trials, False) for trials in (points - 1, points, points + 100)]
+    assert all(file.holds(search) for search in asked) and [file.differences(search) for search in asked] == [{}] * 3
+    file.check_same(Path("tuned.json"), asked)
+    other = Search(bench, (cell,), "reserve", 3, points + 100, False)
+    assert not file.holds(other) and file.differences(other) == {"seeds": (2, 3)}
 
 
 def tune_one(bench: Bench, cell: Cell, name: str, options: dict[str, object]) -> float:
@@ -621,6 +651,39 @@ def test_evaluate_refuses_before_any_work(words: list[str], named: str, tmp_path
     assert evaluate.main(given) == 2
     assert named in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "options", "named"),
+    [
+        ("r.csv", "r.md", ["--rows", "--out"], "r.csv"),  # the page's table
+        ("r.csv", "sub/../r.md", ["--rows", "--out"], "r.csv"),
+        ("r.csv", "r.csv", ["--rows", "--out"], "r.csv"),
+        ("r.csv", "r.settings.json", ["--rows", "--out"], "r.settings.json"),
+        ("r", "r.md", ["--rows", "--out"], "r"),  # the folder of its plots
+        ("rows.csv", "r.csv", ["--out"], "r.csv"),
+        ("rows.csv", "r", ["--out"], "r"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--report-only"]])
+def test_what_evaluate_writes_has_places_of_its_own(
+    rows: str, out: str, options: list[str], named: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / rows).write_text("finished runs")
+    assert evaluate.main(["--rows", str(tmp_path / rows), "--out", str(tmp_path / out), "--num-requests", "60", *more]) == 2
+    refusal = capsys.readouterr().err
+    assert refusal.startswith("error: --") and str(tmp_path / named) in refusal and all(option in refusal for option in options)
+    assert [path.name for path in tmp_path.iterdir()] == [rows] and (tmp_path / rows).read_text() == "finished runs"
+
+
+def test_what_evaluate_finds_does_not_replace_its_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = str(tmp_path / "rows.csv")
+    for other, option in (("rows.settings.json", "--rows"), ("r.csv", "--out"), ("r", "--out")):
+        assert evaluate.main(["--rows", rows, "--out", str(tmp_path / "r.md"), "--json", str(tmp_path / other)]) == 2
+        assert f"{option} and --json: {tmp_path / other} would be both" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    (tmp_path / "r").write_text("where the plots would go")
+    assert evaluate.main(["--rows", rows, "--out", str(tmp_path / "r.md")]) == 2
+    assert f"--out: {tmp_path / 'r'} cannot be a folder" in capsys.readouterr().err
 
 
 def test_an_agent_runs_beside_the_baselines(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from llmsched_env.bench.variants import GREEDY, POLICIES, Variant
 from llmsched_env.cli.frame import Command, Outcome, Screen, check_counts
 from llmsched_env.cli.selection import NAMES, Selection
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.files import check_file, check_same_settings, goes_on, write_settings
+from llmsched_env.files import check_file, check_folder, check_same_settings, goes_on, write_settings
 from llmsched_env.markdown import write_page
 from llmsched_env.pages.results.ablation import section
 from llmsched_env.pages.results.page import Page
@@ -76,6 +77,16 @@ class Evaluate(Selection):
         """What all rows have in common, beside them."""
         return self.rows.with_suffix(".settings.json")
 
+    @property
+    def table(self) -> Path:
+        """The page's table, beside it."""
+        return self.out.with_suffix(".csv")
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the page's plots, beside it."""
+        return self.out.with_suffix("")
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -119,9 +130,29 @@ def check(options: Evaluate) -> None:
         raise ConfigError(f"--first-seed: {options.first_seed}, must be >= 0")
     for option, path in (("--out", options.out), ("--rows", options.rows)):
         check_file(option, path)
-    table = options.out.with_suffix(".csv")
-    if options.rows.resolve() == table.resolve():
-        raise ConfigError(f"--rows: {options.rows} is also the table that goes beside --out {options.out}, must be another file")
+    check_places(options)
+
+
+def check_places(options: Evaluate) -> None:
+    """Refuse places of which one would overwrite another, or that cannot be written.
+
+    Raises:
+        ConfigError: naming the options and the file.
+    """
+    places = [
+        ("--rows", options.rows, "the finished runs"),
+        ("--rows", options.settings, "the settings of the finished runs"),
+        ("--out", options.out, "the page"),
+        ("--out", options.table, "the page's table"),
+        ("--out", options.figures, "the folder of the page's plots"),
+    ]
+    if options.json is not None and str(options.json) != "-":
+        places.append(("--json", options.json, "what was found"))
+    for (option, path, what), (other, where, also) in combinations(places, 2):
+        if path.resolve() == where.resolve():
+            raise ConfigError(f"{' and '.join(dict.fromkeys((option, other)))}: {path} would be both {what} and {also}")
+    check_file("--out", options.table)
+    check_folder("--out", options.figures)
 
 
 def plan(options: Evaluate, screen: Screen) -> Plan:
@@ -208,7 +239,7 @@ def page_of(options: Evaluate, plan: Plan, results: Results, screen: Screen) -> 
         records=plan.records,
         ablation=[] if plan.ablation is None else section(plan.ablation, plan.ablation.digest in digests),
         command=screen.command,
-        figures=options.out.parent / options.out.stem,
+        figures=options.figures,
     )
 
 
@@ -227,7 +258,7 @@ def run(options: Evaluate, screen: Screen) -> Outcome:
         raise ConfigError("--rows: no row of this evaluation")
     lines = page_of(options, planned, results, screen).lines()
     table = lines_of(results)
-    write_table(options.out.with_suffix(".csv"), table)
+    write_table(options.table, table)
     write_page(options.out, lines)
     screen.print(f"Page: {options.out}")
     agent, slo_agent = (next(iter(names), "") for names in (planned.agents, planned.slo_agents))
