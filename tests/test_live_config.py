@@ -38,6 +38,13 @@ def test_a_policy_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert built(monkeypatch, lambda setting: SimpleNamespace(**GOOD)).policy.name == "mine"
 
 
+def test_without_a_policy_everything_that_ships_is_named() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        LiveConfig.from_environment({"LLMSCHED_POLICY": " "})
+    text = str(refusal.value)
+    assert "name a policy (fcfs, vllm" in text and "a shipped agent (generalist, slo)" in text and "module:attribute" in text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

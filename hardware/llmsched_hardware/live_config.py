@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmsched_agents.checkpoint import checkpoint_folder, read_config
+from llmsched_agents.checkpoint import checkpoint_folder, read_config, shipped_agents
 from llmsched_agents.lookup import is_checkpoint, named_policy
 from llmsched_baselines import Setting, policy_names
 from llmsched_env import checks
@@ -105,7 +105,8 @@ class LiveConfig:
         policy = environment.get(POLICY, "").strip()
         if not policy:
             raise ConfigError(
-                f"{POLICY} is not set: name a policy ({', '.join(policy_names())}), a checkpoint's folder or module:attribute"
+                f"{POLICY} is not set: name a policy ({', '.join(policy_names())}), a shipped agent ({', '.join(shipped_agents())}), "
+                "a checkpoint's folder or module:attribute"
             )
         path = environment.get(POLICY_CONFIG, "").strip()
         if not path:
