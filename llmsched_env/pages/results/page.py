@@ -104,7 +104,7 @@ class Page:
             "* Loads are shares of greedy FIFO's measured boundary (last section). Tuning, evaluation and the boundaries draw from seed "
             "streams that cannot meet (`llmsched_env/bench/seeds.py`); no recorded trace is replayed, so no time ranges are shared either.",
             f"* *Default* is a baseline as it ships, *tuned* with the best parameters found for that very cell: by the search of "
-            f"`scripts/tune.py`{self._longer_searches()}, "
+            f"`llmsched tune`{self._longer_searches()}, "
             "*tuned together* with one set of parameters for the whole non-stationary part; these run in that part alone and never count "
             f"as a cell's *best* tuned baseline. {KNOWN.strip()} marks policies that are **told output lengths**; they never count as "
             "*best* baselines. The *best* baseline of a cell is chosen by its mean on the evaluation seeds themselves, which favours the "
