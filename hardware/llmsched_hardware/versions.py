@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from importlib import metadata
+from pathlib import Path
 
 from llmsched_env.errors import ConfigError, MissingExtraError, install_command
 
 SUPPORTED_VERSIONS = ("0.28.0",)
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""The folder of the project, where this module runs from one."""
 _ENVIRONMENT = (
     ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),  # the engine in this process: its scheduler must be at hand
     ("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB; a number of blocks that is given wins
@@ -32,7 +35,13 @@ def check_version() -> str:
         if version.split("+")[0] not in SUPPORTED_VERSIONS:
             raise ConfigError(f"{name} {version} is not supported (tested: {', '.join(SUPPORTED_VERSIONS)})")
         return version
-    raise MissingExtraError(f"vllm is not installed; run: {install_command('vllm')} (CPU only: make setup-vllm)")
+    raise MissingExtraError(f"vllm is not installed; run: {install_command('vllm')}{_without_gpu()}")
+
+
+def _without_gpu() -> str:
+    """What a checkout has for machines without a GPU; nothing where this package was installed without its Makefile."""
+    makefile = CHECKOUT / "Makefile"
+    return " (CPU only: make setup-vllm)" if makefile.is_file() and "setup-vllm:" in makefile.read_text(encoding="utf-8") else ""
 
 
 def prepare_environment() -> None:
