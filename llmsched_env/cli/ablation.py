@@ -33,11 +33,11 @@ class Ablate(Selection):
     agent: Annotated[str, tyro.conf.arg(metavar="AGENT")]
     """Name of a shipped agent or folder of a checkpoint, with levels of the predicted peak."""
     loads: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]")] = LOADS
-    """Of the stationary part: shares of greedy FIFO's boundary."""
+    """Loads of the stationary part: shares of greedy FIFO's boundary."""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = SEEDS
     """Seeds 100 .. 100 + N-1 of the tuning stream."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")] = Path("results") / SUITE / "ablation.json"
-    """The outcome."""
+    """The outcome; finished runs are kept beside it."""
 
     @property
     def runs(self) -> Path:

@@ -14,6 +14,8 @@ from llmsched_env.files import check_file, replacing
 from llmsched_env.workload.build_statistics import MAX_TOTAL, SOURCES, Source, build, dump
 from llmsched_env.workload.readers import read_trace
 
+KNOWN = "(default: that of the table that ships)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildStatistics(Options):
@@ -33,9 +35,9 @@ class BuildStatistics(Options):
         tyro.conf.arg(metavar="TOKENS", help_behavior_hint=f"(default: {MAX_TOTAL}; {SOURCES['mooncake'].max_total} for mooncake)"),
     ] = None
     """Leave out requests above this many tokens."""
-    source: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    source: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint=KNOWN)] = None
     """Where the trace comes from."""
-    licence: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    licence: Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint=KNOWN)] = None
     """Its licence."""
 
 

@@ -44,13 +44,13 @@ class Import(Options):
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """The raw profile: a folder or file, as the format's module describes."""
     format: Format
-    """Of the profile."""
+    """Format of the profile."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """Which model of the profile, such as llama-2-7b."""
     name: Annotated[str, tyro.conf.arg(metavar="NAME")]
     """Name of the calibration."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """.npz (tables) or .json (coefficients)."""
+    """The calibration: .npz (tables) or .json (coefficients); replaced."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +66,11 @@ class Engine(Resumable):
     set: Assignments = ()
     """engine.FIELD of llmsched_hardware.real_engine.EngineOptions."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")]
-    """The formula; tables go to FILE.npz, points beside."""
+    """The formula; tables go to FILE.npz, measured points to FILE.points.jsonl."""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the file's)")] = None
     """Name of the calibration."""
     budget_seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 300.0
-    """Finish within."""
+    """Finish within this many seconds."""
     max_batch: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: engine.max_num_seqs)")] = None
     """Most decodes in a batch."""
     sweeps: Annotated[int, tyro.conf.arg(metavar="N")] = SWEEPS
@@ -168,6 +168,18 @@ def found(result: Calibrated, options: Engine) -> dict[str, Any]:
     }
 
 
+def chosen(
+    subcommand: Annotated[
+        Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Engine, tyro.conf.subcommand("engine")], tyro.conf.arg(name="")
+    ],
+) -> Import | Engine:
+    """Make a calibration: how long an iteration takes for a batch, from a raw profile or from the vLLM engine on this machine.
+
+    The file that it writes is what --calibration of other commands names.
+    """
+    return subcommand
+
+
 def run(options: Import | Engine, screen: Screen) -> Outcome:
     """Carry the chosen subcommand out."""
     return run_import(options, screen) if isinstance(options, Import) else run_engine(options, screen)
@@ -175,7 +187,7 @@ def run(options: Import | Engine, screen: Screen) -> Outcome:
 
 COMMAND = Command[Any](
     "calibrate",
-    Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Engine, tyro.conf.subcommand("engine")],
+    chosen,
     run,
     "a calibration from a raw profile or from the vLLM engine here",
 )

@@ -29,8 +29,8 @@ EPISODES = "episode-*.npz"
 class Collect(Resumable):
     """Record an expert's decisions, one file an episode, and clone it.
 
-    --resume records the episodes that are missing. --clone fits a policy to all of them, --dagger goes on from there: the clone acts,
-    the expert says what it would have done, and the clone is fitted again.
+    With --resume the episodes that are missing are recorded. --clone fits a policy to all of them, --dagger goes on from there: the
+    clone acts, the expert says what it would have done, and the clone is fitted again.
     """
 
     expert: Annotated[str, tyro.conf.arg(metavar="POLICY")]
@@ -44,17 +44,17 @@ class Collect(Resumable):
     kv: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the scenario's)")] = None
     """KV blocks."""
     episodes: Annotated[int, tyro.conf.arg(metavar="N")] = 12
-    """How many."""
+    """How many to record."""
     num_requests: Annotated[int, tyro.conf.arg(metavar="N")] = 500
     """Requests of an episode."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 100_000
-    """Of the first episode; the others count up."""
+    """Seed of the first episode; the others count up."""
     max_admit: Annotated[int, tyro.conf.arg(metavar="N")] = 16
     """Largest count in an action."""
     no_features: bool = False
-    """The environment's observation alone."""
+    """Record the environment's observation alone, without what the agents compute from it."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-    """Of the recordings."""
+    """Where the recordings go."""
     clone: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
     """Fit a policy and write it there as a checkpoint."""
     net_arch: Annotated[tuple[int, ...], tyro.conf.arg(metavar="N [N ...]")] = (64, 64)

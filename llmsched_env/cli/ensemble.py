@@ -24,7 +24,7 @@ class Ensemble(Options):
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """The new checkpoint."""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the first one's)")] = None
-    """Of the agent, in tables."""
+    """Name of the agent, in tables."""
     bonus: Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="LEVEL LOGITS", help_behavior_hint="(default: none)")] = None
     """What one level's logit gets on top. After paired roll-outs -1 takes one per cent of cost of their caution back."""
 

@@ -47,8 +47,8 @@ class Evaluate(Selection):
     agents. The page, its plots and its table are written whole from the rows.
     """
 
-    suite: str = SUITE
-    """Only this one."""
+    suite: Annotated[str, tyro.conf.arg(metavar="NAME")] = SUITE
+    """The suite; there is only this one."""
     policies: Annotated[tuple[str, ...], NAMES] = POLICIES
     """Baselines of the suite; greedy FIFO always runs beside them."""
     agents: Annotated[tuple[str, ...], AGENTS] = ()
@@ -56,7 +56,7 @@ class Evaluate(Selection):
     slo_agents: Annotated[tuple[str, ...], SLO_AGENTS] = ()
     """The same for SLO goodput."""
     ablation: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: the shipped one)")] = None
-    """What `llmsched ablation` wrote."""
+    """What `llmsched ablation` wrote, for its section of the page."""
     tuned: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: none)")] = None
     """What `llmsched tune` wrote, or shipped for the parameters behind the published page: the baselines run with them too."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {SEEDS}; with --quick {QUICK_SEEDS})")] = None

@@ -37,7 +37,9 @@ class Fidelity(Options):
         Path | None,
         WHAT,
         tyro.conf.arg(
-            metavar="WORKLOAD", help=f"Make {PROMPTS.name} again and no page; WORKLOAD is {PROMPTS_SOURCE}.", help_behavior_hint=""
+            metavar="WORKLOAD",
+            help=f"Make {PROMPTS.name} again and no page; WORKLOAD is {PROMPTS_SOURCE}.",
+            help_behavior_hint="(default: the page)",
         ),
     ] = None
 

@@ -18,12 +18,12 @@ from llmsched_env.pages.hardware.page import page
 class HardwarePage(Options):
     """Write the page that says how to measure on one's own hardware and shows what was measured; figures come from the files alone."""
 
-    calibrations: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[FILE.json ...]")] = ()
+    calibrations: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE.json [FILE.json ...]", help_behavior_hint="(default: none)")] = ()
     """What llmsched calibrate engine wrote."""
-    validations: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="[FOLDER ...]")] = ()
+    validations: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FOLDER [FOLDER ...]", help_behavior_hint="(default: none)")] = ()
     """What llmsched validate wrote."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """The page."""
+    """The page; replaced."""
 
 
 def run(options: HardwarePage, screen: Screen) -> Outcome:

@@ -30,7 +30,10 @@ class Reproduce(Resumable):
 
     quick: bool = False
     """Fewer seeds, rates and requests."""
-    only: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PART [PART ...]", help=f"Only these parts: {', '.join(SECTIONS)}.")] = ()
+    only: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="PART [PART ...]", help=f"Only these parts: {', '.join(SECTIONS)}.", help_behavior_hint="(default: all)"),
+    ] = ()
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("docs/reproduction.md")
     """The page; plots go to figures/ beside it. Replaced."""
     results: Annotated[Path, tyro.conf.arg(metavar="FOLDER")] = Path("results/reproduction")

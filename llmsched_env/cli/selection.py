@@ -25,13 +25,13 @@ class Selection(Resumable):
     """Options that choose cells and processes."""
 
     scenarios: Annotated[tuple[str, ...], NAMES] = SCENARIOS
-    """Of the suite: two-type, lmsys, azure-conv, azure-code, sharegpt, mooncake."""
+    """Scenarios of the suite: two-type, lmsys, azure-conv, azure-code, sharegpt, mooncake."""
     loads: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]")] = LOADS
-    """Of the stationary part: shares of greedy FIFO's boundary."""
+    """Loads of the stationary part: shares of greedy FIFO's boundary."""
     kv: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SIZE [SIZE ...]", help_behavior_hint="(default: all)")] = tuple(MEMORY)
     """KV memory: 80GB, 40GB."""
     parts: Annotated[tuple[str, ...], NAMES] = PARTS
-    """Of the suite: stationary, bursts, daily, shift."""
+    """Parts of the suite: stationary, bursts, daily, shift."""
     num_requests: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the suite's)")] = None
     """Requests of one run."""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all cores)")] = None

@@ -32,14 +32,16 @@ class ServeCheck(Options):
     server would not start.
     """
 
-    policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY", help_behavior_hint=f"(default: {POLICY})")] = None
-    """Name of a policy or shipped agent, folder of a checkpoint, or module:attribute, as in LLMSCHED_POLICY."""
-    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=f"(default: {POLICY_CONFIG})")] = None
-    """JSON with the policy's settings, as LLMSCHED_POLICY_CONFIG names it."""
+    policy: Annotated[str | None, tyro.conf.arg(metavar="POLICY", help_behavior_hint=f"(default: the variable {POLICY})")] = None
+    """Name of a policy or shipped agent, folder of a checkpoint, or module:attribute."""
+    config: Annotated[
+        Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint=f"(default: the variable {POLICY_CONFIG}, else none)")
+    ] = None
+    """JSON with the policy's settings."""
     set: Assignments = ()
     """engine.FIELD of the server: max_model_len, num_blocks, block_size, max_num_batched_tokens, max_num_seqs and so on."""
     requests: Annotated[int, tyro.conf.arg(metavar="N")] = 200
-    """Of the simulated episode."""
+    """Requests of the simulated episode."""
 
 
 @dataclass(frozen=True)

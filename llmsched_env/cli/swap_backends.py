@@ -14,7 +14,9 @@ from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.workload import load_scenario
 from llmsched_hardware.swap import Episode, Swap, difference
+from llmsched_hardware.validation import SIM
 from llmsched_hardware.validation_runs import Clock
+from llmsched_hardware.versions import check_version
 
 BackendName = Literal["sim", "vllm-scheduler", "vllm"]
 BACKENDS: tuple[BackendName, ...] = ("sim", "vllm-scheduler", "vllm")
@@ -37,7 +39,7 @@ class SwapBackends(Options):
     Runs the same nested-wait object and the same torch network with random weights on each backend and prints one summary a backend
     for both. Under the virtual clock every iteration must be the same on all of them: which requests, how many tokens of each, when,
     and what was preempted. The program says so, or ends with exit code 1 at the first difference. Under another clock the real engine's
-    own times rule and the summaries are only shown. Needs vLLM (make setup-vllm) and torch, which vLLM brings.
+    own times rule and the summaries are only shown. Needs vLLM and torch, which vLLM brings.
     """
 
     scenario: Annotated[str, tyro.conf.arg(metavar="NAME")] = "azure-conv"
@@ -51,11 +53,11 @@ class SwapBackends(Options):
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "tiny"
     """tiny, the name of another shape, a Hugging Face id or a folder."""
     clock: Clock = "virtual"
-    """Of the real engine."""
-    backends: tuple[BackendName, ...] = BACKENDS
-    """Where to run, the first one being what the others are compared with."""
+    """Where the real engine's times come from: its own steps, the calibration, or real time with real sleeping."""
+    backends: Annotated[tuple[BackendName, ...], tyro.conf.arg(metavar="BACKEND [BACKEND ...]")] = BACKENDS
+    """Where to run: sim, vllm-scheduler, vllm. The first one is what the others are compared with."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Of workload, network and sampling."""
+    """Seed of workload, network and sampling."""
 
 
 def print_table(policy: str, episodes: Mapping[str, Episode], screen: Screen) -> None:
@@ -75,6 +77,8 @@ def run(options: SwapBackends, screen: Screen) -> Outcome:
     if not options.backends:
         raise ConfigError("--backends: none given, must be at least one")
     backends = tuple(dict.fromkeys(options.backends))
+    if any(name != SIM for name in backends):
+        check_version()  # before torch is asked for, which vLLM brings
     for module in ("rich.progress", "rich.console"):
         require(module, "cli")
     scenario = load_scenario(options.scenario)

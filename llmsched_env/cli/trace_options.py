@@ -16,7 +16,7 @@ from llmsched_env.workload.readers import REORDER_SECONDS, InvalidRows, TimeUnit
 class TraceOptions:
     """Options of ``read_trace``."""
 
-    time_unit: Annotated[TimeUnit | None, tyro.conf.arg(help_behavior_hint="(default: its format's)")] = None
+    time_unit: Annotated[TimeUnit | None, tyro.conf.arg(metavar="{s,ms,us,ns}", help_behavior_hint="(default: its format's)")] = None
     """Unit of the trace's times."""
     invalid_rows: InvalidRows = "error"
     """Rows that cannot be right, such as 0 tokens: refuse the trace (error) or leave them out and count them (drop)."""

@@ -36,19 +36,19 @@ OF_A_RUN = (RUN, CLONE, AGENT, "state.pt", "tensorboard", "rounds")
 class Train(Resumable):
     """Train an agent with stable-baselines3 on the native vector environment.
 
-    Loads are shares of the fluid stability boundary of each scenario on its engine. --random N draws N settings from the ranges named
-    (domain randomisation) in place of their grid. A run that goes on with --resume ends as if it had not been interrupted.
-    Curves: tensorboard --logdir OUT.
+    Loads are shares of the fluid stability boundary of each scenario on its engine. An episode runs in one setting of the grid that
+    scenarios, loads, KV sizes, calibrations and bursts span; --random N draws N settings from their ranges instead (domain
+    randomisation). A run that goes on with --resume ends as if it had not been interrupted. Curves: tensorboard --logdir OUT.
     """
 
-    algo: str = "ppo"
-    """ppo, maskable-ppo, a2c, dqn or paired-rollouts."""
-    entry: str = "peak"
-    """Entry of the YAML file."""
+    algo: Annotated[str, tyro.conf.arg(metavar="NAME")] = "ppo"
+    """Algorithm: ppo, maskable-ppo, a2c, dqn or paired-rollouts."""
+    entry: Annotated[str, tyro.conf.arg(metavar="NAME")] = "peak"
+    """Entry of the YAML file that --hyperparams names."""
     hyperparams: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: the shipped one of --algo)")] = None
     """YAML file in rl_zoo3's form."""
     set: Assignments = ()
-    """Such as n_epochs=2 or recipe.hold=32; values as in YAML."""
+    """Changes of that entry, such as n_epochs=2 or recipe.hold=32; values as in YAML."""
     scenarios: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]")] = ("azure-conv",)
     """Scenarios that ship, are registered or offered by a package, or .toml files; A+B: one of them in every episode."""
     loads: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]")] = (0.7, 0.8, 0.9)
@@ -58,25 +58,25 @@ class Train(Resumable):
     calibrations: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="(default: each scenario's)")] = ()
     """Iteration-time models."""
     bursts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="(default: each scenario's)")] = ()
-    """poisson, gamma-CV or mmpp."""
-    random: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """N random settings from these ranges."""
-    reward: str = "latency"
+    """Arrivals: poisson, gamma-CV or mmpp."""
+    random: Annotated[int, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the whole grid)")] = 0
+    """Draw N random settings from these ranges."""
+    reward: Annotated[str, tyro.conf.arg(metavar="REWARD")] = "latency"
     """latency, throughput, slo_goodput[:TTFT,TPOT] in seconds; or a compiled one: a registered name, or module:attribute."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Of everything that is drawn."""
+    """Seed of everything that is drawn."""
     total_timesteps: Annotated[float | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the entry's n_timesteps)")] = None
     """Decisions in all."""
-    from_clone: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    from_clone: Annotated[str | None, tyro.conf.arg(metavar="FOLDER", help_behavior_hint="(default: none)")] = None
     """A checkpoint to start from and to be pulled towards."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
-    """Of the run."""
+    """Where the run goes: its state, curves and the agent."""
     save_every: Annotated[float, tyro.conf.arg(metavar="STEPS")] = 500_000
     """Least number of steps between two saves."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all)")] = None
-    """Threads."""
-    name: str = "agent"
-    """Of the agent, in tables."""
+    """Threads of the environment and of PyTorch."""
+    name: Annotated[str, tyro.conf.arg(metavar="NAME")] = "agent"
+    """Name of the agent, in tables."""
     no_tensorboard: bool = False
     """Write no curves."""
 

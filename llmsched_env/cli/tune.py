@@ -31,11 +31,11 @@ class Tune(Selection):
     """
 
     policies: Annotated[tuple[str, ...], NAMES] = tuple(GRIDS)
-    """Those that have parameters."""
+    """Policies to tune; all is every policy that has parameters."""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = SEEDS
     """Tuning seeds 0 .. N-1."""
     trials: Annotated[int, tyro.conf.arg(metavar="N")] = TRIALS
-    """For each policy and cell."""
+    """Parameters tried for each policy and cell."""
     together: bool = False
     """One set of parameters for all the selected cells of the non-stationary part."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")]
