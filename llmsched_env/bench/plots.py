@@ -13,6 +13,7 @@ import numpy as np
 from llmsched_env.bench.comparison import Recording
 from llmsched_env.bench.tables import Cell
 from llmsched_env.errors import require
+from llmsched_env.metrics import Interval
 
 # Okabe and Ito's colours, told apart by colour-blind readers; marker and dash repeat the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#B8A800")
@@ -49,15 +50,24 @@ def _curve(axes: Any, cells: Sequence[Cell], metric: str, policies: Sequence[str
             continue
         rates = [c.rate for c in own]
         mean = np.array([c[metric].mean for c in own])
-        low = np.array([c[metric].low for c in own])
-        high = np.array([c[metric].high for c in own])
+        bands = [c[metric].on_log_axis() for c in own]
+        low, high = np.array([band.low for band in bands]), np.array([band.high for band in bands])
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "marker": MARKERS[i % len(MARKERS)]}
         axes.plot(rates, mean, label=labels[policy], markersize=5, **style)
         outside = [c.overload for c in own]
         axes.plot(np.array(rates)[outside], mean[outside], style["marker"], markersize=5, color=style["color"], markerfacecolor="white")
-        # An interval that reaches below zero leaves a log axis at the bottom.
-        low = np.maximum(low, 1e-6 * mean.min())
         axes.fill_between(rates, low, high, where=np.isfinite(low), color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _range(intervals: Sequence[Interval]) -> tuple[float, float]:
+    """Limits of a logarithmic axis: all means and their intervals, those at most one decade beyond the means."""
+    shown = [i.on_log_axis() for i in intervals if i.mean > 0 and math.isfinite(i.mean)]
+    if not shown:
+        return 0.1, 10.0
+    lowest, highest = min(i.mean for i in shown), max(i.mean for i in shown)
+    low = min((i.low for i in shown if i.low > 0), default=lowest)
+    high = max((i.high for i in shown if math.isfinite(i.high)), default=highest)
+    return max(min(low, lowest / 1.3), lowest / 10) / 1.1, min(max(high, highest * 1.3), highest * 10) * 1.1
 
 
 def _boundary_line(axes: Any, rates: Sequence[float], boundary: float) -> None:
@@ -81,8 +91,7 @@ def plot_against_rate(
         _curve(axes, cells, metric, policies, labels)
         _boundary_line(axes, rates, boundary)
         axes.set_yscale("log")
-        lowest = min((c[metric].mean for c in cells if c[metric].mean > 0), default=1.0)
-        axes.set_ylim(bottom=lowest / 2)
+        axes.set_ylim(*_range([c[metric] for c in cells]))
         axes.yaxis.set_major_formatter(_plain_number)
         axes.yaxis.set_minor_formatter(_plain_minor(axes))
         axes.set_xlabel("arrival rate (requests/s)")
@@ -93,7 +102,7 @@ def plot_against_rate(
         grid[0][0].plot([], [], "o", color="#555555", markerfacecolor="white", label="hollow: overload, outside the policy's theory")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(3, len(names)), frameon=False)
-    band = "bands: 95 % intervals of the mean" if seeds > 1 else "one seed, no intervals"
+    band = "bands: 95 % intervals of log(mean)" if seeds > 1 else "one seed, no intervals"
     grid[0][0].set_title(f"{seeds} seed{'s' if seeds > 1 else ''}; {band}", fontsize=9, loc="left")
     _save(pyplot, figure, path)
 

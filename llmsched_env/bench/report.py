@@ -33,6 +33,11 @@ DEFINITIONS = (
     ("P50, P95, P99", "percentiles over the requests of one run"),
     ("±", "half width of the 95 % Student t interval of the mean over seeds; the same seed gives every policy the same requests"),
     (
+        "Bands of the plots",
+        "the same interval for a logarithmic axis, that of the logarithm of the mean: from mean / e^(h / mean) to mean · e^(h / mean), h "
+        "the half width. Narrow ones are equal to mean ± h; wide ones reach less far down, never to zero, and further up",
+    ),
+    (
         "Fluid stability boundary",
         "largest arrival rate at which the fluid model of these lengths on this engine has an equilibrium that fits the KV memory; "
         "it knows nothing of queueing, so latency rises before it",
@@ -59,7 +64,7 @@ def print_table(console: Any, table: Sequence[Cell], title: str) -> None:
     console.print(grid)
     seeds = sorted({cell.seeds for cell in table})
     counted = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    lines = [f"Means over {counted} seeds ± half width of the 95 % interval." if seeds[-1] > 1 else "One seed, no intervals."]
+    lines = [f"Means over {counted} seeds ± half width of the 95 % interval (Student's t)." if seeds[-1] > 1 else "One seed, no intervals."]
     if any(cell.known_lengths for cell in table):
         lines.append("known lengths: the policy is told output lengths, which a server does not know.")
     lines += [f"{line}." for line in short_footnotes(table)]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group
-from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
+from llmsched_env.pages.reproduction.figures import Curve, Scale, draw, figure, finish
 from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, picture, show
 from llmsched_env.pages.reproduction.systems import (
     CAPS,
@@ -52,6 +52,10 @@ def section(lab: Lab) -> Section:
     )
 
 
+SCALES: tuple[tuple[str, Scale], ...] = (("latency", "y"), ("completed", ""))
+"""What the picture of decode-only operation shows, latency on a logarithmic axis."""
+
+
 def decode_only(lab: Lab) -> tuple[list[Claim], list[str]]:
     """p630d20 with prefill done elsewhere."""
     rates = lab.pick((100.0, 150.0, 180.0, 200.0, 300.0, 400.0, 500.0), (100.0, 300.0, 500.0))
@@ -63,10 +67,11 @@ def decode_only(lab: Lab) -> tuple[list[Claim], list[str]]:
     results, _ = evaluate(lab, "decode only", bases, DECODE_PLANS)
     with figure(lab.figures / "decode_only.png", 1, 2) as axes:
         for i, plan in enumerate(DECODE_PLANS):
-            for column, metric in enumerate(("latency", "completed")):
-                draw(axes[0][column], [Curve(plan.label, rates, [results[plan.label, r].interval(metric) for r in rates], i)])
+            for column, (metric, scale) in enumerate(SCALES):
+                curve = Curve(plan.label, rates, [results[plan.label, r].interval(metric) for r in rates], i)
+                draw(axes[0][column], [curve], scale=scale)
         axes[0][1].plot(rates, rates, color="black", linewidth=0.8, linestyle=":")
-        finish(axes[0][0], "p630d20, decode only", "arrival rate (requests/s)", "mean latency (s)", log="y")
+        finish(axes[0][0], "p630d20, decode only", "arrival rate (requests/s)", "mean latency (s)")
         finish(axes[0][1], "p630d20, decode only (dotted: offered)", "arrival rate (requests/s)", "completed (requests/s)", legend=False)
     rows = [[p.label, *(show(results[p.label, r].interval("latency")) for r in rates)] for p in DECODE_PLANS]
     wait = ("WAIT, tuned", "WAIT-CP, tuned")

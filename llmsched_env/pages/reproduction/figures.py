@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from llmsched_env.errors import require
 from llmsched_env.metrics import Interval
 
 DPI = 80
+
+Scale = Literal["", "y", "xy", "symlog"]
+"""Logarithmic axes; "symlog": y, linear between 0 and 1, for counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +56,23 @@ def shrink(path: Path) -> None:
     small.save(path, optimize=True)
 
 
-def draw(axes: Any, curves: Sequence[Curve]) -> None:
-    """Lines with 95 % intervals as error bars; points without a mean are left out."""
+def draw(axes: Any, curves: Sequence[Curve], *, scale: Scale = "") -> None:
+    """Lines with 95 % intervals as error bars; points without a mean are left out.
+
+    Args:
+        scale: which axes are logarithmic. It is set here and nowhere else, as the interval depends on it: where y is logarithmic
+            it is ``Interval.on_log_axis``, elsewhere the symmetric one.
+    """
     for curve in curves:
-        mean = np.array([i.mean for i in curve.y])
-        half = np.nan_to_num(np.array([i.half_width for i in curve.y]))
+        y = [i.on_log_axis() for i in curve.y] if scale in ("y", "xy", "symlog") else curve.y
+        mean = np.array([i.mean for i in y])
+        bars = bars_of(y)
         keep = np.isfinite(mean)
         s = curve.style
         axes.errorbar(
             np.asarray(curve.x, dtype=np.float64)[keep],
             mean[keep],
-            yerr=half[keep],
+            yerr=bars[:, keep],
             label=curve.label,
             color=COLOURS[s % len(COLOURS)],
             marker=MARKERS[s % len(MARKERS)],
@@ -72,6 +81,19 @@ def draw(axes: Any, curves: Sequence[Curve]) -> None:
             linewidth=1.2,
             capsize=2,
         )
+    if scale == "xy":
+        axes.set_xscale("log")
+    if scale in ("y", "xy"):
+        axes.set_yscale("log")
+    if scale == "symlog":
+        axes.set_yscale("symlog", linthresh=1)
+
+
+def bars_of(intervals: Sequence[Interval]) -> npt.NDArray[np.float64]:
+    """(2, n) lengths of error bars below and above the means; zero where there is no interval."""
+    below = [i.mean - i.low for i in intervals]
+    above = [i.high - i.mean for i in intervals]
+    return np.nan_to_num(np.array([below, above], dtype=np.float64).reshape(2, -1))
 
 
 def limit_to_means(axes: Any, curves: Sequence[Curve]) -> None:
@@ -81,14 +103,10 @@ def limit_to_means(axes: Any, curves: Sequence[Curve]) -> None:
         axes.set_ylim(min(means) / 1.6, max(means) * 1.6)
 
 
-def finish(axes: Any, title: str, x: str, y: str, *, legend: bool = True, log: str = "") -> None:
+def finish(axes: Any, title: str, x: str, y: str, *, legend: bool = True) -> None:
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    if "x" in log:
-        axes.set_xscale("log")
-    if "y" in log:
-        axes.set_yscale("log")
     if legend:
         axes.legend(frameon=False, fontsize=7.5)
 

@@ -274,10 +274,10 @@ def draw_buffer(lab: Lab, groups: Mapping[int, Group], peaks: npt.NDArray[np.flo
     """Evictions against the capacity, and the measured overflow beside the bound; ``m_req``: memory for a delta."""
     with figure(lab.figures / "buffer.png", 1, 2) as axes:
         left, right = axes[0]
-        draw(left, [Curve("evictions in [0, T]", [float(c) for c in groups], [g.interval("evictions") for g in groups.values()], 2)])
+        evictions = [g.interval("evictions") for g in groups.values()]
+        draw(left, [Curve("evictions in [0, T]", [float(c) for c in groups], evictions, 2)], scale="symlog")
         left.axvline(BASE, color="black", linestyle="--", linewidth=1, label="M^pi")
         left.axvline(m_req(0.1), color="black", linestyle=":", linewidth=1, label="M_req, delta = 0.1")
-        left.set_yscale("symlog", linthresh=1)
         left.set_ylim(bottom=0)
         finish(left, "Nested WAIT (16, 6)", "KV capacity C (tokens)", "evictions")
         grid = np.arange(BASE, m_req(0.001), 5.0)

@@ -67,7 +67,8 @@ def making(lab: Lab) -> list[str]:
         "",
         f"{len(lab.seconds)} configurations, {sum(lab.seconds.values()) / 60:.0f} processor minutes in all. Each is a record of workload, "
         "engine, policy and seeds; its result is kept under the hash of that record and is read again by the next run. The same seed "
-        "gives all policies the same requests. Intervals are Student's t over seeds (95 %), shares have exact binomial intervals.",
+        "gives all policies the same requests. Intervals are Student's t over seeds (95 %), shares have exact binomial intervals. "
+        "On logarithmic axes the interval is that of the logarithm of the mean, mean · exp(± half width / mean), which stays positive.",
         "",
     ]
     if lab.other_sources:

@@ -118,8 +118,9 @@ def draw_segments(
                 Curve("latency", x, [g.interval("latency") for g in groups.values()], 2),
                 Curve("TTFT", x, [g.interval("ttft") for g in groups.values()], 0),
             ],
+            scale="y",
         )
-        finish(axes[0][1], "20 lengths, C large", "segments L", "seconds", log="y")
+        finish(axes[0][1], "20 lengths, C large", "segments L", "seconds")
         y, chat_memory = [float(k) for k in chat], list(chat.values())
         axes[0][2].plot(y, [m[2] / 1000 for m in chat_memory], marker=".", color=COLOURS[0], label="M_req, T = 120 s, delta = 0.1")
         axes[0][2].plot(y, [m[0] / 1000 for m in chat_memory], color="black", linestyle=":", label="base memory M^pi")

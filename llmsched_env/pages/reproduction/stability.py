@@ -227,10 +227,10 @@ def scaling(lab: Lab) -> tuple[list[Claim], list[str], dict[str, float]]:
     with figure(lab.figures / "scaling.png", 1, 2) as axes:
         for label, style, own in curves:
             x = [float(t) for t in horizons]
-            draw(axes[0][0], [Curve(label, x, [mean_interval(gap_of(g)) for g in own], style)])
-            draw(axes[0][1], [Curve(label, x, [g.interval("latency") for g in own], style)])
-        finish(axes[0][0], "throughput gap", "horizon T (s)", "fluid minus measured throughput (tokens/s)", log="xy")
-        finish(axes[0][1], "mean latency", "horizon T (s)", "mean latency (s)", log="xy", legend=False)
+            draw(axes[0][0], [Curve(label, x, [mean_interval(gap_of(g)) for g in own], style)], scale="xy")
+            draw(axes[0][1], [Curve(label, x, [g.interval("latency") for g in own], style)], scale="xy")
+        finish(axes[0][0], "throughput gap", "horizon T (s)", "fluid minus measured throughput (tokens/s)")
+        finish(axes[0][1], "mean latency", "horizon T (s)", "mean latency (s)", legend=False)
     slack = list(kinds)[1]
     body = [
         "### Throughput gap and latency against the horizon",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llmsched_env.fluid import find_boundary
 from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group, Pairs
-from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish, limit_to_means
+from llmsched_env.pages.reproduction.figures import Curve, Scale, draw, figure, finish, limit_to_means
 from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, picture, show
 
 TUNING_SEED = 1000
@@ -315,16 +315,16 @@ def draw_report(lab: Lab, name: str, results: Results, rates: Sequence[float], s
     fixed, tuned = [p for p in PLANS if not p.tuned], [p for p in PLANS if p.tuned]
     with figure(lab.figures / name, 2, 4, width=3.4, height=2.8) as axes:
         for row, (plans, title) in enumerate(((fixed, "fixed or fluid"), (tuned, "best of 8 trials"))):
-            metrics = (
+            metrics: tuple[tuple[str, str, Scale], ...] = (
                 ("latency", "mean latency (s)", "y"),
                 ("ttft", "mean TTFT (s)", "y"),
                 ("ttft_p99", "P99 TTFT (s)", "y"),
                 ("completed", "completed (requests/s)", ""),
             )
-            for column, (metric, text, log) in enumerate(metrics):
+            for column, (metric, text, scale) in enumerate(metrics):
                 curves = [Curve(plan.label, rates, [results[plan.label, r].interval(metric) for r in rates], plan.style) for plan in plans]
-                draw(axes[row][column], curves)
-                if log:
+                draw(axes[row][column], curves, scale=scale)
+                if scale:
                     limit_to_means(axes[row][column], curves)
                 if metric == "completed":
                     axes[row][column].plot(rates, rates, color="black", linewidth=0.8, linestyle=":", label="offered")
@@ -335,7 +335,7 @@ def draw_report(lab: Lab, name: str, results: Results, rates: Sequence[float], s
                             axes[row][column].plot(
                                 [low], [results[plan.label, low].mean(metric)], "*", color="black", markersize=6, zorder=5
                             )
-                finish(axes[row][column], title, "arrival rate (requests/s)", text, legend=False, log=log)
+                finish(axes[row][column], title, "arrival rate (requests/s)", text, legend=False)
             axes[row][3].legend(frameon=False, fontsize=7.5, loc="upper left", bbox_to_anchor=(1.02, 1.0))
 
 

@@ -10,7 +10,7 @@ from llmsched_env.errors import require
 from llmsched_env.fluid import fluid_equilibrium, window_rates
 from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group
-from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
+from llmsched_env.pages.reproduction.figures import Curve, bars_of, draw, figure, finish
 from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, picture, show
 from llmsched_env.pages.reproduction.stability import CAPACITY, STYLE, TWO, fluid_rate, paper_engine
 from llmsched_env.types import EngineConfig
@@ -145,10 +145,10 @@ def draw_varying(lab: Lab, groups: Groups, styles: Mapping[str, int], mean: floa
             ax = axes[0][column]
             for i, (p, style) in enumerate(styles.items()):
                 own = [groups[a, p].interval(metric) for a in names]
+                if metric == "evictions":
+                    own = [v.on_log_axis() for v in own]
                 x = [j + 0.12 * (i - 1.5) for j in range(len(names))]
-                ax.errorbar(
-                    x, [v.mean for v in own], [v.half_width for v in own], fmt=MARKERS[style], color=COLOURS[style], capsize=3, label=p
-                )
+                ax.errorbar(x, [v.mean for v in own], bars_of(own), fmt=MARKERS[style], color=COLOURS[style], capsize=3, label=p)
             ax.set_xticks(range(len(names)), ["Poisson", "steps", "MMPP-2"])
             ax.set_ylim(bottom=0)
             if metric == "evictions":
@@ -265,9 +265,9 @@ def draw_variants(lab: Lab, groups: Groups, kinds: Mapping[str, str], loads: Seq
     with figure(lab.figures / "variants.png", 1, 2) as axes:
         for column, kind in enumerate(("wait", "nested")):
             for i, label in enumerate(lbl for lbl, k in kinds.items() if k == kind):
-                draw(axes[0][column], [Curve(label, list(loads), [groups[label, f].interval("latency") for f in loads], i)])
+                draw(axes[0][column], [Curve(label, list(loads), [groups[label, f].interval("latency") for f in loads], i)], scale="y")
             title = f"known lengths, C = {CAPACITY:,}" if kind == "wait" else "hidden lengths, C = 5,003"
-            finish(axes[0][column], title, "arrival rate / fluid boundary at C = 3,750", "mean latency (s)", log="y")
+            finish(axes[0][column], title, "arrival rate / fluid boundary at C = 3,750", "mean latency (s)")
 
 
 def gate(lab: Lab) -> tuple[list[Claim], list[str]]:
@@ -353,8 +353,8 @@ def draw_gate(lab: Lab, rows: Sequence[tuple[int, int, int, float, float]], grou
     """Latency with the wait and without it, ours and the paper's; ``rows`` of ``PAPER_GATE``."""
     with figure(lab.figures / "wait_gate.png", 1, 1, width=5.2) as axes:
         x = [float(rate) for rate, *_ in rows]
-        draw(axes[0][0], [Curve("cap alone, ours", x, [groups[r, False].interval("latency") for r, *_ in rows], 7)])
-        draw(axes[0][0], [Curve("cap and wait, ours", x, [groups[r, True].interval("latency") for r, *_ in rows], 6)])
+        draw(axes[0][0], [Curve("cap alone, ours", x, [groups[r, False].interval("latency") for r, *_ in rows], 7)], scale="y")
+        draw(axes[0][0], [Curve("cap and wait, ours", x, [groups[r, True].interval("latency") for r, *_ in rows], 6)], scale="y")
         axes[0][0].plot(x, [off for *_, off, _ in rows], color="black", linestyle=":", marker="x", label="cap alone, paper")
         axes[0][0].plot(x, [on for *_, on in rows], color="black", linestyle="--", marker="+", label="cap and wait, paper")
-        finish(axes[0][0], "p512d20, the paper's caps and chunks", "arrival rate (requests/s)", "mean latency (s)", log="y")
+        finish(axes[0][0], "p512d20, the paper's caps and chunks", "arrival rate (requests/s)", "mean latency (s)")
