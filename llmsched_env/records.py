@@ -19,7 +19,8 @@ a subclass of ``Rows``          address and count      ``record.name.column[i]``
 ``Cube32``
 ==============================  =====================  ===========================================
 
-Columns of ``Rows`` are ``Ints`` (int32) or ``Floats`` (float64); an ``int`` read from one is 64 bits wide.
+Columns of ``Rows`` are ``Ints`` (int32) or ``Floats`` (float64); an ``int`` read from one is 64 bits wide. A number of the whole
+table is annotated ``int``; it is an int32 in front of the first row (``table.name``, ``table.name = x``).
 
 **Levels.** A field may be marked ``Annotated[..., Level.KNOWN]`` or ``Level.HIDDEN``. Code that is given a record
 at a lower level has no such field: in Python reading it is an ``AttributeError``, in compiled code an error when
@@ -87,7 +88,7 @@ class Memory:
 
 class _Field(NamedTuple):
     name: str
-    kind: str  # scalar, record, rows, array
+    kind: str  # scalar, record, rows, array, column, head
     declared: Any
     offset: int
     level: Level
@@ -136,36 +137,55 @@ class _Declared:
 _HINTS = {Level.VISIBLE: "", Level.KNOWN: " unless it declares known_lengths", Level.HIDDEN: ""}
 
 
-_TAKEN_BY_ROWS = ("rows", "handle", "FIELDS", "DTYPE", "FIXED", "SATURATES", "TYPES")
+_TAKEN_BY_ROWS = ("rows", "handle", "empty", "FIELDS", "DTYPE", "FIXED", "HEADS", "SATURATES", "TYPES")
 
 
 class Rows(_Declared):
     """A table, one row an item: ``table.column[i]``. Rows lie in memory one after the other.
 
     Args:
-        rows: (n,) of ``DTYPE``.
+        rows: (n,) of ``DTYPE``, of ``empty`` where the table has numbers of its own.
     """
+
+    HEADS: ClassVar[int] = 0
+    """How many numbers belong to the whole table."""
 
     def __init_subclass__(cls) -> None:
         hints = typing.get_type_hints(cls, include_extras=True)
         own = {n: _marks(h) for n, h in hints.items() if n in cls.__annotations__}
         for name, (declared, *_) in own.items():
-            if declared not in (Ints, Floats):
+            if declared not in (Ints, Floats, int):
                 raise TypeError(f"{cls.__name__}.{name}: {declared!r}, a column must be Ints or Floats")
             if name in _TAKEN_BY_ROWS:
                 raise TypeError(f"{cls.__name__}.{name}: a table has a method of this name")
+        heads = [n for n in own if own[n][0] is int]
         # Wide columns first: every column is aligned, and a row stays as short as it can be.
-        order = sorted(own, key=lambda n: own[n][0] != Floats)
+        order = sorted((n for n in own if n not in heads), key=lambda n: own[n][0] != Floats)
         cls.TYPES = {}
         cls.DTYPE = np.dtype([(n, "<f8" if own[n][0] == Floats else "<i4") for n in order], align=True)
+        # What belongs to the whole table stands before the first row, in a row of its own.
+        if len(heads) * 4 > cls.DTYPE.itemsize:
+            raise TypeError(f"{cls.__name__}.{heads[-1]}: the {len(heads)}th number of the whole table, must fit {cls.DTYPE.itemsize} bytes")
+        cls.HEADS = len(heads)
         offsets: Any = cls.DTYPE.fields
-        cls.FIELDS = {n: _Field(n, "column", d, offsets[n][1], level, s, d == Floats) for n, (d, level, s, _) in own.items()}
-        for name in own:
-            setattr(cls, name, property(_column(name)))
+        places = {n: ("head", -4 * (1 + i)) if n in heads else ("column", 0) for i, n in enumerate((*heads, *order))}
+        cls.FIELDS = {}
+        for name, (declared, level, scratch, _) in own.items():
+            kind, place = places[name]
+            at = place if kind == "head" else offsets[name][1]
+            cls.FIELDS[name] = _Field(name, kind, declared, at, level, scratch, declared == Floats)
+            setattr(cls, name, property(*_head(name)) if kind == "head" else property(_column(name)))
+
+    @classmethod
+    def empty(cls, count: int) -> npt.NDArray[Any]:
+        """(count,) rows of zeros, with room before the first for the numbers of the whole table."""
+        return np.zeros(count + 1, dtype=cls.DTYPE)[1:] if cls.HEADS else np.zeros(count, dtype=cls.DTYPE)
 
     def __init__(self, rows: npt.NDArray[Any], level: Level = Level.HIDDEN) -> None:
         self.rows, self._level = rows, level
         self._address = rows.ctypes.data
+        if self.HEADS:  # ``rows`` is of ``empty``: the numbers of the table end where it begins
+            self._heads = np.ndarray(self.HEADS, np.int32, rows.base, rows.dtype.itemsize - 4 * self.HEADS)
 
     @property
     def handle(self) -> Any:
@@ -176,10 +196,29 @@ class Rows(_Declared):
         return int(self.rows.shape[0])
 
     def __getstate__(self) -> tuple[Any, ...]:
-        return self.rows.copy(), self._level
+        return self.rows.copy(), self._level, self._heads.copy() if self.HEADS else None
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        Rows.__init__(self, *state)  # an address does not outlive its array
+        rows, level, heads = state
+        if self.HEADS:
+            rows, kept = self.empty(rows.shape[0]), rows
+            rows[:] = kept
+        Rows.__init__(self, rows, level)  # an address does not outlive its array
+        if self.HEADS:
+            self._heads[:] = heads
+
+
+def _head(name: str) -> tuple[Any, Any]:
+    def get(self: Rows) -> int:
+        return int(self._heads[self.HEADS + self._field(name).offset // 4])
+
+    def put(self: Rows, value: Any) -> None:
+        field = self._field(name)
+        if self._level < Level.HIDDEN and not field.scratch:
+            raise AttributeError(f"{type(self).__name__}.{name}: a policy cannot write it")
+        self._heads[self.HEADS + field.offset // 4] = min(max(int(value), -(2**31)), 2**31 - 1)
+
+    return get, put
 
 
 def _column(name: str) -> Any:
@@ -376,7 +415,7 @@ class _Address(models.OpaqueModel):
 
 
 def _field_type(record: RecordType, field: _Field) -> Any:
-    if field.kind == "scalar":
+    if field.kind in ("scalar", "head"):
         return types.float64 if field.is_float else types.int64
     if field.kind == "column":
         writable = record.level == Level.HIDDEN or field.scratch
@@ -411,6 +450,8 @@ def _load_field(context: Any, builder: Any, record: Any, value: Any, name: str) 
     place = _address(builder, value, field.offset)
     if field.kind in ("record", "column"):
         return place
+    if field.kind == "head":
+        return builder.sext(builder.load(builder.bitcast(place, ir.IntType(32).as_pointer())), ir.IntType(64))
     word = ir.DoubleType() if field.kind == "scalar" and field.is_float else ir.IntType(64)
     loaded = builder.load(builder.bitcast(place, word.as_pointer()))
     if field.kind != "scalar" or record.declared.FIXED:
@@ -444,10 +485,15 @@ def _array(context: Any, builder: Any, array: Any, place: Any, address: Any) -> 
 def _store_field(context: Any, builder: Any, sig: Any, args: Any, name: str) -> None:
     record = sig.args[0]
     field = record.field(name)
-    if field.kind != "scalar" or record.declared.FIXED or not (record.level == Level.HIDDEN or field.scratch):
+    if field.kind not in ("scalar", "head") or record.declared.FIXED or not (record.level == Level.HIDDEN or field.scratch):
         raise NumbaTypeError(f"{record.declared.__name__}.{name}: cannot be written here")
+    place = _address(builder, args[0], field.offset)
+    if field.kind == "head":
+        value = _saturated(builder, context.cast(builder, args[1], sig.args[1], types.int64))
+        builder.store(builder.trunc(value, ir.IntType(32)), builder.bitcast(place, ir.IntType(32).as_pointer()))
+        return
     word = ir.DoubleType() if field.is_float else ir.IntType(64)
-    builder.store(args[1], builder.bitcast(_address(builder, args[0], field.offset), word.as_pointer()))
+    builder.store(args[1], builder.bitcast(place, word.as_pointer()))
 
 
 @infer_global(operator.getitem)
@@ -482,14 +528,20 @@ def _load_item(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return loaded if sig.args[0].is_float else builder.sext(loaded, ir.IntType(64))
 
 
+def _saturated(builder: Any, value: Any) -> Any:
+    """An int64 at what 32 bits hold of it."""
+    for compare, bound in ((">", 2**31 - 1), ("<", -(2**31))):
+        limit = ir.Constant(ir.IntType(64), bound)
+        value = builder.select(builder.icmp_signed(compare, value, limit), limit, value)
+    return value
+
+
 @lower_builtin(operator.setitem, ColumnType, types.Integer, types.Float)
 @lower_builtin(operator.setitem, ColumnType, types.Integer, types.Integer)
 def _store_item(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     value = args[2]
     if sig.args[0].saturates:  # people write to it: a larger count than 32 bits hold is the largest, not another one
-        for compare, bound in ((">", 2**31 - 1), ("<", -(2**31))):
-            limit = ir.Constant(ir.IntType(64), bound)
-            value = builder.select(builder.icmp_signed(compare, value, limit), limit, value)
+        value = _saturated(builder, value)
     if not sig.args[0].is_float:
         value = builder.trunc(value, ir.IntType(32))
     builder.store(value, _element(builder, sig.args[0], args[0], args[1]))

@@ -38,6 +38,10 @@ BoolArray = npt.NDArray[np.bool_]
 ADMIT_ALL = int(np.iinfo(np.int32).max)
 """Count in ``Decision.admit`` that stands for "as many as fit"."""
 
+TILE_TOKENS = 128
+"""Least token budget of an iteration: a smaller batch takes a GPU as long as a whole tile of its matrix products
+(the knee of ``llmsched_env.perf.models``)."""
+
 MAX_BLOCK_SIZE = 65_536
 """Tokens; vLLM's own block sizes end far below."""
 MOST_QUEUES = 65_536
@@ -58,6 +62,9 @@ class Decision(Rows):
             this iteration; ``ADMIT_ALL`` for as many as fit.
         evict: (Q,) int32, boundary queues only: how many of the most recently admitted requests
             of the queue give up their KV and go back outside before anything else happens.
+        token_budget: tokens that the iteration may compute, decodes included (``vllm`` preset): 0, the default, for the
+            engine's ``max_num_batched_tokens``; anything else is brought into ``TILE_TOKENS`` .. ``max_num_batched_tokens``.
+            It may be smaller than ``max_num_seqs``: decodes beyond it wait for the next iteration, the oldest admissions go first.
     """
 
     SATURATES = True
@@ -65,13 +72,14 @@ class Decision(Rows):
     run: Ints
     admit: Ints
     evict: Ints
+    token_budget: int
 
     def __init__(self, num_queues: int) -> None:
-        super().__init__(np.zeros(checks.integer("decision.num_queues", num_queues), dtype=self.DTYPE))
+        super().__init__(self.empty(checks.integer("decision.num_queues", num_queues)))
 
     @classmethod
-    def of(cls, run: npt.ArrayLike, admit: npt.ArrayLike, evict: npt.ArrayLike = 0) -> Decision:
-        """Build a decision from three array-likes; ``run`` fixes the number of queues.
+    def of(cls, run: npt.ArrayLike, admit: npt.ArrayLike, evict: npt.ArrayLike = 0, token_budget: int = 0) -> Decision:
+        """Build a decision from three array-likes and a number; ``run`` fixes the number of queues.
 
         Raises:
             ConfigError: numbers that int32 cannot hold as they are, or shapes that do not fit; a larger ``admit`` is ``ADMIT_ALL``.
@@ -87,6 +95,7 @@ class Decision(Rows):
             if not np.all((given >= -ADMIT_ALL) & (given <= ADMIT_ALL) & (np.floor(given) == given)):
                 raise ConfigError(f"decision.{name}: {checks.shown(values)}, must be integers below 2**31")
             getattr(decision, name)[:] = given
+        decision.token_budget = checks.integer("decision.token_budget", token_budget)
         return decision
 
     @classmethod
@@ -99,7 +108,8 @@ class Decision(Rows):
 
     def __repr__(self) -> str:
         admit = ["all" if a == ADMIT_ALL else int(a) for a in self.admit]
-        return f"Decision(run={self.run.tolist()}, admit={admit}, evict={self.evict.tolist()})"
+        budget = f", token_budget={self.token_budget}" if self.token_budget else ""
+        return f"Decision(run={self.run.tolist()}, admit={admit}, evict={self.evict.tolist()}{budget})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -137,12 +138,14 @@ def assert_equal(number: int, decisions: list[Decision], engine: dict[str, objec
 
 
 def lockstep(case: Case, max_steps: int = 20_000) -> Tally:
-    """Run both engines on the same decisions and compare after every step."""
+    """Run both engines on the same decisions and compare after every step; token budgets count as they are, however small."""
     backend = make_backend("sim", trace=True)
     assert isinstance(backend, SimBackend)
-    view = backend.reset(case.workload, case.layout, case.engine, case.limits, reveal_output_length=False)
+    with patch("llmsched_env.engine.record_backend.TILE_TOKENS", 1):
+        view = backend.reset(case.workload, case.layout, case.engine, case.limits, reveal_output_length=False)
     oracle = ReferenceVLLM if case.engine.preset == "vllm" else ReferencePaperRules
     reference = oracle(case.workload, case.layout, case.engine, case.limits)
+    reference.least_budget = 1
     tally = Tally()
     decisions: list[Decision] = []
     while not reference.done and tally.steps < max_steps:
@@ -206,6 +209,7 @@ def random_decisions(rng: np.random.Generator, num_queues: int) -> Decide:
     run_share = float(rng.choice([1.0, 0.95, 0.7]))
     admit_all = float(rng.choice([1.0, 0.7, 0.3]))
     evict_share = float(rng.choice([0.0, 0.1, 0.5]))
+    budget_share = float(rng.choice([0.0, 0.0, 0.3, 0.9]))
     seed = int(rng.integers(2**31))
 
     def decide(number: int) -> Decision:
@@ -213,7 +217,8 @@ def random_decisions(rng: np.random.Generator, num_queues: int) -> Decide:
         run = draw.random(num_queues) < run_share
         admit = np.where(draw.random(num_queues) < admit_all, ADMIT_ALL, draw.integers(0, 4, num_queues))
         evict = np.where(draw.random(num_queues) < evict_share, draw.integers(1, 4, num_queues), 0)
-        return Decision.of(run, admit, evict)
+        budget = int(draw.integers(1, 24)) if draw.random() < budget_share else 0
+        return Decision.of(run, admit, evict, budget)
 
     return decide
 
@@ -288,6 +293,7 @@ def small_cases(draw: hs.DrawFn, preset: str) -> Case:
         hs.lists(hs.booleans(), min_size=queues, max_size=queues),
         hs.lists(hs.sampled_from([ADMIT_ALL, 0, 1, 2]), min_size=queues, max_size=queues),
         hs.lists(hs.sampled_from([0, 0, 1, 2]), min_size=queues, max_size=queues),
+        hs.sampled_from([0, 0, 1, 2, 5]),
     )
     script = [Decision.of(*r) for r in draw(hs.lists(row, max_size=40))]
     greedy = Decision.greedy(queues)

@@ -82,6 +82,7 @@ class ReferenceVLLM:
 
     def __init__(self, workload: Workload, layout: QueueLayout, config: EngineConfig, limits: EpisodeLimits) -> None:
         self.layout, self.config, self.limits = layout, config, limits
+        self.least_budget = 128  # a tile
         classes = layout.classify(workload.prompt_tokens, workload.output_tokens, workload.type_id)
         self.requests = [
             Request(i, int(workload.prompt_tokens[i]), int(workload.output_tokens[i]), float(workload.arrival[i]), int(classes[i]))
@@ -138,9 +139,13 @@ class ReferenceVLLM:
         running = [
             r for r in self.residents if r.ident in entering or (not r.boundary and decision.run[self.layout.queue(r.klass, r.segment)])
         ]
-        budget, forced = self._serve(running, step)
+        asked = decision.token_budget
+        most = self.config.max_num_batched_tokens
+        budget = min(max(asked, self.least_budget), most) if asked else most
+        room = budget
+        budget, forced = self._serve(running, budget, step)
         if not forced:
-            self._admit(decision, running, budget, step, barred)
+            self._admit(decision, running, budget, room, step, barred)
 
     def _enter(self, decision: Decision) -> set[int]:
         entering: set[int] = set()
@@ -153,10 +158,10 @@ class ReferenceVLLM:
                 entering.add(request.ident)
         return entering
 
-    def _serve(self, running: list[Request], step: Step) -> tuple[int, bool]:
+    def _serve(self, running: list[Request], budget: int, step: Step) -> tuple[int, bool]:
         """Tokens and blocks for the running list, which loses its preempted tail. Returns (budget left, preempted?)."""
         config = self.config
-        budget, forced, index = config.max_num_batched_tokens, False, 0
+        forced, index = False, 0
         while index < len(running) and budget > 0:
             request = running[index]
             tokens = min(request.tokens - request.computed, budget)
@@ -176,7 +181,8 @@ class ReferenceVLLM:
             index += 1
         return budget, forced
 
-    def _admit(self, decision: Decision, running: list[Request], budget: int, step: Step, barred: set[int]) -> None:
+    def _admit(self, decision: Decision, running: list[Request], budget: int, room: int, step: Step, barred: set[int]) -> None:
+        """``budget``: tokens left; ``room``: those of the whole iteration."""
         config = self.config
         queue = [r for requests in self.outside for r in requests if r.ident not in barred]
         by_class = config.admission_order == "class"
@@ -189,7 +195,7 @@ class ReferenceVLLM:
             if len(self.residents) >= config.max_num_seqs:
                 return
             if config.padded_prefill:
-                if (count + 1) * max(longest, request.tokens) > config.max_num_batched_tokens:
+                if (count + 1) * max(longest, request.tokens) > room:
                     return
                 tokens = request.tokens
             else:

@@ -17,7 +17,7 @@ from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.schedule_vllm import is_running
 from llmsched_env.engine.segments import enter_boundaries, evict_boundaries
 from llmsched_env.engine.state import Engine
-from llmsched_env.engine.step import clear_report, decision_at, engine_at
+from llmsched_env.engine.step import budget_of, clear_report, decision_at, engine_at
 from llmsched_env.types import IntArray
 
 
@@ -29,11 +29,13 @@ class Gate:
         admit: waiting requests that may enter, in this order.
         hold: residents that may not advance; their KV stays and they cannot be preempted.
         evict: residents that give up their KV first, newest admission first.
+        token_budget: tokens that the iteration may compute.
     """
 
     admit: IntArray
     hold: IntArray
     evict: IntArray
+    token_budget: int
 
 
 @compiled
@@ -44,6 +46,7 @@ def open_decision(engine: Any, decision: Any) -> None:
     clear_report(record)
     record.report.kv_reserved = record.kv_blocks
     record.run_all = 0
+    record.token_budget = budget_of(record, decided)
     if record.num_boundary > 0:
         evict_boundaries(record, decided)
     for q in range(record.settings.num_queues):
@@ -101,4 +104,4 @@ def allowed(record: Engine) -> Gate:
     hold = hold[: list_held(record.handle, hold)]
     # A drain iteration replaces a decision whose evictions have been made.
     evicted = 0 if record.run_all else record.report.evicted
-    return Gate(admit, hold, record.events.evicted[:evicted].copy())
+    return Gate(admit, hold, record.events.evicted[:evicted].copy(), record.token_budget)

@@ -32,6 +32,7 @@ class Admission:
         admit: waiting requests that may enter, in this order; None leaves admission to vLLM.
         hold: running requests that may not be scheduled; they cannot be preempted either.
         evict: running requests to preempt first, in this order.
+        token_budget: tokens that the iteration may compute at most; None for the engine's ``max_num_scheduled_tokens``.
         admitted, preempted: what vLLM then did, in order.
         tokens: tokens scheduled per request.
         blocks: KV blocks of each running request after scheduling.
@@ -40,6 +41,7 @@ class Admission:
     admit: list[str] | None = None
     hold: frozenset[str] = frozenset()
     evict: list[str] = field(default_factory=list)
+    token_budget: int | None = None
     admitted: list[str] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
         self.gate = Admission()
         self.waiting: Any = self.waiting
         self.running: list[Any] = self.running
+        self.max_num_scheduled_tokens: int = self.max_num_scheduled_tokens
         self.forget_times()
 
     def forget_times(self) -> None:
@@ -95,9 +98,13 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
         # Held requests keep their sequence slots: the cap falls by their number while they are away.
         self.running = [r for r in self.running if r.request_id not in gate.hold]
         self.max_num_running_reqs -= len(held)
+        most = self.max_num_scheduled_tokens
+        if gate.token_budget is not None:
+            self.max_num_scheduled_tokens = min(most, gate.token_budget)
         try:
             output = super().schedule(*args, **kwargs)
         finally:
+            self.max_num_scheduled_tokens = most
             self.max_num_running_reqs += len(held)
             place = {request_id: i for i, request_id in enumerate(order)}
             back = self.running + [r for _, r in held]

@@ -24,11 +24,13 @@ class Allowed:
         admit: requests outside that may enter, in this order.
         hold: residents that may not advance; their KV stays.
         evict: residents that give up their KV first, newest admission first.
+        token_budget: tokens that the iteration may compute.
     """
 
     admit: list[str]
     hold: frozenset[str]
     evict: list[str]
+    token_budget: int
 
 
 class Gatekeeper:
@@ -78,6 +80,7 @@ class Gatekeeper:
             admit=[names[r] for r in self._outside(gate.admit, now)],
             hold=frozenset(names[r] for r in hold.tolist()),
             evict=[names[r] for r in gate.evict.tolist()],
+            token_budget=gate.token_budget,
         )
 
     def _release_held(self, hold: IntArray, now: float) -> IntArray:
@@ -141,5 +144,5 @@ def check_decision(decision: object, num_queues: int) -> None:
     if not isinstance(decision, Decision) or len(decision) != num_queues:
         given = f" of {len(decision)} queues" if isinstance(decision, Decision) else ""
         raise ConfigError(f"decision: {type(decision).__name__}{given}, must be a Decision of {num_queues} queues")
-    if (decision.rows.view(np.int32) < 0).any():  # all columns at once: every decision of a server passes here
+    if decision.token_budget < 0 or (decision.rows.view(np.int32) < 0).any():  # all columns at once: every decision of a server passes here
         raise ConfigError(f"decision: {decision!r}, counts must be >= 0")

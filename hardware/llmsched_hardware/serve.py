@@ -185,7 +185,7 @@ class PolicyScheduler(GatedScheduler):
             self._changed = False
         else:
             allowed = self.gatekeeper.hold_all(now)
-        gate = Admission(admit=allowed.admit, hold=allowed.hold, evict=allowed.evict)
+        gate = Admission(admit=allowed.admit, hold=allowed.hold, evict=allowed.evict, token_budget=allowed.token_budget)
         self.policy_metrics.iteration("repeat" if decided is None else "policy")
         self.policy_metrics.took(decided, time.perf_counter() - start - (decided or 0.0))
         return gate

@@ -224,6 +224,7 @@ class VllmEngineBackend(ExternalBackend):
             admit=[names[r] for r in gate.admit.tolist()],
             hold=frozenset(names[r] for r in gate.hold.tolist()),
             evict=[names[r] for r in gate.evict.tolist()],
+            token_budget=gate.token_budget,
         )
         try:
             outputs, seconds = timed_step(self._engine)

@@ -89,6 +89,7 @@ class VllmSchedulerBackend(ExternalBackend):
             admit=list(map(str, gate.admit.tolist())),
             hold=frozenset(map(str, gate.hold.tolist())),
             evict=list(map(str, gate.evict.tolist())),
+            token_budget=gate.token_budget,
         )
         output = scheduler.schedule()
         ids = list(admission.tokens)

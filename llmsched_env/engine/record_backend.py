@@ -18,6 +18,7 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import packed_of, warn_out_of_range
 from llmsched_env.records import Level
 from llmsched_env.types import (
+    TILE_TOKENS,
     Decision,
     EngineConfig,
     EpisodeLimits,
@@ -43,6 +44,7 @@ def load_settings(
     whole = engine.block_size & (engine.block_size - 1) == 0
     settings.block_shift = engine.block_size.bit_length() - 1 if whole else -1
     settings.max_num_batched_tokens = engine.max_num_batched_tokens
+    settings.least_token_budget = TILE_TOKENS
     settings.max_num_seqs = engine.max_num_seqs
     settings.longest_request = engine.longest_request
     settings.chunked_prefill = engine.enable_chunked_prefill

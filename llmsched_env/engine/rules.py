@@ -14,7 +14,8 @@ argument    record                                holds
 ==========  ====================================  =====================================================================
 engine      ``llmsched_env.engine.state.Engine``  what ``View`` shows of the engine; only ``queues.left`` may be written
 policy      ``Numbers``, or a record of its own   its parameters, and what it remembers within an episode
-decision    ``llmsched_env.types.Decision``       to be written whole; the last decision is in it
+decision    ``llmsched_env.types.Decision``       to be written whole; the last decision is in it (``token_budget``: 0 unless the
+                                                  rule writes it)
 ==========  ====================================  =====================================================================
 
 The information boundary is that of ``View``: the record a rule gets has no output lengths, no request still to come and no
@@ -162,6 +163,7 @@ class Rule:
         """Always this decision."""
         rule = cls(unchanged, len(decision))
         rule.decision.rows[:] = decision.rows
+        rule.decision.token_budget = decision.token_budget
         return rule
 
     @property

@@ -7,7 +7,7 @@ boundary requests stay in memory, take no new block, cannot be preempted and cou
 
 vLLM serves residents one by one in the order of admission and preempts the last running one where blocks lack. Where all
 decodes come before the unfinished prefills nobody's token depends on that order, and the outcome follows from
-sums (``serve_together``): decodes always fit the token budget, which is at least the sequence cap, and the
+sums (``serve_together``): decodes fit the token budget, unless a decision asks for a smaller one, and the
 victims are the fewest newest ones without whom everybody's blocks are free. The walk one by one
 (``serve_in_order``) is for what is left: a held prefill that goes on before others, Vidur's accounting when memory
 runs short, and prefix caching, where it matters who takes which block.
@@ -104,7 +104,9 @@ def serve_together(engine: Engine) -> int:
         return NOT_TOGETHER
     if first_prefill >= 0 and newest_decode(engine) > requests.sequence[first_prefill]:
         return NOT_TOGETHER
-    budget = settings.max_num_batched_tokens - decodes
+    budget = engine.token_budget - decodes
+    if budget < 0:
+        return NOT_TOGETHER
     r = first_prefill
     while r >= 0:
         if is_running(engine, r):
@@ -141,7 +143,7 @@ def serve_in_order(engine: Engine) -> int:
     requests, settings, pool = engine.requests, engine.settings, engine.pool
     alone = settings.num_queues
     caching = settings.prefix_caching != 0
-    budget = settings.max_num_batched_tokens
+    budget = engine.token_budget
     r = engine.queues.first_peer[alone]
     while r >= 0:
         requests.tokens[r] = 0
@@ -217,7 +219,7 @@ def admit_outside(engine: Engine, budget: int) -> None:
         reserve = 0
     longest = 0
     count = 0
-    while budget > 0 and engine.num_residents < settings.max_num_seqs:
+    while (budget > 0 or padded) and engine.num_residents < settings.max_num_seqs:
         q = next_outside(engine)
         if q < 0:
             break
@@ -230,7 +232,7 @@ def admit_outside(engine: Engine, budget: int) -> None:
             taken = call_int(engine.code.free_among, engine.pool, r, hits)
         tokens = total - hits * settings.block_size
         if padded:  # Vidur's accounting replaces the token budget
-            if (count + 1) * max(longest, total) > settings.max_num_batched_tokens:
+            if (count + 1) * max(longest, total) > engine.token_budget:
                 break
         elif tokens > budget:
             if settings.chunked_prefill == 0:

@@ -58,6 +58,7 @@ class Settings(Record):
     block_size: int
     block_shift: int  # log2(block_size) where that is whole, else -1
     max_num_batched_tokens: int
+    least_token_budget: int  # of a decision
     max_num_seqs: int
     longest_request: int  # tokens
     chunked_prefill: bool
@@ -299,6 +300,7 @@ class Engine(Record):
     end: int
     measured_seconds: float  # of this iteration, where another engine has measured it; below 0: the time model says
     run_all: bool  # the iteration is a greedy one that replaces the decision
+    token_budget: int  # tokens that the iteration may compute, as the decision has it (``vllm`` preset)
     # totals of the episode
     finished: int
     rejected: int

@@ -166,6 +166,13 @@ def reset(engine: Engine) -> None:
 
 # --- the parts of a step -------------------------------------------------------------------------------
 @compiled
+def budget_of(engine: Engine, decision: Decision) -> int:
+    """Tokens that the iteration may compute (``Decision.token_budget``)."""
+    settings, asked = engine.settings, decision.token_budget
+    return settings.max_num_batched_tokens if asked <= 0 else min(max(asked, settings.least_token_budget), settings.max_num_batched_tokens)
+
+
+@compiled
 def schedule(engine: Engine, decision: Decision, run_all: bool) -> None:
     """Boundary admissions, KV, outside admissions and the batch, by the rules of whoever schedules.
 
@@ -174,6 +181,7 @@ def schedule(engine: Engine, decision: Decision, run_all: bool) -> None:
     queues, settings = engine.queues, engine.settings
     engine.run_all = run_all
     engine.measured_seconds = -1.0
+    engine.token_budget = settings.max_num_batched_tokens if run_all else budget_of(engine, decision)
     for q in range(settings.num_queues):
         queues.runs[q] = 1 if run_all else decision.run[q]
         queues.left[q] = NO_END if run_all else decision.admit[q]

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from dataclasses import dataclass, fields, replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -99,7 +100,9 @@ class Case:
         if g.random() < greedy:
             return Decision.greedy(q)
         evict = g.choice([0, 0, 1, 2], q) if g.random() < 0.15 else np.zeros(q, int)
-        return Decision.of(g.random(q) < 0.8, g.choice([0, 1, 2, ADMIT_ALL], q), evict)
+        run, admit = g.random(q) < 0.8, g.choice([0, 1, 2, ADMIT_ALL], q)
+        budget = int(g.integers(1, 64)) if g.random() < 0.3 else 0  # often below the number of residents
+        return Decision.of(run, admit, evict, budget)
 
     def without(self, drop: np.ndarray) -> Case:
         keep = np.ones(self.arrival.size, bool)
@@ -119,8 +122,9 @@ class Tally:
 def compare(case: Case, sim: Any, vllm: Any) -> Tally:
     """Step both backends together until the end or the first difference."""
     tally = Tally()
-    for backend in (sim, vllm):
-        backend.reset(case.workload(), case.layout, case.engine, case.limits)
+    with patch("llmsched_env.engine.record_backend.TILE_TOKENS", 1):  # budgets count as they are, however small
+        for backend in (sim, vllm):
+            backend.reset(case.workload(), case.layout, case.engine, case.limits)
     for step in range(MAX_STEPS):
         if sim.done and vllm.done:
             return tally
