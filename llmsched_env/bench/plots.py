@@ -102,7 +102,7 @@ def plot_against_rate(
         grid[0][0].plot([], [], "o", color="#555555", markerfacecolor="white", label="hollow: overload, outside the policy's theory")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=min(3, len(names)), frameon=False)
-    band = "bands: 95 % intervals of log(mean)" if seeds > 1 else "one seed, no intervals"
+    band = "bands: 95 % intervals of the mean on the log scale" if seeds > 1 else "one seed, no intervals"
     grid[0][0].set_title(f"{seeds} seed{'s' if seeds > 1 else ''}; {band}", fontsize=9, loc="left")
     _save(pyplot, figure, path)
 
