@@ -145,7 +145,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | reward | "latency" | name, ``{"name": ..., arguments}``, callable or compiled function |
     | horizon, drain, max_iterations | inf, True, 1,000,000 | see Episode End |
     | backend, backend_config | "sim", {} | "sim", "sim-prefix-cache", "vllm-scheduler" or "vllm" (a real engine), and its arguments |
-    | render_mode | None | "rgb_array" or "human" (needs the ``plots`` extra) |
+    | render_mode | None | "rgb_array" or "human" (needs the ``render`` extra) |
 
     ``reset(options={"rate": ..., "num_requests": ..., "workload": Workload})`` changes one episode.
 
@@ -171,7 +171,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self._use(self.settings)
         self.render_mode = render_mode
         self._started = False
-        self._viewer: Any = None
+        self._viewer: Any = None  # llmsched_env.render.env_viewer.EnvViewer, with a render_mode
+        self._asked: tuple[Decision, npt.NDArray[np.int64] | None] = (self._decision, None)
 
     def _use(self, settings: EnvSpec) -> None:
         self.scenario, self.rate, self.num_requests = settings.scenario, settings.rate, settings.num_requests
@@ -239,6 +240,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         )
         self._bind()
         observation, info = self._observe()
+        self._watch(rate)
         if self.render_mode == "human":
             self.render()
         return observation, info
@@ -259,6 +261,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
         values = self.codec.as_integers(action)
+        self._asked = (self._decision, values)
         if not self._compiled_step or self._over:
             if not env_decode(*self._handles, values):
                 self.codec.refuse(values)
@@ -284,6 +287,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         """
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step_decision()")
+        if decision is not self._decision:
+            self._asked = (decision, None)
         self.backend.advance(decision)
         assert self._reward is not None
         reward = checks.number("reward", self._reward(self._outcome), low=-math.inf, high=math.inf)
@@ -296,6 +301,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if end != RUNNING:
             self._over = True
             info["summary"] = self.summary()
+        if self._viewer is not None:
+            self._viewer.note(*self._asked)
         if self.render_mode == "human":
             self.render()
         return observation, reward, end == END_FINISHED, end > END_FINISHED, info
@@ -347,11 +354,18 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before render()")
         if self._viewer is None:
-            from llmsched_env.render import Viewer
-
-            self._viewer = Viewer(self.layout, self.engine, human=self.render_mode == "human", fps=self.metadata["render_fps"])
-        frame: npt.NDArray[np.uint8] | None = self._viewer.draw(self.backend.snapshot())
+            self._watch(self.rate)
+        frame: npt.NDArray[np.uint8] | None = self._viewer.draw()
         return frame
+
+    def _watch(self, rate: float) -> None:
+        """From here on the frames show an episode's course: sampled after every step, rendered or not."""
+        if self.render_mode is not None and self._viewer is None:
+            from llmsched_env.render.env_viewer import EnvViewer
+
+            self._viewer = EnvViewer(self, rate)
+        elif self._viewer is not None:
+            self._viewer.start(rate)
 
     def close(self) -> None:
         if self._viewer is not None:

@@ -1,0 +1,75 @@
+"""What an environment with a ``render_mode`` keeps: the course of its episode, and the viewer once somebody looks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsched_env.render.history import History
+from llmsched_env.render.names import type_names
+from llmsched_env.render.viewer import SIZE, Viewer
+from llmsched_env.types import Decision
+
+if TYPE_CHECKING:
+    from llmsched_env.env import LLMSchedEnv
+
+
+class EnvViewer:
+    """Frames of an environment. Nothing but a few numbers a step is kept until the first frame; pygame is not imported before.
+
+    Args:
+        env: it is kept, and read when a frame is drawn; an episode of it runs.
+        rate: of the episode, requests/s.
+    """
+
+    def __init__(self, env: LLMSchedEnv, rate: float) -> None:
+        self._env = env
+        self._viewer: Viewer | None = None
+        self.start(rate)
+
+    def start(self, rate: float) -> None:
+        """An episode begins, at ``rate`` requests/s."""
+        self._rate = rate
+        self._history = History(self._env.backend.record)
+
+    def note(self, decision: Decision, action: npt.NDArray[np.int64] | None) -> None:
+        """A step has been made.
+
+        Args:
+            decision: what was asked of the engine.
+            action: (W,) that it came from, if it did.
+        """
+        self._history.note(self._env.backend.record, decision, level_of(self._env.codec, action))
+
+    def draw(self) -> npt.NDArray[np.uint8] | None:
+        """(height, width, 3) uint8; None in ``human`` mode, whose window is drawn anew.
+
+        Raises:
+            MissingExtraError: pygame is not installed.
+        """
+        env = self._env
+        if self._viewer is None:
+            self._viewer = Viewer(
+                env.scenario.name,
+                env.layout,
+                type_names=type_names(env.scenario),
+                size=getattr(env, "render_size", SIZE),
+                human=env.render_mode == "human",
+                fps=int(env.metadata["render_fps"]),
+            )
+        self._viewer.title = f"{env.scenario.name}, {self._rate:g} requests/s"
+        return self._viewer.draw(env.backend, self._history)
+
+    def close(self) -> None:
+        """Close the window, where there is one."""
+        if self._viewer is not None:
+            self._viewer.close()
+            self._viewer = None
+
+
+def level_of(codec: Any, action: npt.NDArray[np.int64] | None) -> float | None:
+    """The level that an action chooses, where the first of its numbers chooses one."""
+    levels = getattr(codec, "thetas", None)
+    return None if action is None or levels is None else float(levels[int(action[0])])
