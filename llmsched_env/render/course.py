@@ -7,11 +7,10 @@ import numpy.typing as npt
 
 from llmsched_env.render import painter as p
 from llmsched_env.render.history import CLOCK, EVICTIONS, KV, RUNNING, WAITING, History
-from llmsched_env.render.painter import Box, Painter
+from llmsched_env.render.painter import SMALL, Box, Painter
 
-LABELS = 58.0
+LABELS = 66.0
 """Left of the plots, for what stands beside them."""
-SMALL = 15.0
 ENDS = (10, 20, 30, 60, 90, 120, 180, 240, 300, 420, 600, 900, 1200, 1800, 2700, 3600)
 BIN = 3.0
 """Width of a bar of evictions, in units of the picture."""
@@ -99,7 +98,7 @@ def draw_labels(paint: Painter, memory: Box, strip: Box, requests: Box, most: in
     paint.text("100 %", edge, memory.top - 3, SMALL, p.FAINT, "right")
     paint.text("KV", memory.left - LABELS, memory.top + 22, SMALL + 2, p.BLUE)
     paint.text("0", edge, memory.bottom - 9, SMALL, p.FAINT, "right")
-    paint.text(evicted, edge, strip.top + 2, SMALL, p.RED, "right", width=LABELS - 5)
+    paint.text(evicted, strip.left - LABELS, strip.top + 2, SMALL, p.RED, width=LABELS - 3)
     paint.text(f"{most:,}", edge, requests.top - 3, SMALL, p.FAINT, "right")
     paint.text("waiting", memory.left - LABELS, requests.top + 17, SMALL, p.towards(p.ORANGE, p.INK, 0.35))
     paint.text("on GPU", memory.left - LABELS, requests.top + 34, SMALL, p.BLUE)

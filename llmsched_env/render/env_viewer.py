@@ -55,6 +55,7 @@ class EnvViewer:
                 env.scenario.name,
                 env.layout,
                 type_names=type_names(env.scenario),
+                bands=env.scenario.layout.segment_ends,
                 size=getattr(env, "render_size", SIZE),
                 human=env.render_mode == "human",
                 fps=int(env.metadata["render_fps"]),

@@ -23,23 +23,30 @@ class Names:
 
     Attributes:
         rows, columns: in words.
-        row_of: (J,) row of each class; column_of: (K,) column of each segment.
+        row_of: (J,) row of each class; column_of: (K,) column of each segment, or of each band.
+        bands: decode lengths at which the columns change where the engine keeps one queue alone; else empty.
     """
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     row_of: IntArray
     column_of: IntArray
+    bands: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, layout: QueueLayout, type_names: Sequence[str] = ()) -> Names:
-        """Args:
-        type_names: of ``by="type"``, one a type; without them types are numbered.
+    def of(cls, layout: QueueLayout, type_names: Sequence[str] = (), bands: Sequence[int] = ()) -> Names:
+        """The names of a layout's queues.
+
+        Args:
+            type_names: of ``by="type"``, one a type; without them types are numbered.
+            bands: decode lengths, increasing: where the layout has one queue alone, they tell its residents apart.
         """
-        row_of, column_of = _groups(layout.num_classes, MOST_ROWS), _groups(layout.num_segments, MOST_COLUMNS)
+        used = tuple(bands) if layout.num_queues == 1 else ()
+        ends = used or layout.segment_ends
+        row_of, column_of = _groups(layout.num_classes, MOST_ROWS), _groups(len(ends) + 1, MOST_COLUMNS)
         rows = tuple(_class_name(layout, type_names, *_ends(row_of, i)) for i in range(row_of[-1] + 1))
-        columns = tuple(_segment_name(layout, *_ends(column_of, i)) for i in range(column_of[-1] + 1))
-        return cls(rows, columns, row_of, column_of)
+        columns = tuple(_segment_name(ends, *_ends(column_of, i)) for i in range(column_of[-1] + 1))
+        return cls(rows, columns, row_of, column_of, used)
 
     @property
     def by_class(self) -> bool:
@@ -78,10 +85,8 @@ def _class_name(layout: QueueLayout, type_names: Sequence[str], first: int, last
     return f"{layout.by} {_range((0, *layout.edges), first, last)}"
 
 
-def _segment_name(layout: QueueLayout, first: int, last: int) -> str:
-    if layout.num_segments == 1:
-        return "running"
-    return f"tokens {_range((0, *layout.segment_ends), first, last)}"
+def _segment_name(ends: Sequence[int], first: int, last: int) -> str:
+    return f"tokens {_range((0, *ends), first, last)}" if ends else "running"
 
 
 def _range(bounds: Sequence[int], first: int, last: int) -> str:

@@ -24,8 +24,11 @@ ORANGE: Colour = (230, 159, 0)
 PURPLE: Colour = (204, 121, 167)
 RED: Colour = (196, 60, 0)
 _SCALE = np.array([(32, 60, 126), (0, 124, 168), (52, 172, 134), (232, 202, 62)], dtype=np.float64)
+SMALL, PLAIN, LARGE, HUGE = 15.0, 17.0, 22.0, 25.0
+"""Heights of lines."""
 CURVE_SAMPLES = 3
 """Curves are drawn this many times as large and scaled down: smooth lines of any width."""
+LARGEST_SQUARE = 22.0
 TEXT_SAMPLES = 4
 """The same for letters: small ones would stand on whole pixels, with uneven gaps."""
 
@@ -37,6 +40,12 @@ def scale_colours(count: int) -> list[Colour]:
     at = np.linspace(0, len(_SCALE) - 1, count)
     mixed = np.stack([np.interp(at, np.arange(len(_SCALE)), _SCALE[:, channel]) for channel in range(3)], axis=1)
     return [(int(r), int(g), int(b)) for r, g, b in np.rint(mixed)]
+
+
+def next_round(number: int) -> int:
+    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    first = int(str(number)[0])
+    return number * 5 // 2 if first == 2 else number * 2
 
 
 def towards(colour: Colour, other: Colour, share: float) -> Colour:
@@ -61,6 +70,15 @@ class Box:
     @property
     def bottom(self) -> float:
         return self.top + self.height
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Cells in rows: how many a row, and pixels from one to the next."""
+
+    columns: int
+    width: int
+    height: int
 
 
 class Painter:
@@ -147,32 +165,42 @@ class Painter:
         pixels: int = self._font(size).size(text)[0]
         return pixels / TEXT_SAMPLES / self.scale
 
-    def squares(self, box: Box, counts: Sequence[tuple[int, Colour, bool]], pitch: int) -> None:
+    def squares(self, box: Box, counts: Sequence[tuple[int, Colour, bool]], grid: Grid) -> None:
         """Squares row by row from the lower left.
 
         Args:
-            counts: (how many, colour, hatched), in order.
-            pitch: pixels from a square to the next.
+            counts: (how many, colour, hollow), in order.
         """
-        area = self.pixels(box)
-        columns, gap, at = max(area.width // pitch, 1), max(round(self.scale), 1), 0
-        for count, colour, hatched in counts:
+        area, gap, at = self.pixels(box), max(round(self.scale), 1), 0
+        width, height = grid.width - gap, grid.height - gap
+        for count, colour, hollow in counts:
             for n in range(at, at + count):
-                row, column = divmod(n, columns)
-                square = self._pygame.Rect(area.left + column * pitch, area.bottom - (row + 1) * pitch, pitch - gap, pitch - gap)
+                row, column = divmod(n, grid.columns)
+                left, bottom = area.left + column * grid.width, area.bottom - row * grid.height
+                square = self._pygame.Rect(left, bottom - height, width, height)
                 self.surface.fill(colour, square)
-                if hatched:
-                    mark = max((pitch - gap) // 3, 1)
+                if hollow:
+                    mark = max(min(width, height) // 3, 1)
                     self.surface.fill(BACKGROUND, square.inflate(-2 * mark, -2 * mark))
             at += count
 
-    def square_pitch(self, box: Box, count: int, most: float = 22.0) -> int:
-        """Pixels from a square to the next when ``count`` of them fill the box, at most ``most`` units; 0 if they do not fit."""
+    def grid(self, box: Box, count: int, smallest: float) -> Grid | None:
+        """The grid of nearly square cells that covers most of the box with ``count`` of them; None if they would be too small.
+
+        Args:
+            smallest: side of a cell, in units.
+        """
         area = self.pixels(box)
-        pitch: int = min(int(most * self.scale), area.width, area.height)
-        while pitch > 0 and (area.width // pitch) * (area.height // pitch) < count:
-            pitch -= 1
-        return pitch
+        best: Grid | None = None
+        for columns in range(1, area.width // max(round(smallest * self.scale), 1) + 1):
+            rows = -(-count // columns)
+            largest = round(LARGEST_SQUARE * self.scale)
+            cell = Grid(columns, min(area.width // columns, largest), min(area.height // rows, largest))
+            if cell.height < smallest * self.scale or not 0.7 <= cell.width / cell.height <= 1.45:
+                continue
+            if best is None or cell.width * cell.height > best.width * best.height:
+                best = cell
+        return best
 
     def curves(self, box: Box, lines: Sequence[tuple[npt.NDArray[np.float64], Colour, float, bool]]) -> None:
         """Curves in a box.

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from llmsched_env import checks
 from llmsched_env.backend import Backend
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.render.frame import Scene, draw_frame
+from llmsched_env.render.frame import draw_frame
 from llmsched_env.render.history import History
 from llmsched_env.render.names import Names
 from llmsched_env.render.painter import HEIGHT, WIDTH, Painter
+from llmsched_env.render.scene import Scene
 from llmsched_env.types import QueueLayout
 
 SIZE = (WIDTH, HEIGHT)
@@ -29,6 +30,7 @@ class Viewer:
         title: of the run, such as its scenario and rate.
         layout: what the queues mean.
         type_names: of the classes where they are types.
+        bands: decode lengths that tell residents apart where the layout has one queue alone.
         size: (width, height) of a frame in pixels; the picture is made for 800 x 480 and its multiples.
         human: show a window, else return the frame as an array.
         fps: frames per second of the window.
@@ -44,6 +46,7 @@ class Viewer:
         layout: QueueLayout,
         *,
         type_names: Sequence[str] = (),
+        bands: Sequence[int] = (),
         size: tuple[int, int] = SIZE,
         human: bool = False,
         fps: int = 30,
@@ -52,7 +55,7 @@ class Viewer:
         self._pygame: Any = require("pygame", "render")
         self.title, self._human, self._fps = title, human, fps
         size = checked_size("size", size)
-        self._names = Names.of(layout, type_names)
+        self._names = Names.of(layout, type_names, bands)
         self._pygame.font.init()
         self._window: Any = None
         if human:
