@@ -1,24 +1,29 @@
-"""Actions of an agent <-> decisions of the engine, and action masks. Two action sets.
+"""Actions of an agent <-> decisions of the engine, and action masks. Three action sets.
 
-``admit`` (default): ``MultiDiscrete([2] * Q + [max_admit + 1] * Q)``: the first Q components are
-``run``, the others ``admit``; the largest count stands for "as many as fit". Eviction is not in the
-agent's action space: the engine evicts when memory runs out, expert policies may ask for it.
-Mask: ``run = 0`` (hold) is offered only where the segment has residents; ``admit = n`` only up to
-the length of the queue, "as many as fit" only where the queue is not empty. ``run = 1`` and
+``peak`` (default): a level of predicted KV memory (``llmsched_env.peak``): everything runs, boundary queues are admitted,
+and requests enter from outside while the KV predicted for the residents, now and later, stays below level * C. With
+``orders`` a second component chooses in which order they enter. Every action is legal.
+
+``admit``: ``MultiDiscrete([2] * Q + [max_admit + 1] * Q)``: the first Q components are ``run``, the others ``admit``; the
+largest count stands for "as many as fit". Eviction is not in the agent's action space: the engine evicts when memory
+runs out, expert policies may ask for it. Mask: ``run = 0`` (hold) is offered only where the segment has residents;
+``admit = n`` only up to the length of the queue, "as many as fit" only where the queue is not empty. ``run = 1`` and
 ``admit = 0`` are always legal.
 
-``reserve``: ``Discrete(len(thetas))``: everything runs, boundary queues are admitted, and outside
-requests enter in the engine's admission order while the final KV to expect of all residents stays
-within ``theta * C``. Expected lengths come from the scenario's statistics (``llmsched_env.forecast``).
-An empty engine takes the first request whatever it is expected to need, unless theta is 0.
+``reserve``: a choice of how far admission may over-commit KV memory: as ``peak``, but requests enter while the final KV
+to expect of all residents stays within ``theta * C``. Expected lengths come from the scenario's statistics
+(``llmsched_env.forecast``). An empty engine takes the first request whatever it is expected to need, unless theta is 0.
 Every action is legal. The ``reserve`` policy of ``baselines`` is one constant action of this set.
+
+With ``token_budgets`` each set has one more component, the last: the token budget of the iterations, 0 for the
+engine's own (``Decision.token_budget``). An action of one component is ``Discrete``, of several ``MultiDiscrete``.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -33,12 +38,14 @@ from llmsched_env.engine.residents import generated
 from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import Forecast
+from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakRecord, PeakTables, decode_peak, decode_peak_by_work, run_everything
 from llmsched_env.pointers import address_of, call
-from llmsched_env.records import Record, Vector
-from llmsched_env.types import ADMIT_ALL, Decision
+from llmsched_env.records import Indices, Record, Vector
+from llmsched_env.types import ADMIT_ALL, TILE_TOKENS, Decision
 
 ADMIT = 0
 RESERVE = 1
+PEAK = 2
 THETAS = (0.0, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, math.inf)
 
 
@@ -64,16 +71,6 @@ def decode_action(action, num_queues, max_admit, decision):  # type: ignore[no-u
         decision.run[q] = action[q]
         count = action[num_queues + q]
         decision.admit[q] = ADMIT_ALL if count >= max_admit else count
-
-
-@compiled
-def run_everything(engine, greedy, decision):  # type: ignore[no-untyped-def]
-    """Everything runs and boundaries are passed; from outside as many as fit enter (``greedy``) or nobody."""
-    num_segments = engine.settings.num_segments
-    for q in range(engine.settings.num_queues):
-        decision.run[q] = 1
-        decision.admit[q] = ADMIT_ALL if greedy or q % num_segments != 0 else 0
-        decision.evict[q] = 0
 
 
 @compiled
@@ -108,53 +105,73 @@ def decode_reserve(engine, theta, forecast, decision):  # type: ignore[no-untype
 
 
 class CodecRecord(Record):
-    """An action set as compiled code reads it."""
+    """An action set as compiled code reads it. W components, B token budgets."""
 
-    kind: int  # ADMIT or RESERVE
-    levels: Vector  # thetas of ``reserve``; max_admit alone of ``admit``
+    kind: int  # ADMIT, RESERVE or PEAK
+    sizes: Indices  # (W,) values of each component
+    levels: Vector  # thetas of ``reserve``, levels of ``peak``; max_admit alone of ``admit``
+    orders: Indices  # what the second component of ``peak`` means, as places in ``ORDERS``; empty: it has none
+    budgets: Vector  # (B,) what the last component means; empty: there is none
     forecast: Forecast
-    reserve: int  # address of ``decode_level``, where the set is ``reserve``
+    peak: PeakRecord
+    choose: int  # address of ``decode_level``, where the set has levels
 
 
 @compiled
-def decode_level(engine: Engine, codec: CodecRecord, decision: Decision, level: int) -> None:
+def decode_theta(engine: Engine, codec: CodecRecord, decision: Decision, level: int, order: int) -> None:
     """``decode_reserve`` at a level by its number."""
     decode_reserve(engine, codec.levels[level], codec.forecast, decision)
 
 
+@compiled
+def decode_level(engine: Engine, codec: CodecRecord, decision: Decision, level: int, order: int) -> None:
+    """A level of ``peak`` and a place in ``ORDERS``, by their numbers."""
+    if order == 0:
+        decode_peak(engine, codec.peak, codec.levels[level], decision)
+    else:
+        decode_peak_by_work(engine, codec.peak, codec.levels[level], decision)
+
+
 def link_codec(codec: CodecRecord) -> None:
     """Write the addresses of an action set's functions; they are good in this process only."""
-    codec.reserve = address_of(decode_level, (Engine, CodecRecord, Decision, int)) if codec.kind == RESERVE else 0
+    if codec.kind == ADMIT:
+        codec.choose = 0
+    else:
+        function = decode_theta if codec.kind == RESERVE else decode_level
+        codec.choose = address_of(function, (Engine, CodecRecord, Decision, int, int))
 
 
 @compiled
-def is_legal(kind, action, num_queues, levels):  # type: ignore[no-untyped-def]
-    """Whether an action (W,) int64 lies in its space."""
-    if kind == RESERVE:
-        return 0 <= action[0] < levels.shape[0]
-    for q in range(num_queues):  # noqa: SIM110 - a generator would be compiled to a slower loop
-        if not (0 <= action[q] <= 1 and 0 <= action[num_queues + q] <= levels[0]):
+def is_legal(codec, action):  # type: ignore[no-untyped-def]
+    """Whether an action (W,) int64 lies in its space; ``codec`` is a ``CodecRecord``."""
+    sizes = codec.sizes
+    for i in range(sizes.shape[0]):  # noqa: SIM110 - a generator would be compiled to a slower loop
+        if not 0 <= action[i] < sizes[i]:
             return False
     return True
 
 
 @compiled
 def decode(engine, codec, action, decision):  # type: ignore[no-untyped-def]
-    """An action (W,) int64 of either set; ``codec`` is a ``CodecRecord``."""
-    if codec.kind == RESERVE:
-        call(codec.reserve, engine, codec, decision, action[0])
-    else:
+    """An action (W,) int64 of any set; ``codec`` is a ``CodecRecord``."""
+    if codec.kind == ADMIT:
         decode_action(action, engine.settings.num_queues, int(codec.levels[0]), decision)
+    else:
+        order = codec.orders[action[1]] if codec.orders.shape[0] > 0 else 0
+        call(codec.choose, engine, codec, decision, action[0], order)
+    decision.token_budget = int(codec.budgets[action[action.shape[0] - 1]]) if codec.budgets.shape[0] > 0 else 0
 
 
 @compiled
 def mask(engine, codec, out):  # type: ignore[no-untyped-def]
-    """The mask of either set."""
-    if codec.kind == RESERVE:
-        for n in range(codec.levels.shape[0]):
-            out[n] = True
-    else:
-        fill_mask(engine, int(codec.levels[0]), out)
+    """The mask of any set."""
+    first = 0
+    if codec.kind == ADMIT:
+        max_admit, num_queues = int(codec.levels[0]), engine.settings.num_queues
+        fill_mask(engine, max_admit, out)
+        first = num_queues * (max_admit + 3)
+    for n in range(first, out.shape[0]):
+        out[n] = True
 
 
 def _array(action: Any, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[Any]:
@@ -205,24 +222,84 @@ def whole_number(action: Any, most: int) -> int:
     return int(values[0])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Codec(ABC):
-    """What every action set has; the numbers of an action are W integers from 0 to ``bounds``."""
+    """What every action set has: an action is W integers, component i from 0 to ``sizes[i] - 1``.
 
-    __slots__ = ()
+    Attributes:
+        token_budgets: what the last component means, in tokens, 0 for the engine's own; empty: there is no such component.
+    """
+
+    token_budgets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        budgets = checks.integers("token_budgets", self.token_budgets, most=4096)
+        for budget in budgets:
+            if 0 < budget < TILE_TOKENS:
+                raise ConfigError(f"token_budgets: {budget}, must be 0 (the engine's own) or at least {TILE_TOKENS}")
+        object.__setattr__(self, "token_budgets", budgets)
 
     @property
     @abstractmethod
+    def kind(self) -> int:
+        """``ADMIT``, ``RESERVE`` or ``PEAK``."""
+
+    @property
+    @abstractmethod
+    def choices(self) -> tuple[int, ...]:
+        """Sizes of the components without the token budget."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> npt.NDArray[np.float64]:
+        """What ``CodecRecord.levels`` holds."""
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(W,) sizes of the components."""
+        return (*self.choices, len(self.token_budgets)) if self.token_budgets else self.choices
+
+    @property
     def width(self) -> int:
         """Integers in one action, W."""
+        return len(self.sizes)
 
     @property
-    @abstractmethod
+    def mask_size(self) -> int:
+        """Bools of a mask: one for each value of each component."""
+        return sum(self.sizes)
+
+    @property
     def bounds(self) -> npt.NDArray[np.int64]:
         """(W,) largest value of each component; the smallest is 0."""
+        return np.array(self.sizes, dtype=np.int64) - 1
 
-    @abstractmethod
     def space(self) -> gym.Space[Any]:
         """The action space of one environment."""
+        return gym.spaces.Discrete(self.sizes[0]) if self.width == 1 else gym.spaces.MultiDiscrete(list(self.sizes))
+
+    def sample_mask(self, legal: npt.NDArray[np.bool_]) -> Any:
+        """``legal`` (mask size,) as ``sample(mask=...)`` of the space takes it: int8, an array for each of several components."""
+        flags = legal.view(np.int8)
+        return flags if self.width == 1 else tuple(np.split(flags, np.cumsum(self.sizes)[:-1]))
+
+    def record(self, forecast: Forecast, peak: PeakTables = NO_TABLES) -> CodecRecord:
+        """The action set as compiled code reads it, with scratch of its own."""
+        record = CodecRecord(
+            sizes=np.array(self.sizes, dtype=np.int64),
+            levels=self.numbers,
+            orders=self.order_numbers,
+            budgets=np.array(self.token_budgets, dtype=np.float64),
+            forecast=forecast,
+            peak=peak.record(),
+        )
+        record.kind = self.kind
+        return record
+
+    @property
+    def order_numbers(self) -> npt.NDArray[np.int64]:
+        """What ``CodecRecord.orders`` holds."""
+        return np.zeros(0, dtype=np.int64)
 
     def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
         """``action`` as (W,) int64.
@@ -254,6 +331,7 @@ class ActionCodec(Codec):
     max_admit: int
 
     def __post_init__(self) -> None:
+        Codec.__post_init__(self)
         object.__setattr__(self, "max_admit", checks.integer("max_admit", self.max_admit, low=1, high=4096))
 
     @property
@@ -261,47 +339,41 @@ class ActionCodec(Codec):
         return ADMIT
 
     @property
-    def levels(self) -> npt.NDArray[np.float64]:
+    def choices(self) -> tuple[int, ...]:
+        return (2,) * self.num_queues + (self.max_admit + 1,) * self.num_queues
+
+    @property
+    def numbers(self) -> npt.NDArray[np.float64]:
         return np.array([self.max_admit], dtype=np.float64)
 
-    def space(self) -> gym.spaces.MultiDiscrete:
-        return gym.spaces.MultiDiscrete([2] * self.num_queues + [self.max_admit + 1] * self.num_queues)
-
-    @property
-    def width(self) -> int:
-        """Integers in one action."""
-        return 2 * self.num_queues
-
-    @property
-    def mask_size(self) -> int:
-        return self.num_queues * (self.max_admit + 3)
-
-    @property
-    def bounds(self) -> npt.NDArray[np.int64]:
-        """(W,) largest value of each component; the smallest is 0."""
-        return np.repeat([1, self.max_admit], self.num_queues)
-
-    def sample_mask(self, legal: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.int8], ...]:
-        """``legal`` (mask size,) as ``MultiDiscrete.sample(mask=...)`` takes it: an int8 array for each component."""
-        return tuple(np.split(legal.view(np.int8), np.cumsum(self.bounds + 1)[:-1]))
-
     def decode(self, action: npt.ArrayLike, out: Decision) -> Decision:
-        """Write the decision an action stands for into ``out``; ``evict`` stays 0."""
+        """Write the decision an action stands for into ``out``; ``evict`` stays as it is."""
         values = self.as_integers(action)
         if ((values < 0) | (values > self.bounds)).any():
             self.refuse(values)
         n = self.num_queues
         out.run[:] = values[:n]
-        out.admit[:] = np.where(values[n:] >= self.max_admit, ADMIT_ALL, values[n:])
+        out.admit[:] = np.where(values[n : 2 * n] >= self.max_admit, ADMIT_ALL, values[n : 2 * n])
+        out.token_budget = self.token_budgets[values[-1]] if self.token_budgets else 0
         return out
 
     def encode(self, decision: Decision) -> npt.NDArray[np.int64]:
         """The action nearest to a decision: counts of ``max_admit`` and more become "as many as fit"."""
         n = self.num_queues
-        action = np.empty(2 * n, dtype=np.int64)
+        action = np.zeros(self.width, dtype=np.int64)
         action[:n] = decision.run != 0
-        action[n:] = np.clip(decision.admit, 0, self.max_admit)
+        action[n : 2 * n] = np.clip(decision.admit, 0, self.max_admit)
+        if self.token_budgets:
+            budgets = np.array([budget or np.inf for budget in self.token_budgets])
+            asked = decision.token_budget or np.inf
+            action[-1] = np.argmin(np.where(budgets == asked, 0.0, np.abs(np.minimum(budgets, 1e9) - min(asked, 1e9))))
         return action
+
+
+def _checked_levels(name: str, levels: Any) -> tuple[float, ...]:
+    if not isinstance(levels, list | tuple | np.ndarray) or len(levels) == 0:
+        raise ConfigError(f"{name}: {checks.shown(levels)}, must be numbers >= 0 and at least one")
+    return tuple(checks.number(name, level, high=math.inf) for level in levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,50 +387,56 @@ class ReserveCodec(Codec):
     thetas: tuple[float, ...] = THETAS
 
     def __post_init__(self) -> None:
-        if not isinstance(self.thetas, list | tuple | np.ndarray) or len(self.thetas) == 0:
-            raise ConfigError(f"thetas: {checks.shown(self.thetas)}, must be numbers >= 0 and at least one")
-        object.__setattr__(self, "thetas", tuple(checks.number("thetas", theta, high=math.inf) for theta in self.thetas))
+        Codec.__post_init__(self)
+        object.__setattr__(self, "thetas", _checked_levels("thetas", self.thetas))
 
     @property
     def kind(self) -> int:
         return RESERVE
 
     @property
-    def levels(self) -> npt.NDArray[np.float64]:
+    def choices(self) -> tuple[int, ...]:
+        return (len(self.thetas),)
+
+    @property
+    def numbers(self) -> npt.NDArray[np.float64]:
         return np.array(self.thetas, dtype=np.float64)
 
-    def space(self) -> gym.spaces.Discrete:  # type: ignore[type-arg, unused-ignore]  # generic in some versions of Gymnasium
-        return gym.spaces.Discrete(len(self.thetas))
 
-    @property
-    def width(self) -> int:
-        return 1
+@dataclass(frozen=True, slots=True)
+class PeakCodec(Codec):
+    """The action set ``peak``.
 
-    @property
-    def mask_size(self) -> int:
-        return len(self.thetas)
-
-    @property
-    def bounds(self) -> npt.NDArray[np.int64]:
-        """(1,) largest action; the smallest is 0."""
-        return np.array([len(self.thetas) - 1])
-
-    def sample_mask(self, legal: npt.NDArray[np.bool_]) -> npt.NDArray[np.int8]:
-        """``legal`` (n,) as ``Discrete.sample(mask=...)`` takes it."""
-        return legal.view(np.int8)
-
-
-def make_codec(action_set: str, num_queues: int, max_admit: int, thetas: Sequence[float]) -> ActionCodec | ReserveCodec:
-    """The action set of that name.
-
-    Raises:
-        ConfigError: unknown name, or parameters it refuses.
+    Attributes:
+        levels: shares of the KV capacity that the predicted peak may reach; ``math.inf`` admits as many as fit.
+        orders: names of ``ORDERS`` that the second component chooses from; empty: there is no such component, and requests
+            enter in the engine's order.
     """
-    makers: dict[str, Any] = {
-        "admit": lambda: ActionCodec(num_queues, max_admit),
-        "reserve": lambda: ReserveCodec(thetas),  # type: ignore[arg-type]  # checked and converted there
-    }
-    if action_set not in makers:
-        raise ConfigError(f"action_set: {action_set!r}, must be 'admit' or 'reserve'")
-    codec: ActionCodec | ReserveCodec = makers[action_set]()
-    return codec
+
+    levels: tuple[float, ...] = LEVELS
+    orders: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        Codec.__post_init__(self)
+        object.__setattr__(self, "levels", _checked_levels("levels", self.levels))
+        if isinstance(self.orders, str) or not isinstance(self.orders, list | tuple):
+            raise ConfigError(f"orders: {checks.shown(self.orders)}, must be a list of names among {', '.join(ORDERS)}")
+        for order in self.orders:
+            checks.one_of("orders", order, ORDERS)
+        object.__setattr__(self, "orders", tuple(self.orders))
+
+    @property
+    def kind(self) -> int:
+        return PEAK
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        return (len(self.levels), len(self.orders)) if self.orders else (len(self.levels),)
+
+    @property
+    def numbers(self) -> npt.NDArray[np.float64]:
+        return np.array(self.levels, dtype=np.float64)
+
+    @property
+    def order_numbers(self) -> npt.NDArray[np.int64]:
+        return np.array([ORDERS.index(order) for order in self.orders], dtype=np.int64)

@@ -25,7 +25,7 @@ from llmsched_env.metrics import summarize
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.records import Numbers
 from llmsched_env.reward import CompiledReward, FinishedRequests, compiled_reward
-from llmsched_env.spec import EnvSpec, checked_backlog, checked_count, checked_rate, draw_backlog
+from llmsched_env.spec import DEFAULT_SCENARIO, EnvSpec, checked_backlog, checked_count, checked_rate, draw_backlog
 from llmsched_env.types import Decision, Workload
 from llmsched_env.workload import Scenario
 
@@ -85,26 +85,29 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     ## Description
     Requests with a prompt and an unknown number of output tokens arrive at a serving engine that runs
     iterations of continuous batching. KV memory is limited: every resident grows by one token per
-    iteration, and when memory runs out the engine evicts. One step of the environment is one engine
-    iteration (or, when the action schedules nothing, a jump to the next arrival): the agent says which
-    segments of residents advance and how many requests enter each segment. Waiting is legal.
+    iteration, and when memory runs out the engine evicts. The agent says who enters: letting too many in
+    makes the engine preempt and compute again, letting too few in makes requests wait.
 
     Requests stand in Q = J * K queues: J classes (known at arrival), K segments of decode length.
     Queue (j, 0) is the outside queue of class j; queue (j, k) holds requests that have generated
     ``segment_ends[k-1]`` tokens, their KV kept, until they are admitted to segment k.
 
+    One step of the environment is ``hold`` engine iterations under one action (an iteration in which nothing is
+    scheduled is a jump to the next arrival). What the action means is decided anew in every iteration.
+
     ## Action Space
-    ``MultiDiscrete([2] * Q + [max_admit + 1] * Q)``, queue q = j * K + k:
+    Three sets (``llmsched_env.action``), ``peak`` by default:
 
-    | component | values | meaning |
-    | --- | --- | --- |
-    | q | 0, 1 | residents of segment q: 0 held with their KV, 1 advance by one iteration |
-    | Q + q | 0 .. max_admit | requests that enter segment q from its queue, oldest first; max_admit = as many as fit |
+    * ``peak``: ``MultiDiscrete([len(levels), len(orders)])``, without classes ``Discrete(len(levels))``: the share of the
+      memory that the KV predicted for the residents may reach, and who enters first, by "arrival" or least "work".
+    * ``admit``: ``MultiDiscrete([2] * Q + [max_admit + 1] * Q)``, for queue q = j * K + k: component q says whether the
+      residents of segment q are held with their KV (0) or advance (1); component Q + q how many requests enter segment q
+      from its queue, oldest first, the largest standing for as many as fit.
+    * ``reserve``: ``Discrete(len(thetas))``: the share of the memory that the final KV to expect of all residents may reach.
 
-    The engine does what its token budget, sequence cap and KV memory allow. Requests admitted in an
-    iteration advance in it. ``action_masks()`` and ``info["action_mask"]`` give the legal values.
-    With ``action_set="reserve"`` the action is a ``Discrete`` choice of how far admission may
-    over-commit KV memory (``llmsched_env.action``).
+    ``token_budgets`` adds one more component, the token budget of the iterations. The engine does what its token
+    budget, sequence cap and KV memory allow. Requests admitted in an iteration advance in it. ``action_masks()`` and
+    ``info["action_mask"]`` give the legal values.
 
     ## Observation Space
     A ``Dict`` of float32 arrays in [0, 1]; the table is in ``llmsched_env.observation``.
@@ -114,6 +117,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     of requests of the episode, in seconds: the return is minus the mean latency (Little's law).
     ``throughput``: output tokens of requests completed in the step. ``slo_goodput``: share of the
     episode's requests completed within the TTFT and TPOT limits. Or any callable, see ``llmsched_env.reward``.
+
+    The reward of a step is the sum over its iterations. Steps take different times, so agents that discount should do
+    it by the clock: ``info["seconds"]`` is how far the step moved it, and with ``discount_seconds`` ``info["discount"]`` is
+    exp(-seconds / discount_seconds), the factor for what follows, and rewards within a step are discounted to its start.
 
     ## Starting State
     An empty engine at time 0. The requests of the episode are drawn from the scenario with the
@@ -130,7 +137,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
 
     | argument | default | meaning |
     | --- | --- | --- |
-    | scenario | "azure-conv" | a name of ``llmsched_env.workload.scenario_names()`` or a ``Scenario`` |
+    | scenario | "azure-conv-40gb" | a name of ``llmsched_env.workload.scenario_names()`` or a ``Scenario`` |
     | trace | None | a trace file to replay instead of a scenario |
     | rate | scenario's | mean arrival rate, requests/s |
     | num_requests | scenario's | requests per episode |
@@ -138,9 +145,13 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | class_by, class_edges | scenario's | ``single``, ``type``, ``prompt`` or ``output`` classes and their upper edges |
     | segment_ends | scenario's | decode lengths that end segments |
     | reveal_output_length | False (True in LLMSchedKnown-v0) | classes by output length and per-request lengths in the view |
-    | action_set | "admit" | the actions above, or "reserve" |
-    | max_admit | 16 | largest admit count |
+    | action_set | "peak" | one of the three above |
+    | levels, orders | ``peak.LEVELS``, both | choices of "peak"; ``orders=()``: none, the engine's |
+    | max_admit | 16 | largest admit count of "admit" |
     | thetas | ``action.THETAS`` | over-commitments of "reserve" |
+    | token_budgets | () | choices of one more component, tokens; 0: the engine's own |
+    | hold, hold_seconds | 32 (1 with "admit"), 0 | iterations, and seconds at least, for which an action stays in force |
+    | discount_seconds | inf | time constant of the discount in ``info`` |
     | backlog | 0 | requests waiting at time 0, taken from the front of the episode: a number, or (low, high) to draw it |
     | reward | "latency" | name, ``{"name": ..., arguments}``, callable or compiled function |
     | horizon, drain, max_iterations | inf, True, 1,000,000 | see Episode End |
@@ -150,14 +161,15 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     ``reset(options={"rate": ..., "num_requests": ..., "workload": Workload})`` changes one episode.
 
     ## Version History
-    * v0: first version; scheduler rules of vLLM 0.28.0.
+    * v0: scheduler rules of vLLM 0.28.0. Until the first release the defaults changed once: scenario "azure-conv", action set
+      "admit" and one iteration a step became what stands above.
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 30}  # noqa: RUF012 - gymnasium's form
 
     def __init__(
         self,
-        scenario: str | Scenario = "azure-conv",
+        scenario: str | Scenario = DEFAULT_SCENARIO,
         *,
         backend: str = "sim",
         backend_config: Mapping[str, Any] | None = None,
@@ -187,6 +199,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         names, slices = zip(*observation.slices(), strict=True)
         self._names, self._parts = names, operator.itemgetter(*slices)
         self._size, self._mask_size = observation.size, self.codec.mask_size
+        self.discount_seconds, self._clock = settings.discount_seconds, 0.0
+        self._peak = settings.peak_tables()
         self._decision = Decision(self.layout.num_queues)
         self._records: OrderedDict[float, EnvRecord] = OrderedDict()
         self._env = self._record_at(self.rate)
@@ -196,7 +210,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if rate not in self._records:
             settings, reward = self.settings, self._compiled_reward
             numbers = reward.numbers if reward is not None else Numbers.of()
-            record = EnvRecord(codec=settings.codec_record(settings.forecast(rate)), reward_numbers=numbers)
+            record = EnvRecord(codec=settings.codec_record(settings.forecast(rate), self._peak), reward_numbers=numbers)
+            record.hold, record.hold_seconds, record.discount_seconds = settings.hold, settings.hold_seconds, settings.discount_seconds
             self._records[rate] = record
             if len(self._records) > MOST_RATES:
                 self._records.popitem(last=False)
@@ -253,6 +268,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self._step = entry(env_step)
         self._compiled_step = type(self.backend) is SimBackend and self._compiled_reward is not None
         self._over = record.end != RUNNING
+        self._clock = record.clock
         self._started = True
 
     def step(
@@ -263,37 +279,57 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         values = self.codec.as_integers(action)
         self._asked = (self._decision, values)
         if not self._compiled_step or self._over:
-            if not env_decode(*self._handles, values):
-                self.codec.refuse(values)
-            return self.step_decision(self._decision)
+            return self._step_by_iteration(values)
         flat = np.empty(self._size, dtype=np.float32)
         legal = np.empty(self._mask_size, dtype=np.bool_)
         reward, end, clock = self._step(*self._handles, values, flat, legal)
         if end == ILLEGAL:
             self.codec.refuse(values)
         observation = dict(zip(self._names, self._parts(flat)))  # noqa: B905 - strict costs a tenth of the step
-        info = {"clock": clock, "action_mask": legal, "summary": {}}
+        seconds, self._clock = clock - self._clock, clock
+        info = {"clock": clock, "seconds": seconds, "discount": self._discount(seconds), "action_mask": legal, "summary": {}}
         if end == RUNNING and self.render_mode is None:
             return observation, reward, False, False, info
         if end == END_STUCK:
             cast(SimBackend, self.backend).check_progress()
         return self._result(observation, reward, end, info)
 
+    def _step_by_iteration(self, values: npt.NDArray[np.int64]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """``step`` where an iteration is not one compiled call: another backend, or a reward in Python."""
+        record, start, total, count = self.backend.record, self.backend.record.clock, 0.0, 0
+        while True:
+            elapsed = record.clock - start
+            if not env_decode(*self._handles, values):
+                self.codec.refuse(values)
+            total += self._advance(self._decision) * self._discount(elapsed)
+            count += 1
+            if record.end != RUNNING or (count >= self.settings.hold and record.clock - start >= self.settings.hold_seconds):
+                break
+        observation, info = self._observe()
+        return self._result(observation, total, record.end, info)
+
     def step_decision(self, decision: Decision) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """``step`` for expert policies, whose decisions may also evict.
+        """One iteration under a decision of an expert policy, which may also evict; ``hold`` does not apply.
 
         Raises:
             ConfigError: a decision for another number of queues.
         """
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step_decision()")
-        if decision is not self._decision:
-            self._asked = (decision, None)
-        self.backend.advance(decision)
-        assert self._reward is not None
-        reward = checks.number("reward", self._reward(self._outcome), low=-math.inf, high=math.inf)
+        self._asked = (decision, None)
+        reward = self._advance(decision)
         observation, info = self._observe()
         return self._result(observation, reward, self.backend.record.end, info)
+
+    def _advance(self, decision: Decision) -> float:
+        """One iteration; returns its reward."""
+        self.backend.advance(decision)
+        assert self._reward is not None
+        return checks.number("reward", self._reward(self._outcome), low=-math.inf, high=math.inf)
+
+    def _discount(self, seconds: float) -> float:
+        """What a reward is worth that comes so much later."""
+        return 1.0 if self.discount_seconds == math.inf else math.exp(-seconds / self.discount_seconds)
 
     def _result(
         self, observation: Observation, reward: float, end: int, info: dict[str, Any]
@@ -308,7 +344,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         return observation, reward, end == END_FINISHED, end > END_FINISHED, info
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
-        """(2 Q + (max_admit + 1) Q,) bool, components concatenated (sb3-contrib's convention); (n,) for ``reserve``."""
+        """(sum of the sizes of the components,) bool, components concatenated (sb3-contrib's convention)."""
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before action_masks()")
         legal = np.empty(self._mask_size, dtype=np.bool_)
@@ -335,7 +371,15 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         legal = np.empty(self._mask_size, dtype=np.bool_)
         env_step(*self._handles, LOOK, flat, legal)
         observation = dict(zip(self._names, self._parts(flat), strict=True))
-        return observation, {"clock": self.backend.record.clock, "action_mask": legal, "summary": {}}
+        clock = self.backend.record.clock
+        seconds, self._clock = clock - self._clock, clock
+        return observation, {
+            "clock": clock,
+            "seconds": seconds,
+            "discount": self._discount(seconds),
+            "action_mask": legal,
+            "summary": {},
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_outcome", "_handles", "_step", "_viewer")}
@@ -388,7 +432,9 @@ class AdmitOnly(gym.ActionWrapper[Observation, Any, npt.NDArray[np.int64]]):
         if not isinstance(base, LLMSchedEnv):
             raise ConfigError(f"AdmitOnly: wraps {type(base).__name__}, must wrap LLMSchedEnv")
         if not isinstance(base.codec, ActionCodec):
-            raise ConfigError("AdmitOnly: wraps action_set='reserve', which is Discrete already; must be 'admit'")
+            raise ConfigError("AdmitOnly: wraps an environment of levels, which are one choice already; must have action_set='admit'")
+        if base.codec.token_budgets:
+            raise ConfigError(f"AdmitOnly: token_budgets={base.codec.token_budgets}, must be empty")
         self._codec, self._num_segments = base.codec, base.layout.num_segments
         self.action_space = gym.spaces.Discrete(base.codec.max_admit + 1)
 

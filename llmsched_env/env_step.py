@@ -5,6 +5,7 @@ The scalar and the vector environment enter here with handles (``llmsched_env.re
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,9 @@ class EnvRecord(Record):
     codec: CodecRecord
     reward: int  # address; 0: an ordinary callable computes it
     reward_numbers: Numbers
+    hold: int  # iterations for which an action stays in force
+    hold_seconds: float  # and how long at least
+    discount_seconds: float  # time constant of discounting within a step; infinite: none
     episode_return: float
     episode_length: int
 
@@ -38,8 +42,35 @@ env_at = reader(EnvRecord)
 
 
 @compiled
+def hold_action(e, own, action, d):  # type: ignore[no-untyped-def]
+    """Step under one action while it stays in force: at least one iteration, fewer than ``hold`` where the episode ends.
+
+    Each iteration has a decision of its own, what the action means by then. Takes records, ``Engine``, ``EnvRecord``, ``Decision``.
+
+    Returns:
+        the sum of the rewards, each discounted to the start of the step, exp(-t / discount_seconds) for an iteration that
+        starts t seconds after it.
+    """
+    total = 0.0
+    start = e.clock
+    count = 0
+    while True:
+        elapsed = e.clock - start
+        decode(e, own.codec, action, d)
+        call(e.code.step, e, d)
+        if own.reward != 0:
+            reward = call_float(own.reward, e, own.reward_numbers)
+            if elapsed > 0.0 and own.discount_seconds < math.inf:
+                reward *= math.exp(-elapsed / own.discount_seconds)
+            total += reward
+        count += 1
+        if e.end != RUNNING or (count >= own.hold and e.clock - start >= own.hold_seconds):
+            return total
+
+
+@compiled
 def env_step(engine, env, decision, action, observation, legal):  # type: ignore[no-untyped-def]
-    """One step; with an empty action a look alone.
+    """One step, or, where ``hold`` says so, several iterations under one action; with an empty action a look alone.
 
     Args:
         engine, env, decision: handles of ``Engine``, ``EnvRecord``, ``Decision``.
@@ -53,12 +84,9 @@ def env_step(engine, env, decision, action, observation, legal):  # type: ignore
     e, own, d = engine_at(engine), env_at(env), decision_at(decision)
     reward = 0.0
     if action.shape[0] > 0:
-        if not is_legal(own.codec.kind, action, e.settings.num_queues, own.codec.levels):
+        if not is_legal(own.codec, action):
             return 0.0, ILLEGAL, e.clock
-        decode(e, own.codec, action, d)
-        call(e.code.step, e, d)
-        if own.reward != 0:
-            reward = call_float(own.reward, e, own.reward_numbers)
+        reward = hold_action(e, own, action, d)
     encode(e, own.codec.forecast, observation)
     mask(e, own.codec, legal)
     return reward, e.end, e.clock
@@ -68,10 +96,18 @@ def env_step(engine, env, decision, action, observation, legal):  # type: ignore
 def env_decode(engine, env, decision, action):  # type: ignore[no-untyped-def]
     """The decision of an action alone; False where the action is outside its space."""
     e, own = engine_at(engine), env_at(env)
-    if not is_legal(own.codec.kind, action, e.settings.num_queues, own.codec.levels):
+    if not is_legal(own.codec, action):
         return False
     decode(e, own.codec, action, decision_at(decision))
     return True
+
+
+@compiled
+def env_look(engine, env, observation, legal):  # type: ignore[no-untyped-def]
+    """Observation and mask alone."""
+    e, own = engine_at(engine), env_at(env)
+    encode(e, own.codec.forecast, observation)
+    mask(e, own.codec, legal)
 
 
 @compiled
@@ -94,13 +130,13 @@ def env_reset(engine, env, observation, legal):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def step_range(first, last, handles, actions, observations, masks, rewards, ends):  # type: ignore[no-untyped-def]
+def step_range(first, last, handles, actions, observations, masks, rewards, seconds, ends):  # type: ignore[no-untyped-def]
     """``env_step`` for environments ``first`` .. ``last`` - 1 whose episode runs; the others keep still with reward 0.
 
     Args:
         handles: (E, 3): engine, environment, decision.
         actions: (E, W) int64, all legal.
-        observations, masks, rewards: (E, size) float32, (E, mask size) bool, (E,) float64, written.
+        observations, masks, rewards, seconds: (E, size) float32, (E, mask size) bool, (E,) and (E,) float64, written.
         ends: (E,) int64: END_* of those that stepped; ``RUNNING`` of those that kept still.
 
     Returns:
@@ -110,13 +146,13 @@ def step_range(first, last, handles, actions, observations, masks, rewards, ends
     for i in range(first, last):
         e, own, d = engine_at(handles[i, 0]), env_at(handles[i, 1]), decision_at(handles[i, 2])
         rewards[i] = 0.0
+        seconds[i] = 0.0
         ends[i] = RUNNING
         if e.end == RUNNING:
-            decode(e, own.codec, actions[i], d)
-            call(e.code.step, e, d)
-            if own.reward != 0:
-                rewards[i] = call_float(own.reward, e, own.reward_numbers)
-                own.episode_return += rewards[i]
+            start = e.clock
+            rewards[i] = hold_action(e, own, actions[i], d)
+            seconds[i] = e.clock - start
+            own.episode_return += rewards[i]
             own.episode_length += 1
             ends[i] = e.end
             ended += e.end != RUNNING
@@ -126,10 +162,10 @@ def step_range(first, last, handles, actions, observations, masks, rewards, ends
 
 
 @compiled
-def first_illegal(env: Any, num_queues: int, actions):  # type: ignore[no-untyped-def]
+def first_illegal(env: Any, actions):  # type: ignore[no-untyped-def]
     """Row of the first of (E, W) int64 actions outside its space; -1 if none is."""
     codec = env_at(env).codec
     for i in range(actions.shape[0]):
-        if not is_legal(codec.kind, actions[i], num_queues, codec.levels):
+        if not is_legal(codec, actions[i]):
             return i
     return -1

@@ -106,6 +106,38 @@ def middles(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
     return found
 
 
+def class_work(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
+    """(J,) mean KV x iterations of a request of each class (tokens x iterations): l'(l + l'/2).
+
+    What a request takes of the scarce good: serving the least first is shortest-job-first for memory.
+    """
+    work = statistics.output * (statistics.prompt + statistics.output / 2)
+    weight = class_weights(statistics, layout)
+    found: FloatArray = weight @ work
+    return found
+
+
+def class_weights(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
+    """(J, M) weight of every support point in the lengths of each class, rows sum to 1.
+
+    Buckets by prompt may be finer than the statistics. So points count by how near their prompt is to
+    the bucket's middle (Gaussian, 15 % of its length); other classes have their own points. 5 % of
+    every class are all requests, as few points stand for it.
+    """
+    j = np.arange(layout.num_classes)[:, None]
+    if layout.by == "prompt" and layout.edges:
+        middle = np.log(middles(statistics, layout))[:, None]
+        near = -0.5 * ((np.log(statistics.prompt)[None, :] - middle) / 0.15) ** 2
+        own = statistics.weight * np.exp(near - near.max(axis=1, keepdims=True))
+    else:
+        index = layout.classify(statistics.prompt, statistics.output, statistics.type_id)
+        own = np.where(index[None, :] == j, statistics.weight, 0.0)
+    mass = own.sum(axis=1, keepdims=True)
+    own = np.where(mass > 0, own / np.where(mass > 0, mass, 1.0), statistics.weight)
+    weights: FloatArray = 0.95 * own + 0.05 * statistics.weight
+    return weights
+
+
 def _tails(output: FloatArray, weight: FloatArray, longest: int) -> tuple[FloatArray, FloatArray]:
     """E[output | output > g] (0 where impossible) and P(output > g) for g = 0 .. longest."""
     order = np.argsort(output, kind="stable")

@@ -165,7 +165,7 @@ class Rows(_Declared):
         cls.DTYPE = np.dtype([(n, "<f8" if own[n][0] == Floats else "<i4") for n in order], align=True)
         # What belongs to the whole table stands before the first row, in a row of its own.
         if len(heads) * 4 > cls.DTYPE.itemsize:
-            raise TypeError(f"{cls.__name__}.{heads[-1]}: the {len(heads)}th number of the whole table, must fit {cls.DTYPE.itemsize} bytes")
+            raise TypeError(f"{cls.__name__}.{heads[-1]}: {len(heads)} numbers of the whole table, must fit {cls.DTYPE.itemsize} bytes")
         cls.HEADS = len(heads)
         offsets: Any = cls.DTYPE.fields
         places = {n: ("head", -4 * (1 + i)) if n in heads else ("column", 0) for i, n in enumerate((*heads, *order))}

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from llmsched_env import checks
-from llmsched_env.action import THETAS, ActionCodec, CodecRecord, ReserveCodec, make_codec
+from llmsched_env.action import PEAK, THETAS, ActionCodec, Codec, CodecRecord, PeakCodec, ReserveCodec
 from llmsched_env.engine.record_backend import check_served
 from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.fluid.equilibrium import check_rate
 from llmsched_env.forecast import Forecast, make_forecast
+from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakTables, peak_tables
 from llmsched_env.reward import Reward, make_reward
 from llmsched_env.types import ClassBy, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.workload import Scenario, load_scenario, scenario_from_trace
@@ -54,6 +55,14 @@ def checked_backlog(backlog: Any) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
+ACTION_SETS = ("peak", "admit", "reserve")
+
+DEFAULT_SCENARIO = "azure-conv-40gb"
+HOLD = 32
+"""Iterations for which a level stays in force by default: about a second on the default engine. A decision in every one
+makes an episode of thousands of decisions, of which none matters, and PPO learns nothing from it."""
+
+
 @dataclass(frozen=True, slots=True)
 class EnvSettings:
     """The settings of an environment beside its scenario, as people give them (``LLMSchedEnv`` says what each means).
@@ -69,9 +78,15 @@ class EnvSettings:
     class_edges: Sequence[int] = ()
     segment_ends: Sequence[int] | None = None
     reveal_output_length: bool = False
-    action_set: str = "admit"
+    action_set: str = "peak"
+    levels: Sequence[float] = LEVELS
+    orders: Sequence[str] | None = None
     max_admit: int = 16
     thetas: Sequence[float] = THETAS
+    token_budgets: Sequence[int] = ()
+    hold: int | None = None
+    hold_seconds: float = 0.0
+    discount_seconds: float = math.inf
     backlog: int | tuple[int, int] = 0
     reward: str | Mapping[str, Any] | Reward = "latency"
     horizon: float = math.inf
@@ -90,6 +105,8 @@ class EnvSpec:
         codec: action set.
         reward: what a step is worth.
         backlog: (low, high) requests waiting at time 0.
+        hold, hold_seconds: an action stays in force for so many iterations and at least so long (seconds).
+        discount_seconds: time constant of the discount that ``info`` tells; infinite: nothing is discounted.
     """
 
     scenario: Scenario
@@ -99,12 +116,15 @@ class EnvSpec:
     layout: QueueLayout
     limits: EpisodeLimits
     reveal_output_length: bool
-    codec: ActionCodec | ReserveCodec
+    codec: Codec
     reward: Reward
     backlog: tuple[int, int]
+    hold: int = 1
+    hold_seconds: float = 0.0
+    discount_seconds: float = math.inf
 
     @classmethod
-    def of(cls, scenario: str | Scenario = "azure-conv", **settings: Any) -> EnvSpec:
+    def of(cls, scenario: str | Scenario = DEFAULT_SCENARIO, **settings: Any) -> EnvSpec:
         """Check every setting; their names, meanings and defaults are those of ``EnvSettings``.
 
         Raises:
@@ -125,17 +145,25 @@ class EnvSpec:
         if not isinstance(drawn, Scenario):
             raise ConfigError(f"scenario: {scenario!r}, must be a name or a Scenario")
         layout = _layout(drawn, given)
+        engine = engine_with(drawn.engine, given.engine)
+        codec = _codec(given, layout)
+        if codec.token_budgets and engine.preset == "paper":
+            raise ConfigError(f"token_budgets: {codec.token_budgets}, must be empty: the paper preset has no token budget")
+        hold = given.hold if given.hold is not None else 1 if given.action_set == "admit" else HOLD
         return cls(
             scenario=drawn,
             rate=drawn.rate if given.rate is None else checked_rate(given.rate),
             num_requests=drawn.num_requests if given.num_requests is None else checked_count(given.num_requests),
-            engine=engine_with(drawn.engine, given.engine),
+            engine=engine,
             layout=layout,
             limits=EpisodeLimits(drain=given.drain, horizon=given.horizon, max_iterations=given.max_iterations),
             reveal_output_length=given.reveal_output_length,
-            codec=make_codec(given.action_set, layout.num_queues, given.max_admit, given.thetas),
+            codec=codec,
             reward=make_reward(given.reward),
             backlog=checked_backlog(given.backlog),
+            hold=checks.integer("hold", hold, low=1, high=1_000_000),
+            hold_seconds=checks.number("hold_seconds", given.hold_seconds, unit="seconds"),
+            discount_seconds=checks.number("discount_seconds", given.discount_seconds, high=math.inf, unit="seconds", open_low=True),
         )
 
     def replace(self, **changes: Any) -> EnvSpec:
@@ -145,11 +173,15 @@ class EnvSpec:
         """What an operator knows beforehand, at ``rate`` (default: the spec's)."""
         return make_forecast(self.scenario.statistics, self.rate if rate is None else rate, self.engine, self.layout)
 
-    def codec_record(self, forecast: Forecast) -> CodecRecord:
+    def peak_tables(self) -> PeakTables:
+        """Tables of the predictions that the action set needs; many environments may share them."""
+        if self.codec.kind != PEAK:
+            return NO_TABLES
+        return peak_tables(self.scenario.statistics, self.layout, self.engine)
+
+    def codec_record(self, forecast: Forecast, peak: PeakTables) -> CodecRecord:
         """The action set as compiled code reads it."""
-        record = CodecRecord(levels=self.codec.levels, forecast=forecast)
-        record.kind = self.codec.kind
-        return record
+        return self.codec.record(forecast, peak)
 
     def workload(self, rng: np.random.Generator) -> Workload:
         """The requests of the next episode.
@@ -168,6 +200,18 @@ def draw_backlog(backlog: tuple[int, int], rng: np.random.Generator) -> int:
     """Requests at time 0; nothing is drawn where there is no choice."""
     low, high = backlog
     return low if low == high else int(rng.integers(low, high + 1))
+
+
+def _codec(given: EnvSettings, layout: QueueLayout) -> Codec:
+    """The action set of the settings."""
+    checks.one_of("action_set", given.action_set, ACTION_SETS)
+    budgets: Any = given.token_budgets  # checked and converted there, as the others
+    if given.action_set == "admit":
+        return ActionCodec(layout.num_queues, given.max_admit, token_budgets=budgets)
+    if given.action_set == "reserve":
+        return ReserveCodec(given.thetas, token_budgets=budgets)  # type: ignore[arg-type]
+    orders = given.orders if given.orders is not None else ORDERS if layout.num_classes > 1 else ()
+    return PeakCodec(given.levels, orders, token_budgets=budgets)  # type: ignore[arg-type]
 
 
 def _layout(scenario: Scenario, given: EnvSettings) -> QueueLayout:

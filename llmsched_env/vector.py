@@ -18,14 +18,15 @@ from llmsched_env import checks
 from llmsched_env.action import link_codec
 from llmsched_env.compiled import entry
 from llmsched_env.engine.fleet import Fleet
-from llmsched_env.engine.state import END_FINISHED, END_STUCK
+from llmsched_env.engine.state import END_FINISHED, END_STUCK, RUNNING
+from llmsched_env.engine.step import step_at
 from llmsched_env.env import StepOutcome
-from llmsched_env.env_step import EnvRecord, env_reset, first_illegal, step_range
+from llmsched_env.env_step import EnvRecord, env_decode, env_look, env_reset, first_illegal, step_range
 from llmsched_env.errors import ConfigError
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.records import Numbers
 from llmsched_env.reward import compiled_reward
-from llmsched_env.spec import EnvSpec
+from llmsched_env.spec import DEFAULT_SCENARIO, EnvSpec
 from llmsched_env.threads import Workers
 from llmsched_env.types import Decision
 
@@ -64,7 +65,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self,
         num_envs: int = 1,
         *,
-        scenario: Any = "azure-conv",
+        scenario: Any = DEFAULT_SCENARIO,
         rate: float | Sequence[float] | None = None,
         engine: Any = None,
         threads: int | None = None,
@@ -87,7 +88,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self._workers = Workers(self.num_envs, threads)
         max_episode_steps = kwargs.pop("max_episode_steps", None)  # Gymnasium's name
         if max_episode_steps is not None:
-            kwargs["max_iterations"] = min(max_episode_steps, kwargs.get("max_iterations", max_episode_steps))
+            self._limit_steps(max_episode_steps, kwargs)
         self._specs = self._make_specs(scenario, rate, engine, kwargs, backend == "sim-prefix-cache")
         first = self._specs[0]
         self.codec = first.codec
@@ -102,6 +103,14 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self._new_outputs()
         self._ended = np.zeros(self.num_envs, dtype=np.bool_)
         self._any_ended = False
+
+    @staticmethod
+    def _limit_steps(steps: int, kwargs: dict[str, Any]) -> None:
+        """``max_episode_steps`` as a limit on iterations."""
+        if kwargs.get("hold_seconds"):
+            raise ConfigError(f"max_episode_steps: {steps}, must be None with hold_seconds; use horizon, in seconds")
+        hold = EnvSpec.of(**{name: kwargs[name] for name in ("action_set", "hold") if name in kwargs}).hold
+        kwargs["max_iterations"] = min(steps * hold, kwargs.get("max_iterations", steps * hold))
 
     def _make_specs(self, scenario: Any, rate: Any, engine: Any, kwargs: dict[str, Any], caching: bool) -> list[EnvSpec]:
         """Each different setting once; environment i has number i modulo their count."""
@@ -143,16 +152,20 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
 
     def _make_records(self) -> None:
         """What every environment keeps beside its engine."""
-        forecasts = [spec.forecast() for spec in self._specs]
+        known = [(spec.forecast(), spec.peak_tables()) for spec in self._specs]
         self._compiled_reward = compiled_reward(self._specs[0].reward)
         reward = self._compiled_reward
         self._envs = [
             EnvRecord(
-                codec=self.spec_of(i).codec_record(forecasts[i % len(forecasts)]),
+                codec=self.spec_of(i).codec_record(*known[i % len(known)]),
                 reward_numbers=Numbers.of() if reward is None else reward.own_numbers(),
             )
             for i in range(self.num_envs)
         ]
+        for i, env in enumerate(self._envs):
+            spec = self.spec_of(i)
+            env.hold, env.hold_seconds, env.discount_seconds = spec.hold, spec.hold_seconds, spec.discount_seconds
+        self._discount_seconds = self._specs[0].discount_seconds
         self._decisions = [Decision(self.spec_of(i).layout.num_queues) for i in range(self.num_envs)]
         self._bind()
 
@@ -177,6 +190,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self._observations = np.empty((e, self._observation_size), dtype=np.float32)
         self._masks = np.empty((e, self.codec.mask_size), dtype=np.bool_)
         self._rewards = np.empty(e)
+        self._seconds = np.zeros(e)
         self._ends = np.empty(e, dtype=np.int64)
 
     @property
@@ -215,14 +229,15 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         if not self._generators:
             raise gym.error.ResetNeeded("call reset() before step()")
         chosen = self.codec.as_integers_of(actions, self.num_envs)
-        wrong = entry(first_illegal)(self._handles[0, 1], self.spec_of(0).layout.num_queues, chosen)
+        wrong = entry(first_illegal)(self._handles[0, 1], chosen)
         if wrong >= 0:
             self.codec.refuse(chosen[wrong], f"environment {wrong}, ")
         self._new_outputs()
-        outputs = (self._observations, self._masks, self._rewards, self._ends)
-        count = sum(self._workers.run(entry(step_range), self._handles, chosen, *outputs))
+        outputs = (self._observations, self._masks, self._rewards, self._seconds, self._ends)
         if self._compiled_reward is None:
-            self._call_reward()
+            count = self._step_by_iteration(chosen)
+        else:
+            count = sum(self._workers.run(entry(step_range), self._handles, chosen, *outputs))
         terminated, truncated = self._ends == END_FINISHED, self._ends > END_FINISHED
         if count and (self._ends == END_STUCK).any():
             stuck = int(np.flatnonzero(self._ends == END_STUCK)[0])
@@ -248,19 +263,38 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         env = self._envs[i]
         return {
             "clock": self.fleet.records[i].clock,
+            "seconds": float(self._seconds[i]),
+            "discount": float(np.exp(-self._seconds[i] / self._discount_seconds)),
             "action_mask": self._masks[i].copy(),
             "episode_return": env.episode_return,
             "episode_length": env.episode_length,
         }
 
-    def _call_reward(self) -> None:
-        """An ordinary callable, environment by environment."""
+    def _step_by_iteration(self, chosen: npt.NDArray[np.int64]) -> int:
+        """``step_range`` with an ordinary callable as reward, environment by environment. Returns how many episodes ended."""
+        ended = 0
+        self._rewards[:], self._ends[:] = 0.0, RUNNING
         for i in range(self.num_envs):
+            record, env, spec = self.fleet.records[i], self._envs[i], self.spec_of(i)
+            start, count = record.clock, 0
+            outcome = StepOutcome(record)
+            while not self._ended[i]:
+                elapsed = record.clock - start
+                engine, own, decision = self._handles[i]
+                env_decode(engine, own, decision, chosen[i])
+                step_at(engine, decision)
+                value = checks.number("reward", spec.reward(outcome), low=-math.inf, high=math.inf)
+                self._rewards[i] += value * math.exp(-elapsed / spec.discount_seconds)
+                count += 1
+                if record.end != RUNNING or (count >= spec.hold and record.clock - start >= spec.hold_seconds):
+                    break
             if not self._ended[i]:
-                outcome = StepOutcome(self.fleet.records[i])
-                value = checks.number("reward", self.spec_of(i).reward(outcome), low=-math.inf, high=math.inf)
-                self._rewards[i] = value
-                self._envs[i].episode_return += value
+                env.episode_return += self._rewards[i]
+                env.episode_length += 1
+                self._seconds[i], self._ends[i] = record.clock - start, record.end
+                ended += record.end != RUNNING
+            env_look(self._handles[i, 0], self._handles[i, 1], self._observations[i], self._masks[i])
+        return ended
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """(num_envs, size of the mask of ``llmsched_env.action``) bool."""
@@ -276,7 +310,12 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         return {name: self._observations[:, where] for name, where in self._where}
 
     def _infos(self) -> dict[str, Any]:
-        return {"clock": self.fleet.clocks.copy(), "action_mask": self._masks}
+        return {
+            "clock": self.fleet.clocks.copy(),
+            "seconds": self._seconds,
+            "discount": np.exp(-self._seconds / self._discount_seconds),
+            "action_mask": self._masks,
+        }
 
     def close_extras(self, **kwargs: Any) -> None:
         if hasattr(self, "_workers"):  # Gymnasium before 1.3 closes at last also what ``__init__`` refused

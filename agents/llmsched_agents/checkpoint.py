@@ -12,12 +12,13 @@ import gymnasium as gym
 from llmsched_agents.agent import Agent
 from llmsched_agents.domain import Domain
 from llmsched_agents.interface import observed_fields
-from llmsched_agents.kernel import FEATURES, GRID
+from llmsched_agents.kernel import FEATURES
 from llmsched_agents.network import Network
 from llmsched_agents.recipe import Recipe
 from llmsched_baselines import Setting
 from llmsched_env import __version__, checks
 from llmsched_env.errors import ConfigError, did_you_mean, require
+from llmsched_env.peak import GRID
 from llmsched_env.types import QueueLayout
 
 FORMAT = 1

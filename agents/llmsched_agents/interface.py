@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_agents.kernel import FEATURES, GRID, KINDS, AgentRecord, decode_at, observe_at
-from llmsched_agents.peak import LengthTables, length_tables
+from llmsched_agents.kernel import FEATURES, KINDS, AgentRecord, decode_at, observe_at
+from llmsched_agents.peak import NO_TABLES, LengthTables, length_tables
 from llmsched_agents.recipe import Recipe
 from llmsched_baselines import Setting
 from llmsched_env.action import ActionCodec
@@ -17,10 +17,6 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import Forecast, make_forecast
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.types import Decision, QueueLayout
-
-NO_TABLES = LengthTables(
-    np.zeros((1, 1, len(GRID)), dtype=np.float32), np.zeros((1, 1, 2)), np.zeros(1, dtype=np.float32), np.zeros(len(GRID)), 0.0, 1.0
-)
 
 
 def agent_record(
@@ -38,12 +34,9 @@ def agent_record(
         levels=np.array(recipe.choices, dtype=np.float64),
         forecast=forecast,
         columns=columns,
-        steps=tables.steps,
-        survival=tables.survival,
+        peak=tables.peak.record(),
         remaining=tables.remaining,
         statics=tables.statics.astype(np.float64),
-        total=np.zeros(len(GRID)),
-        own=np.zeros(len(GRID)),
         components=np.array(components, dtype=np.int64),
         action=np.zeros(len(components), dtype=np.int64),
         held=np.zeros(layout.num_queues, dtype=np.int64),
@@ -52,7 +45,7 @@ def agent_record(
     record.kind, record.max_admit, record.hold = KINDS[recipe.action_set], recipe.max_admit, recipe.hold
     record.whole, record.extended = whole, recipe.features
     record.width = columns.size + (FEATURES if recipe.features else 0)
-    record.headroom, record.boundary_rate, record.discount = tables.headroom, tables.boundary_rate, np.inf
+    record.boundary_rate, record.discount = tables.boundary_rate, np.inf
     return record
 
 
@@ -138,6 +131,6 @@ def observed_columns(recipe: Recipe, layout: QueueLayout) -> tuple[int, npt.NDAr
 def component_sizes(recipe: Recipe, num_queues: int) -> tuple[int, ...]:
     """Sizes of the action's components."""
     if recipe.action_set == "admit":
-        return tuple(int(n) for n in ActionCodec(num_queues, recipe.max_admit).space().nvec)
+        return ActionCodec(num_queues, recipe.max_admit).sizes
     return (recipe.max_admit + 1,) if recipe.action_set == "admit-only" else (len(recipe.choices),)
 

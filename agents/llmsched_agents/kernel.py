@@ -1,4 +1,4 @@
-"""Action sets and observation of agents, and their step, compiled. What ``peak`` means is told in ``llmsched_agents.peak``."""
+"""Action sets and observation of agents, and their step, compiled. What ``peak`` means is told in ``llmsched_env.peak``."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from llmsched_env.action import decode_action, decode_reserve, fill_mask, run_everything
+from llmsched_env.action import decode_action, decode_reserve, fill_mask
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.residents import generated
 from llmsched_env.engine.state import RUNNING, Engine
 from llmsched_env.engine.step import decision_at, engine_at
 from llmsched_env.env_step import env_at
 from llmsched_env.forecast import Forecast
 from llmsched_env.observation import encode
+from llmsched_env.peak import GRID, PeakRecord, decode_peak, kv_unit, predict, run_everything
 from llmsched_env.pointers import call, call_float
-from llmsched_env.records import Counts, Cube, Cube32, Indices, Level, Memory, Record, Vector, reader
+from llmsched_env.records import Counts, Cube, Indices, Level, Memory, Record, Vector, reader
 from llmsched_env.types import ADMIT_ALL, Decision
-
-GRID = (0, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Iterations ahead at which the KV is predicted, where outputs are long enough (``llmsched_agents.peak.forecast_steps``)."""
 
 STATICS = 7
 FEATURES = len(GRID) + 6 + STATICS
@@ -54,14 +51,10 @@ class AgentRecord(Record):
     whole: int  # numbers of the environment's observation
     columns: Indices  # which of them are read
     extended: bool  # the features of ``llmsched_agents.peak`` follow
-    headroom: float  # tokens counted for each resident beyond those it holds
+    peak: PeakRecord  # of the predictions
     boundary_rate: float  # stability boundary, requests/s
-    steps: Vector  # (T,) iterations ahead at which the KV is predicted
-    survival: Cube32  # (J, G, T)
     remaining: Cube  # (J, G, 2)
     statics: Vector  # (STATICS,)
-    total: Vector  # (T,) scratch
-    own: Vector  # (T,) scratch
     # training
     discount: float  # seconds
     # network
@@ -87,64 +80,6 @@ agent_at = reader(AgentRecord)
 visible_at = reader(Engine, Level.VISIBLE)
 
 
-# --- action set ``peak`` ------------------------------------------------------------------------------
-@compiled
-def predict(engine: Engine, agent: AgentRecord) -> None:
-    """Write the expected KV (tokens) of the residents at each of ``steps`` into ``agent.total``."""
-    requests, num_segments = engine.requests, engine.settings.num_segments
-    total, steps, survival = agent.total, agent.steps, agent.survival
-    last = survival.shape[1] - 1
-    for t in range(total.shape[0]):
-        total[t] = 0.0
-    r = engine.oldest
-    while r >= 0:
-        tokens = generated(engine, r)
-        held = requests.prompt[r] + tokens + agent.headroom
-        j, g = requests.queue[r] // num_segments, min(tokens, last)
-        for t in range(total.shape[0]):
-            total[t] += survival[j, g, t] * (held + steps[t])
-        r = requests.next[r]
-
-
-@compiled
-def kv_unit(engine: Engine) -> float:
-    """Tokens of a KV unit."""
-    return 1.0 if engine.settings.paper != 0 else float(engine.settings.block_size)
-
-
-@compiled
-def decode_peak(engine: Engine, agent: AgentRecord, level: float, decision: Decision) -> None:
-    """Write the decision of this level."""
-    run_everything(engine, level == math.inf, decision)
-    if level == math.inf or engine.num_waiting == 0:
-        return
-    requests, queues = engine.requests, engine.queues
-    total, own, steps, survival = agent.total, agent.own, agent.steps, agent.survival
-    limit = level * engine.settings.capacity * kv_unit(engine)
-    predict(engine, agent)
-    empty = engine.num_residents == 0
-    start_of_queues(engine)
-    best = next_in_order(engine)
-    while best >= 0:
-        r = queues.left[best]
-        tokens = requests.base_generated[r]
-        held = requests.prompt[r] + tokens + agent.headroom
-        j, g = best // engine.settings.num_segments, min(tokens, survival.shape[1] - 1)
-        fits = True
-        for t in range(total.shape[0]):
-            own[t] = total[t] + survival[j, g, t] * (held + steps[t])
-            if own[t] > limit:
-                fits = False
-        if not fits and not empty:
-            return
-        for t in range(total.shape[0]):
-            total[t] = own[t]
-        empty = False
-        decision.admit[best] += 1
-        queues.left[best] = requests.next[r]
-        best = next_in_order(engine)
-
-
 # --- observation ----------------------------------------------------------------------------------------
 @compiled
 def _log(x: float) -> float:
@@ -157,10 +92,10 @@ def features(engine: Engine, agent: AgentRecord, out):  # type: ignore[no-untype
     requests, queues, num_segments = engine.requests, engine.queues, engine.settings.num_segments
     remaining = agent.remaining
     capacity = engine.settings.capacity * kv_unit(engine)
-    predict(engine, agent)
-    at = agent.total.shape[0]
+    predict(engine, agent.peak)
+    at = agent.peak.total.shape[0]
     for t in range(at):
-        out[t] = min(agent.total[t] / capacity / 2.0, 1.0)
+        out[t] = min(agent.peak.total[t] / capacity / 2.0, 1.0)
     work = 0.0
     oldest = 0.0
     arrivals = 0.0
@@ -269,7 +204,7 @@ def decode_agent(engine: Engine, agent: AgentRecord, action, decision: Decision)
     elif agent.kind == _RESERVE:
         decode_reserve(engine, agent.levels[action[0]], agent.forecast, decision)
     else:
-        decode_peak(engine, agent, agent.levels[action[0]], decision)
+        decode_peak(engine, agent.peak, agent.levels[action[0]], decision)
 
 
 # --- entries -------------------------------------------------------------------------------------------

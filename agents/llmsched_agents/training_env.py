@@ -17,9 +17,9 @@ import numpy.typing as npt
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvStepReturn
 
 from llmsched_agents.domain import EnvSetting
-from llmsched_agents.interface import NO_TABLES, agent_record, component_sizes
+from llmsched_agents.interface import agent_record, component_sizes
 from llmsched_agents.kernel import HIDDEN, AgentRecord, advance_range, carry_on, observe_all_at
-from llmsched_agents.peak import length_tables
+from llmsched_agents.peak import NO_TABLES, length_tables
 from llmsched_agents.recipe import Recipe
 from llmsched_agents.sb3_vec import SB3VecEnv
 from llmsched_env.action import THETAS
@@ -94,6 +94,7 @@ class AgentVecEnv(SB3VecEnv):
             num_requests=num_requests if num_requests is not None else min(p.scenario.num_requests for p in placed),
             reveal_output_length=recipe.known_lengths,
             action_set="reserve" if recipe.action_set == "reserve" else "admit",
+            hold=1,  # ``advance_range`` holds actions itself
             max_admit=recipe.max_admit,
             thetas=recipe.choices if recipe.action_set == "reserve" else THETAS,
             **options,
@@ -147,7 +148,9 @@ class AgentVecEnv(SB3VecEnv):
     @staticmethod
     def _own(shared: AgentRecord) -> AgentRecord:
         """A record that shares the tables of another; only what is written is its own."""
-        own = {name: np.zeros_like(shared._parts[name]) for name in ("total", "own", "action", "held")}
+        own: dict[str, Any] = {name: np.zeros_like(shared._parts[name]) for name in ("action", "held")}
+        scratch = {name: np.zeros_like(shared._parts["peak"][name]) for name in ("total", "own")}
+        own["peak"] = {**shared._parts["peak"], **scratch}
         return AgentRecord(shared._memory.copy(), Level.HIDDEN, **{**shared._parts, **own})
 
     @property

@@ -14,6 +14,7 @@ from llmsched_env.engine.rules import Rule
 from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Decision, EngineConfig, LengthStatistics, QueueLayout
+from llmsched_env.workload.scenario import bucket_edges
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,3 @@ def interpolated_edges(statistics: LengthStatistics, num_classes: int) -> tuple[
     shares = np.arange(1, num_classes) / num_classes
     edges = np.unique(np.floor(np.interp(shares, np.cumsum(mass) - mass / 2, lengths)).astype(np.int64))
     return tuple(int(edge) for edge in edges if 1 <= edge < lengths[-1])
-
-
-def bucket_edges(values: np.ndarray, weight: np.ndarray, num_classes: int) -> tuple[int, ...]:
-    """Upper edges of ``num_classes`` buckets of equal probability; fewer where lengths coincide."""
-    order = np.argsort(values, kind="stable")
-    mass = np.cumsum(weight[order])
-    edges: list[int] = []
-    for share in np.arange(1, num_classes) / num_classes:
-        edge = int(np.floor(values[order][min(np.searchsorted(mass, share), values.size - 1)]))
-        if edge >= 1 and edge < values.max() and (not edges or edge > edges[-1]):
-            edges.append(edge)
-    return tuple(edges)

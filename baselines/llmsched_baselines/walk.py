@@ -12,10 +12,10 @@ whatever it needs, so that nothing is held forever. A rule walks like this::
 
 from __future__ import annotations
 
-from llmsched_env.action import run_everything
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.state import Engine
+from llmsched_env.peak import run_everything
 from llmsched_env.types import Decision
 
 

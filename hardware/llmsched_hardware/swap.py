@@ -128,6 +128,7 @@ class Swap:
             rate=self.rate,
             num_requests=self.requests,
             engine=self.engine,
+            action_set="admit",
             backend=backend,
             backend_config=self.backend_config(backend),
         )

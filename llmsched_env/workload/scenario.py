@@ -142,6 +142,18 @@ def _quartiles(statistics: LengthStatistics) -> tuple[int, ...]:
     return equal_probability_ends(statistics, QUARTERS)[:-1]
 
 
+def bucket_edges(values: np.ndarray, weight: np.ndarray, num_classes: int) -> tuple[int, ...]:
+    """Upper edges of ``num_classes`` buckets of equal probability; fewer where lengths coincide."""
+    order = np.argsort(values, kind="stable")
+    mass = np.cumsum(weight[order])
+    edges: list[int] = []
+    for share in np.arange(1, num_classes) / num_classes:
+        edge = int(np.floor(values[order][min(np.searchsorted(mass, share), values.size - 1)]))
+        if edge >= 1 and edge < values.max() and (not edges or edge > edges[-1]):
+            edges.append(edge)
+    return tuple(edges)
+
+
 def hidden_layout(statistics: LengthStatistics) -> QueueLayout:
     """One class; segments end at the quartiles of the output length."""
     return QueueLayout(segment_ends=_quartiles(statistics))

@@ -8,6 +8,7 @@ nested-two-type the same, lengths hidden                Poisson 3/s             
 p512d20         (512, 20)                               Poisson 18/s                vllm
 lmsys           published summary of LMSYS-Chat-1M      Poisson 30/s                vllm
 azure-conv      joint quantiles, Azure 2023 chat        Poisson 5/s                 vllm
+azure-conv-40gb the same                                Poisson 6.5/s               vllm, 2,816 blocks
 azure-code      joint quantiles, Azure 2023 code        Gamma 4/s, measured CV      vllm
 sharegpt        joint quantiles, ShareGPT               Poisson 8/s                 vllm
 mooncake        joint quantiles, Mooncake conversation  Poisson 0.4/s               vllm, 32,768 tokens
@@ -35,7 +36,7 @@ from llmsched_env.registry import SCENARIOS
 from llmsched_env.types import EngineConfig, QueueLayout
 from llmsched_env.workload.arrivals import ArrivalProcess, Gamma, Poisson
 from llmsched_env.workload.lengths import Types
-from llmsched_env.workload.scenario import DEFAULT_MODEL_LEN, Scenario, bucket_layout, hidden_layout
+from llmsched_env.workload.scenario import DEFAULT_MODEL_LEN, Scenario, bucket_edges, bucket_layout, hidden_layout
 from llmsched_env.workload.scenario_files import is_scenario_file, read_scenario
 from llmsched_env.workload.tables import load_lengths
 
@@ -117,6 +118,23 @@ def _azure_conv() -> Scenario:
     return _from_table("azure-conv", text, 5.0)
 
 
+def _azure_conv_40gb() -> Scenario:
+    base = _azure_conv()
+    statistics = base.statistics
+    edges = bucket_edges(statistics.prompt, statistics.weight, 4)
+    return replace(
+        base,
+        name="azure-conv-40gb",
+        description="azure-conv on a GPU of 40 GB, whose 2,816 blocks hold some forty requests, at 6.5 requests/s, which is more "
+        "than they bear: 500 requests queue up within 77 s. Four classes by prompt length, two segments. "
+        "The environment of the first evening: whom to let in, and how many, is worth a third of the mean latency and more.",
+        arrivals=Poisson(6.5),
+        engine=base.engine.replace(num_blocks=2_816),
+        num_requests=500,
+        layout=QueueLayout("prompt", edges, segment_ends=base.layout.segment_ends[1:2]),
+    )
+
+
 def _azure_code() -> Scenario:
     text = (
         "Azure code completion, November 2023, requests of at most 4,096 tokens (14.3 % are longer and left out): "
@@ -147,6 +165,7 @@ _BUILDERS: dict[str, Callable[[], Scenario]] = {
     "p512d20": _p512d20,
     "lmsys": _lmsys,
     "azure-conv": _azure_conv,
+    "azure-conv-40gb": _azure_conv_40gb,
     "azure-code": _azure_code,
     "sharegpt": _sharegpt,
     "mooncake": _mooncake,

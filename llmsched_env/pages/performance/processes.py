@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import gymnasium as gym
 
+from llmsched_env.pages.performance.environments import ADMIT
 from llmsched_env.pages.performance.figure import Figure, same_imports
 from llmsched_env.vector import LLMSchedVectorEnv
 
@@ -43,7 +44,7 @@ def ppo_share() -> tuple[float, float]:
             self.seconds += time.perf_counter() - start
             return result
 
-    inner = gym.make_vec("LLMSched-v0", num_envs=256, num_requests=2000, rate=7.0, engine={"num_blocks": 2816}, backlog=(0, 200))
+    inner = gym.make_vec("LLMSched-v0", **ADMIT, num_envs=256, num_requests=2000, rate=7.0, engine={"num_blocks": 2816}, backlog=(0, 200))
     env = Timed(cast("LLMSchedVectorEnv", inner.unwrapped))
     model = PPO("MultiInputPolicy", env, n_steps=64, batch_size=4096, n_epochs=4, device="cpu", seed=0)
     model.learn(256 * 64)  # compiles
