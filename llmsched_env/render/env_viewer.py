@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env.action import ActionCodec
 from llmsched_env.render.history import History
 from llmsched_env.render.names import type_names
 from llmsched_env.render.viewer import SIZE, Viewer
@@ -14,6 +16,9 @@ from llmsched_env.types import Decision
 
 if TYPE_CHECKING:
     from llmsched_env.env import LLMSchedEnv
+
+
+ORDER_WORDS = {"arrival": "in order of arrival", "work": "least work first"}
 
 
 class EnvViewer:
@@ -41,7 +46,7 @@ class EnvViewer:
             decision: what was asked of the engine.
             action: (W,) that it came from, if it did.
         """
-        self._history.note(self._env.backend.record, decision, level_of(self._env.codec, action))
+        self._history.note(self._env.backend.record, decision, asked_words(self._env.codec, action))
 
     def draw(self) -> npt.NDArray[np.uint8] | None:
         """(height, width, 3) uint8; None in ``human`` mode, whose window is drawn anew.
@@ -70,7 +75,11 @@ class EnvViewer:
             self._viewer = None
 
 
-def level_of(codec: Any, action: npt.NDArray[np.int64] | None) -> float | None:
-    """The level that an action chooses, where the first of its numbers chooses one."""
-    levels = getattr(codec, "thetas", None)
-    return None if action is None or levels is None else float(levels[int(action[0])])
+def asked_words(codec: Any, action: npt.NDArray[np.int64] | None) -> str:
+    """An action that chooses a level, and an order where the set has one, in words; empty for any other."""
+    if action is None or isinstance(codec, ActionCodec):
+        return ""
+    level = float(getattr(codec, "thetas" if hasattr(codec, "thetas") else "levels")[int(action[0])])
+    words = "no limit" if level == math.inf else f"level {level:g}"
+    orders = getattr(codec, "orders", ())
+    return f"{words}, {ORDER_WORDS.get(orders[int(action[1])], orders[int(action[1])])}" if orders else words

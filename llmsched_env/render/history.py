@@ -23,14 +23,14 @@ class LastStep:
     Attributes:
         start: seconds.
         run, admit, evict: (Q,) int32, of ``Decision``.
-        level: the level of an action that is one (``Discrete``), else None.
+        asked: an action that is a choice among levels in words, else empty.
     """
 
     start: float
     run: IntArray
     admit: IntArray
     evict: IntArray
-    level: float | None
+    asked: str
 
 
 class History:
@@ -60,10 +60,10 @@ class History:
         """
         return self._rows[: self._count]
 
-    def note(self, record: Engine, decision: Decision, level: float | None = None) -> None:
+    def note(self, record: Engine, decision: Decision, asked: str = "") -> None:
         """Take a step down; ``record`` is the engine after it."""
         start = float(self._rows[self._count - 1, CLOCK])
-        self.last = LastStep(start, decision.run.copy(), decision.admit.copy(), decision.evict.copy(), level)
+        self.last = LastStep(start, decision.run.copy(), decision.admit.copy(), decision.evict.copy(), asked)
         self._add(record)
 
     def _add(self, record: Engine) -> None:

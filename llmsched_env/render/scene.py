@@ -45,7 +45,7 @@ def decision_words(scene: Scene) -> str:
     if last is None:
         return "No decision yet"
     engine, layout = scene.view.engine, scene.view.layout
-    parts = [admission_words(last.admit, layout) if last.level is None else f"level {last.level:g}"]
+    parts = [last.asked or admission_words(last.admit, layout)]
     parts[0] += f" ({scene.admitted:,} entered)" if scene.admitted or (last.admit > 0).any() else ""
     parts += held_words(last, scene)
     if engine.preset == "vllm" and 0 < scene.token_budget < engine.max_num_batched_tokens:
@@ -78,9 +78,10 @@ def held_residents(last: LastStep, scene: Scene) -> npt.NDArray[np.int64]:
     held = (last.run == 0).reshape(scene.view.waiting.shape) * scene.view.residents
     if scene.names.bands:
         return np.full(len(scene.names.columns), int(held.sum()), dtype=np.int64)
-    return scene.names.grouped(held).sum(axis=0)
+    found: npt.NDArray[np.int64] = scene.names.grouped(held).sum(axis=0)
+    return found
 
 
 def nobody_enters(last: LastStep, scene: Scene) -> bool:
     """Requests wait outside and the decision admits none of them."""
-    return scene.view.num_waiting > 0 and not (last.admit[:: scene.view.layout.num_segments] > 0).any()
+    return scene.view.num_waiting > 0 and scene.admitted == 0 and not (last.admit[:: scene.view.layout.num_segments] > 0).any()
