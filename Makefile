@@ -45,8 +45,7 @@ $(VENV)/.dev: $(HOUSE) | $(BIN)/python
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo
-	$(BIN)/python scripts/compare.py --scenario azure-conv --rates 4 5 6 7 \
-		--policies vllm sarathi wait nested-wait shortest-prompt generalist --seeds 5 --jobs 2 --out $(DEMO_OUT) --overwrite
+	$(BIN)/llmsched demo --out $(DEMO_OUT) --overwrite
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

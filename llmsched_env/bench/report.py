@@ -21,7 +21,8 @@ from llmsched_env.errors import require
 from llmsched_env.files import replacing
 from llmsched_env.types import EngineConfig
 
-TEMPLATE = Path(__file__).with_name("report.html.j2")
+TEMPLATES = Path(__file__).parent
+"""Folder of report.html.j2, demo.html.j2 and the parts that they share."""
 
 DEFINITIONS = (
     ("Latency", "arrival to last token, over completed requests, in simulated seconds"),
@@ -137,29 +138,46 @@ def write_html(
     warnings: Sequence[str],
 ) -> None:
     """Write the report; pictures are inside it."""
-    environment = require("jinja2", "cli").Environment(autoescape=True, undefined=require("jinja2", "cli").StrictUndefined)
-    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    html = template.render(
+    render(
+        path,
+        "report.html.j2",
         title=f"Scheduling policies on {comparison.scenario.name}",
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         warnings=list(warnings),
         settings=settings_lines(comparison, rows, command),
-        versions=versions(),
         engines=engine_lines(comparison),
-        headings=[column.heading for column in COLUMNS],
-        table=[
-            {"rate": f"{cell.rate:g}", "policy": cell.policy, "marks": cell.marks, "seeds": cell.seeds}
-            | {"values": [column.show(cell) for column in COLUMNS]}
-            for cell in table
-        ],
+        table=table_lines(table),
         footnotes=footnotes(table),
         short_footnotes=short_footnotes(table),
         known=sorted({cell.policy for cell in table if cell.known_lengths}),
         overload=any(cell.overload for cell in table),
-        figures=[
-            {"title": f.title, "caption": f.caption, "data": base64.b64encode(f.path.read_bytes()).decode("ascii")} for f in figures
-        ],
+        figures=inline(figures),
+    )
+
+
+def table_lines(table: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Cells as the templates show them."""
+    return [
+        {"rate": f"{cell.rate:g}", "policy": cell.policy, "marks": cell.marks, "seeds": cell.seeds}
+        | {"values": [column.show(cell) for column in COLUMNS]}
+        for cell in table
+    ]
+
+
+def inline(figures: Iterable[Figure]) -> list[dict[str, str]]:
+    """Figures with the bytes of their files, so that a page needs nothing beside it."""
+    return [{"title": f.title, "caption": f.caption, "data": base64.b64encode(f.path.read_bytes()).decode("ascii")} for f in figures]
+
+
+def render(path: Path, template: str, **values: Any) -> None:
+    """Write a page from a template of this folder; values that every page shows are added."""
+    jinja2 = require("jinja2", "cli")
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined)
+    html = environment.get_template(template).render(
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        versions=versions(),
+        headings=[column.heading for column in COLUMNS],
         definitions=DEFINITIONS,
+        **values,
     )
     with replacing(path) as file:
         file.write(html)

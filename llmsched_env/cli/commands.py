@@ -14,6 +14,7 @@ from llmsched_env.cli import (
     calibrate,
     collect,
     compare,
+    demo,
     ensemble,
     evaluate,
     fidelity,
@@ -31,6 +32,7 @@ from llmsched_env.cli.frame import DONE, REFUSED, Command
 from llmsched_env.errors import did_you_mean
 
 MODULES = (
+    demo,
     compare,
     replay,
     evaluate,
