@@ -16,6 +16,7 @@ from llmsched_env.backend import View
 from llmsched_env.runner import run_episode
 from llmsched_env.workload import load_scenario
 
+
 class ProgramPolicy(Policy):
     """Decides by a function of the view; raises TypeError where that returns no ``Decision``."""
 
