@@ -184,7 +184,6 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self.render_mode = render_mode
         self._started = False
         self._viewer: Any = None  # llmsched_env.render.env_viewer.EnvViewer, with a render_mode
-        self._asked: tuple[Decision, npt.NDArray[np.int64] | None] = (self._decision, None)
 
     def _use(self, settings: EnvSpec) -> None:
         self.scenario, self.rate, self.num_requests = settings.scenario, settings.rate, settings.num_requests
@@ -277,8 +276,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
         values = self.codec.as_integers(action)
-        self._asked = (self._decision, values)
-        if not self._compiled_step or self._over:
+        if not self._compiled_step or self._over or self._viewer is not None:
             return self._step_by_iteration(values)
         flat = np.empty(self._size, dtype=np.float32)
         legal = np.empty(self._mask_size, dtype=np.bool_)
@@ -295,7 +293,9 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         return self._result(observation, reward, end, info)
 
     def _step_by_iteration(self, values: npt.NDArray[np.int64]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """``step`` where an iteration is not one compiled call: another backend, or a reward in Python."""
+        """``step`` where an iteration is not one compiled call: another backend, a reward in Python, or frames that show every one."""
+        if self._viewer is not None:
+            self._viewer.begin(values)
         record, start, total, count = self.backend.record, self.backend.record.clock, 0.0, 0
         while True:
             elapsed = record.clock - start
@@ -316,7 +316,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         """
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step_decision()")
-        self._asked = (decision, None)
+        if self._viewer is not None:
+            self._viewer.begin(None)
         reward = self._advance(decision)
         observation, info = self._observe()
         return self._result(observation, reward, self.backend.record.end, info)
@@ -324,6 +325,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     def _advance(self, decision: Decision) -> float:
         """One iteration; returns its reward."""
         self.backend.advance(decision)
+        if self._viewer is not None:
+            self._viewer.note(decision)
         assert self._reward is not None
         return checks.number("reward", self._reward(self._outcome), low=-math.inf, high=math.inf)
 
@@ -337,8 +340,6 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         if end != RUNNING:
             self._over = True
             info["summary"] = self.summary()
-        if self._viewer is not None:
-            self._viewer.note(*self._asked)
         if self.render_mode == "human":
             self.render()
         return observation, reward, end == END_FINISHED, end > END_FINISHED, info
@@ -403,7 +404,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         return frame
 
     def _watch(self, rate: float) -> None:
-        """From here on the frames show an episode's course: sampled after every step, rendered or not."""
+        """From here on the frames show an episode's course: every iteration of it, rendered or not."""
         if self.render_mode is not None and self._viewer is None:
             from llmsched_env.render.env_viewer import EnvViewer
 

@@ -22,7 +22,7 @@ ORDER_WORDS = {"arrival": "in order of arrival", "work": "least work first"}
 
 
 class EnvViewer:
-    """Frames of an environment. Nothing but a few numbers a step is kept until the first frame; pygame is not imported before.
+    """Frames of an environment. Nothing but a few numbers an iteration is kept until the first frame; pygame is not imported before.
 
     Args:
         env: it is kept, and read when a frame is drawn; an episode of it runs.
@@ -38,15 +38,16 @@ class EnvViewer:
         """An episode begins, at ``rate`` requests/s."""
         self._rate = rate
         self._history = History(self._env.backend.record)
+        self._action: npt.NDArray[np.int64] | None = None
 
-    def note(self, decision: Decision, action: npt.NDArray[np.int64] | None) -> None:
-        """A step has been made.
+    def begin(self, action: npt.NDArray[np.int64] | None) -> None:
+        """A step begins, under an action (W,) or under a decision alone."""
+        self._action = action
+        self._history.begin()
 
-        Args:
-            decision: what was asked of the engine.
-            action: (W,) that it came from, if it did.
-        """
-        self._history.note(self._env.backend.record, decision, asked_words(self._env.codec, action))
+    def note(self, decision: Decision) -> None:
+        """An iteration of it has been made; ``decision`` is what was asked of the engine."""
+        self._history.note(self._env.backend.record, decision)
 
     def draw(self) -> npt.NDArray[np.uint8] | None:
         """(height, width, 3) uint8; None in ``human`` mode, whose window is drawn anew.
@@ -66,7 +67,7 @@ class EnvViewer:
                 fps=int(env.metadata["render_fps"]),
             )
         self._viewer.title = f"{env.scenario.name}, {self._rate:g} requests/s"
-        return self._viewer.draw(env.backend, self._history)
+        return self._viewer.draw(env.backend, self._history, asked_words(env.codec, self._action))
 
     def close(self) -> None:
         """Close the window, where there is one."""

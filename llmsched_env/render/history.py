@@ -1,4 +1,4 @@
-"""What a frame shows over engine time: sampled after every step, whether or not anybody looks."""
+"""What a frame shows over engine time: sampled after every iteration, whether or not anybody looks."""
 
 from __future__ import annotations
 
@@ -18,26 +18,24 @@ CLOCK, KV, WAITING, RUNNING, EVICTIONS = range(len(COLUMNS))
 
 @dataclass(frozen=True, slots=True)
 class LastStep:
-    """The decision behind the latest step, and when the step began.
+    """The latest decision, and when its step began: one iteration of it or more.
 
     Attributes:
         start: seconds.
         run, admit, evict: (Q,) int32, of ``Decision``.
-        asked: an action that is a choice among levels in words, else empty.
     """
 
     start: float
     run: IntArray
     admit: IntArray
     evict: IntArray
-    asked: str
 
 
 class History:
     """The course of one episode.
 
     Attributes:
-        last: the latest step; None before the first.
+        last: the latest decision; None before the first.
 
     Args:
         record: the engine at the start of the episode.
@@ -49,6 +47,7 @@ class History:
         self._count = 0
         self._stride, self._merged = 1, 0
         self._evictions = record.evictions
+        self._start = record.clock
         self._add(record)
 
     @property
@@ -60,10 +59,13 @@ class History:
         """
         return self._rows[: self._count]
 
-    def note(self, record: Engine, decision: Decision, asked: str = "") -> None:
-        """Take a step down; ``record`` is the engine after it."""
-        start = float(self._rows[self._count - 1, CLOCK])
-        self.last = LastStep(start, decision.run.copy(), decision.admit.copy(), decision.evict.copy(), asked)
+    def begin(self) -> None:
+        """A step begins, of the iterations noted until the next one begins."""
+        self._start = float(self._rows[self._count - 1, CLOCK])
+
+    def note(self, record: Engine, decision: Decision) -> None:
+        """Take an iteration down; ``record`` is the engine after it."""
+        self.last = LastStep(self._start, decision.run.copy(), decision.admit.copy(), decision.evict.copy())
         self._add(record)
 
     def _add(self, record: Engine) -> None:

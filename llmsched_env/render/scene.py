@@ -20,6 +20,7 @@ class Scene:
     Attributes:
         title: of the run.
         view, counters, log, history: of one backend at one moment.
+        asked: the latest action in words; empty for those of its decision.
         token_budget: tokens that the latest iteration might compute; 0 where there is none.
         admitted: requests that entered for the first time in the latest step.
     """
@@ -29,6 +30,7 @@ class Scene:
     counters: Counters
     log: RequestLog
     history: History
+    asked: str
     names: Names
     token_budget: int
     admitted: int
@@ -45,7 +47,7 @@ def decision_words(scene: Scene) -> str:
     if last is None:
         return "No decision yet"
     engine, layout = scene.view.engine, scene.view.layout
-    parts = [last.asked or admission_words(last.admit, layout)]
+    parts = [scene.asked or admission_words(last.admit, layout)]
     parts[0] += f" ({scene.admitted:,} entered)" if scene.admitted or (last.admit > 0).any() else ""
     parts += held_words(last, scene)
     if engine.preset == "vllm" and 0 < scene.token_budget < engine.max_num_batched_tokens:

@@ -65,11 +65,12 @@ class Viewer:
         self._clock = self._pygame.time.Clock()
         self._paint = Painter(self._pygame, size)
 
-    def draw(self, backend: Backend, history: History) -> npt.NDArray[np.uint8] | None:
+    def draw(self, backend: Backend, history: History, asked: str = "") -> npt.NDArray[np.uint8] | None:
         """The engine as it stands.
 
         Args:
             history: of this backend's episode.
+            asked: the latest action in words; empty for those of its decision.
 
         Returns:
             (height, width, 3) uint8; None in a window.
@@ -82,6 +83,7 @@ class Viewer:
             counters=backend.counters(),
             log=log,
             history=history,
+            asked=asked,
             names=self._names,
             token_budget=getattr(backend.record, "token_budget", 0),
             admitted=admitted,
