@@ -1,18 +1,19 @@
 """Named workloads: lengths, arrivals, engine and queue layout that belong together.
 
-==============  ======================================  ==========================  =================
-name            lengths                                 arrivals (default)          engine
-==============  ======================================  ==========================  =================
-two-type        (10, 10) and (10, 20), 2 : 1            Poisson 3/s                 paper, C = 3750
-nested-two-type the same, lengths hidden                Poisson 3/s                 paper, C = 5003
-p512d20         (512, 20)                               Poisson 18/s                vllm
-lmsys           published summary of LMSYS-Chat-1M      Poisson 30/s                vllm
-azure-conv      joint quantiles, Azure 2023 chat        Poisson 5/s                 vllm
-azure-conv-40gb the same                                Poisson 6.5/s               vllm, 2,816 blocks
-azure-code      joint quantiles, Azure 2023 code        Gamma 4/s, measured CV      vllm
-sharegpt        joint quantiles, ShareGPT               Poisson 8/s                 vllm
-mooncake        joint quantiles, Mooncake conversation  Poisson 0.4/s               vllm, 32,768 tokens
-==============  ======================================  ==========================  =================
+======================  ======================================  ============================  =================
+name                    lengths                                 arrivals (default)            engine
+======================  ======================================  ============================  =================
+two-type                (10, 10) and (10, 20), 2 : 1            Poisson 3/s                   paper, C = 3750
+nested-two-type         the same, lengths hidden                Poisson 3/s                   paper, C = 5003
+p512d20                 (512, 20)                               Poisson 18/s                  vllm
+lmsys                   published summary of LMSYS-Chat-1M      Poisson 30/s                  vllm
+azure-conv              joint quantiles, Azure 2023 chat        Poisson 5/s                   vllm
+azure-conv-40gb         the same                                Poisson 6.5/s                 vllm, 2,816 blocks
+azure-conv-40gb-bursts  the same                                MMPP-2, 2/s and 11/s          vllm, 2,816 blocks
+azure-code              joint quantiles, Azure 2023 code        Gamma 4/s, measured CV        vllm
+sharegpt                joint quantiles, ShareGPT               Poisson 8/s                   vllm
+mooncake                joint quantiles, Mooncake conversation  Poisson 0.4/s                 vllm, 32,768 tokens
+======================  ======================================  ============================  =================
 
 ``vllm`` stands for Llama-2-7B on one A100-80GB, the defaults of ``EngineConfig.vllm()``. The default
 rates are round numbers near 0.8 of the fluid stability boundary; ``azure-code`` stays at about half
@@ -34,7 +35,7 @@ from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.registry import SCENARIOS
 from llmsched_env.types import EngineConfig, QueueLayout
-from llmsched_env.workload.arrivals import ArrivalProcess, Gamma, Poisson
+from llmsched_env.workload.arrivals import MMPP2, ArrivalProcess, Gamma, Poisson
 from llmsched_env.workload.lengths import Types
 from llmsched_env.workload.scenario import DEFAULT_MODEL_LEN, Scenario, bucket_edges, bucket_layout, hidden_layout
 from llmsched_env.workload.scenario_files import is_scenario_file, read_scenario
@@ -135,6 +136,15 @@ def _azure_conv_40gb() -> Scenario:
     )
 
 
+def _azure_conv_40gb_bursts() -> Scenario:
+    return replace(
+        _azure_conv_40gb(),
+        name="azure-conv-40gb-bursts",
+        description="azure-conv-40gb with quiet spells and bursts: 2 requests/s for 30 s, then 11 for 15 s, on average; 5 over all.",
+        arrivals=MMPP2(2.0, 11.0, 30.0, 15.0),
+    )
+
+
 def _azure_code() -> Scenario:
     text = (
         "Azure code completion, November 2023, requests of at most 4,096 tokens (14.3 % are longer and left out): "
@@ -166,6 +176,7 @@ _BUILDERS: dict[str, Callable[[], Scenario]] = {
     "lmsys": _lmsys,
     "azure-conv": _azure_conv,
     "azure-conv-40gb": _azure_conv_40gb,
+    "azure-conv-40gb-bursts": _azure_conv_40gb_bursts,
     "azure-code": _azure_code,
     "sharegpt": _sharegpt,
     "mooncake": _mooncake,

@@ -1,0 +1,131 @@
+"""The environments by name, each for something that it teaches; ``LLMSched-v0``, the default, is ``LLMSchedEnv`` itself.
+
+==================  =====================================================================  ===================================
+id                  regime                                                                 teaches
+==================  =====================================================================  ===================================
+LLMSched-v0         Azure conversations on a 40 GB GPU at 6.5 requests/s                   how many to let in, and whom first
+LLMSchedEasy-v0     the paper's two types in its own model, with a queue at the start      that greedy admission collapses
+LLMSchedOverload-v0 the default at 10 requests/s, twice what the memory bears              whom to serve when not all can be
+LLMSchedBursty-v0   the default with bursts of 11 requests/s for 15 s                      to come out of a burst
+LLMSchedKnown-v0    the default with output lengths known at arrival                       what knowing is worth
+LLMSchedHardware-v0 the default on a real vLLM engine (needs vLLM)                         that it holds outside
+==================  =====================================================================  ===================================
+
+``llmsched headroom`` measures what there is to learn in each: ``docs/environments.md`` has its table. A reward threshold is nine
+tenths of the way from admitting everything to the best constant action, rounded: what a plain PPO reaches in minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+
+from llmsched_env.env import LLMSchedEnv
+
+_VECTOR = "llmsched_env.vector:LLMSchedVectorEnv"
+
+
+class LLMSchedEasy(LLMSchedEnv):
+    """The paper's regime: greedy admission collapses, and it is easy to see why.
+
+    ## Description
+    The two types of requests of arXiv 2504.11320, (10, 10) and (10, 20) tokens at 2 and 1 a second, in its own model: KV memory
+    counted in tokens (C = 3,750), an iteration of 1 s and 1 ms per token in memory, and an evicted request loses all it has
+    computed. 300 requests wait at the start. Who lets in as many as fit fills the memory with requests that then grow, evict one
+    another and begin again: the engine computes much and completes little. A level of predicted memory below 1, and WAIT, which
+    starts requests in equal batches, evict nothing. One action is held for 4 iterations; an episode of 1,500 requests has about 40.
+
+    All else is as in ``LLMSchedEnv``.
+    """
+
+
+class LLMSchedOverload(LLMSchedEnv):
+    """More requests than the engine can serve: the queue grows all along, and order is everything.
+
+    ## Description
+    The default environment at 10 requests/s, about twice what its memory bears, for 1,000 requests. First come, first served makes
+    everybody wait for everybody. Serving those first that need least memory for the shortest time halves the mean latency, at
+    the price of a longer tail.
+
+    All else is as in ``LLMSchedEnv``.
+    """
+
+
+class LLMSchedBursty(LLMSchedEnv):
+    """Quiet spells and bursts: what is admitted in a burst decides how long its queue lasts.
+
+    ## Description
+    The default environment with arrivals of a Markov-modulated Poisson process: 2 requests/s for 30 s on average, then
+    11 for 15 s (5 over all; exponential sojourns), 500 requests. A burst fills memory and queue; between bursts
+    there is room for everybody, and holding back costs.
+
+    All else is as in ``LLMSchedEnv``.
+    """
+
+
+class LLMSchedKnown(LLMSchedEnv):
+    """The default environment with output lengths known at arrival.
+
+    ## Description
+    Classes are quarters of the output lengths, so predictions of memory and the order by work know much of how long a request
+    will run. Policies that need lengths, such as WAIT, are told them.
+
+    All else is as in ``LLMSchedEnv``.
+    """
+
+
+class LLMSchedHardware(LLMSchedEnv):
+    """The default environment on a real vLLM engine.
+
+    ## Description
+    ``backend_config`` says which model and which clock (``docs/hardware.md``); it needs vLLM. The clock is measured by default,
+    so an episode is not the same twice.
+
+    All else is as in ``LLMSchedEnv``.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class NamedEnvironment:
+    """An environment as Gymnasium's registry has it.
+
+    Attributes:
+        id: for ``gym.make``.
+        kind: the class, whose docstring describes it.
+        settings: arguments that differ from the defaults of ``LLMSchedEnv``.
+        reward_threshold: return at which it counts as solved; None where nothing is stated.
+        simulated: has a native vector environment and repeats exactly.
+    """
+
+    id: str
+    kind: type[LLMSchedEnv]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reward_threshold: float | None = None
+    simulated: bool = True
+
+    def register(self) -> None:
+        """Enter it in Gymnasium's registry; once, as worker processes import again and registering twice would warn."""
+        if self.id in gym.registry:
+            return
+        gym.register(
+            id=self.id,
+            entry_point=f"{self.kind.__module__}:{self.kind.__name__}",
+            vector_entry_point=_VECTOR if self.simulated else None,
+            reward_threshold=self.reward_threshold,
+            nondeterministic=not self.simulated,
+            kwargs=dict(self.settings),
+        )
+
+
+ENVIRONMENTS = (
+    NamedEnvironment("LLMSched-v0", LLMSchedEnv, {}, -12.8),
+    NamedEnvironment("LLMSchedEasy-v0", LLMSchedEasy, {"scenario": "two-type", "backlog": 300, "num_requests": 1500, "hold": 4}, -117.5),
+    NamedEnvironment("LLMSchedOverload-v0", LLMSchedOverload, {"rate": 10.0, "num_requests": 1000}, -35.0),
+    NamedEnvironment("LLMSchedBursty-v0", LLMSchedBursty, {"scenario": "azure-conv-40gb-bursts"}, -12.1),
+    NamedEnvironment("LLMSchedKnown-v0", LLMSchedKnown, {"reveal_output_length": True}),
+    NamedEnvironment("LLMSchedHardware-v0", LLMSchedHardware, {"backend": "vllm"}, simulated=False),
+)
+"""All that this package registers."""
