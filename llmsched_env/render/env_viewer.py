@@ -67,7 +67,8 @@ class EnvViewer:
                 fps=int(env.metadata["render_fps"]),
             )
         self._viewer.title = f"{env.scenario.name}, {self._rate:g} requests/s"
-        return self._viewer.draw(env.backend, self._history, asked_words(env.codec, self._action))
+        frame = self._viewer.draw(env.backend, self._history, asked_words(env.codec, self._action))
+        return None if env.render_mode == "human" else frame
 
     def close(self) -> None:
         """Close the window, where there is one."""

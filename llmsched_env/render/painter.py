@@ -224,3 +224,11 @@ class Painter:
                 self._pygame.draw.polygon(large, towards(colour, BACKGROUND, 0.72), closed)
             self._pygame.draw.lines(large, colour, False, path.tolist(), thick)
         self.surface.blit(self._pygame.transform.smoothscale(large, area.size), area.topleft)
+
+
+def film_colours() -> list[Colour]:
+    """At most 256 colours that stand for all of a picture: each of its own, and its way to white, where edges are smooth."""
+    pure = [INK, FAINT, ORANGE, PURPLE, RED, towards(ORANGE, INK, 0.35), *(c for n in (1, 2, 3, 4) for c in scale_colours(n))]
+    mixed = [towards(colour, BACKGROUND, share) for colour in pure for share in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    others = [BACKGROUND, LINE, FREE, towards(BLUE, BACKGROUND, 0.72), *(c for n in range(5, 9) for c in scale_colours(n))]
+    return list(dict.fromkeys([*others, *mixed]))

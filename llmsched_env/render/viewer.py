@@ -65,15 +65,15 @@ class Viewer:
         self._clock = self._pygame.time.Clock()
         self._paint = Painter(self._pygame, size)
 
-    def draw(self, backend: Backend, history: History, asked: str = "") -> npt.NDArray[np.uint8] | None:
-        """The engine as it stands.
+    def draw(self, backend: Backend, history: History, asked: str = "") -> npt.NDArray[np.uint8]:
+        """The engine as it stands, in the window where there is one.
 
         Args:
             history: of this backend's episode.
             asked: the latest action in words; empty for those of its decision.
 
         Returns:
-            (height, width, 3) uint8; None in a window.
+            (height, width, 3) uint8.
         """
         log, last = backend.log(), history.last
         admitted = 0 if last is None else int(np.count_nonzero(log.admitted >= last.start))
@@ -95,7 +95,6 @@ class Viewer:
             self._pygame.event.pump()
             self._pygame.display.flip()
             self._clock.tick(self._fps)
-            return None
         return np.ascontiguousarray(np.transpose(self._pygame.surfarray.array3d(surface), (1, 0, 2)))
 
     def close(self) -> None:
