@@ -20,6 +20,7 @@ from llmsched_env.cli import (
     fidelity,
     film,
     hardware_page,
+    headroom,
     paper_table,
     replay,
     reproduce,
@@ -28,6 +29,7 @@ from llmsched_env.cli import (
     train,
     tune,
     validate,
+    warmup,
 )
 from llmsched_env.cli.frame import DONE, REFUSED, Command
 from llmsched_env.errors import did_you_mean
@@ -48,6 +50,8 @@ MODULES = (
     serve_check,
     swap_backends,
     build_statistics,
+    warmup,
+    headroom,
     benchmark,
     fidelity,
     reproduce,

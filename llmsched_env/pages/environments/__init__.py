@@ -1,0 +1,1 @@
+"""The page of the environments: what there is to learn in each."""
