@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from llmsched_env.action import ActionCodec
 from llmsched_env.render.history import History
-from llmsched_env.render.names import type_names
+from llmsched_env.render.names import bands, type_names
 from llmsched_env.render.viewer import SIZE, Viewer
 from llmsched_env.types import Decision
 
@@ -61,7 +61,7 @@ class EnvViewer:
                 env.scenario.name,
                 env.layout,
                 type_names=type_names(env.scenario),
-                bands=env.scenario.layout.segment_ends,
+                bands=bands(env.scenario),
                 size=getattr(env, "render_size", SIZE),
                 human=env.render_mode == "human",
                 fps=int(env.metadata["render_fps"]),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env.fluid.segments import equal_probability_ends
 from llmsched_env.types import ADMIT_ALL, IntArray, QueueLayout
 from llmsched_env.workload import Scenario
 
@@ -110,6 +111,11 @@ def type_names(scenario: Scenario) -> tuple[str, ...]:
             return ()
         names.append(f"{statistics.prompt[points[0]]:g} + {statistics.output[points[0]]:g} tokens")
     return tuple(names)
+
+
+def bands(scenario: Scenario) -> tuple[int, ...]:
+    """Decode lengths that part the outputs of a scenario into ``MOST_COLUMNS`` equal shares."""
+    return tuple(equal_probability_ends(scenario.statistics, MOST_COLUMNS)[:-1])
 
 
 def admission_words(admit: IntArray, layout: QueueLayout) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -101,8 +102,8 @@ class Painter:
 
     def pixels(self, box: Box) -> Any:
         """The pixels of a box, its edges rounded, as pygame's ``Rect``."""
-        left, top = round(self._left + box.left * self.scale), round(self._top + box.top * self.scale)
-        right, bottom = round(self._left + box.right * self.scale), round(self._top + box.bottom * self.scale)
+        left, right = (math.floor(self._left + x * self.scale + 0.5) for x in (box.left, box.right))
+        top, bottom = (math.floor(self._top + y * self.scale + 0.5) for y in (box.top, box.bottom))
         return self._pygame.Rect(left, top, right - left, bottom - top)
 
     def fill(self, box: Box, colour: Colour, *, hatched: bool = False, radius: float = 0.0) -> None:
