@@ -10,7 +10,7 @@ and the constants they read.
 
 A file is written whole or not at all and carries a checksum: a damaged one is compiled again, and a folder
 that cannot be written to costs time, never the run. The first compilation of a process is announced on
-stderr, unless ``LLMSCHED_QUIET=1``.
+stderr, unless it is a worker of another or ``LLMSCHED_QUIET=1``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import current_process
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, cast
@@ -244,17 +245,26 @@ def _label(function: Any) -> str:
 
 
 # --- the cache --------------------------------------------------------------------------------------
+FIRST_USE = "10 to 30 seconds"
+"""What compiling an environment and its vector form takes where nothing is kept: 8 s on 2 idle cores of a server, 25 s on busy ones."""
 _said: set[str] = set()  # at most two kinds of lines
 
 
 def _say(kind: str, line: str) -> None:
-    """One line of each kind on stderr in a process."""
+    """One line of each kind on stderr in a process; of compiling in the main one alone, as every worker would say it again."""
+    if kind == "compiling" and current_process().name != "MainProcess":
+        return
     if kind in _said or os.environ.get("LLMSCHED_QUIET", "0") not in ("", "0"):
         return
     _said.add(kind)
     if sys.stderr is not None:  # without a console there is none
         with contextlib.suppress(OSError, ValueError):
             print(f"llmsched_env: {line}", file=sys.stderr, flush=True)
+
+
+def compiling_is_meant() -> None:
+    """From now on compiling is not announced in this process: it is what it was started for."""
+    _said.add("compiling")
 
 
 class _Cache:
@@ -296,8 +306,8 @@ class _Cache:
         if found is None and self._enabled and wait_for_others(self._label):
             found = self._load(sig, target_context)
         if found is None:
-            where = f"; later runs load it from {CACHE_FOLDER}" if self._enabled else ""
-            _say("compiling", f"compiling for this machine, which takes some seconds{where}")
+            where = f"; later runs load it from {CACHE_FOLDER}, and `llmsched warmup` fills it ahead" if self._enabled else ""
+            _say("compiling", f"compiling for this machine, which takes {FIRST_USE}{where}")
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:

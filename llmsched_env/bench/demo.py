@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmsched_agents.lookup import named_policies, option_owners
-from llmsched_baselines.overrides import parse_overrides
+from llmsched_agents.lookup import named_policies
 from llmsched_env.bench.comparison import Comparison, Row
 from llmsched_env.bench.reason import Reason, reason
 from llmsched_env.workload import load_scenario
@@ -19,7 +18,6 @@ class Regime:
     Attributes:
         key: name of its folder.
         title, about: what it is, for readers.
-        settings: words of ``--set``.
         rates: requests/s.
         greedy: the policy that the others are held against.
         loses: what an evicted request loses on this engine, as the end of "the request ...".
@@ -29,7 +27,6 @@ class Regime:
     title: str
     about: str
     scenario: str
-    settings: tuple[str, ...]
     rates: tuple[float, ...]
     policies: tuple[str, ...]
     greedy: str
@@ -43,7 +40,6 @@ PAPER = Regime(
     about="Two types of short requests, an iteration time linear in the KV tokens, and evicted requests that lose "
     "all their progress (arXiv 2504.11320). The memory is 1.25 times what the fluid model needs at 3 requests/s.",
     scenario="two-type",
-    settings=(),
     rates=(2.8, 3.0, 3.1),
     policies=("fcfs", "wait", "nested-wait", "reserve", "generalist"),
     greedy="fcfs",
@@ -58,8 +54,7 @@ SERVICE = Regime(
     about="Llama-2-7B on one A100 with 40 GB (2,816 blocks of 16 tokens for the KV cache) under the rules of vLLM's scheduler, with "
     "request lengths of the Azure conversation trace. Output lengths are unknown until a request ends, and an evicted request has its "
     "tokens computed again.",
-    scenario="azure-conv",
-    settings=("engine.num_blocks=2816",),
+    scenario="azure-conv-40gb",
     rates=(5.0, 6.0, 6.5),
     policies=("vllm", "wait", "nested-wait", "reserve", "generalist", "sarathi", "shortest-prompt"),
     greedy="vllm",
@@ -81,14 +76,12 @@ def comparison_of(regime: Regime, seeds: int, num_requests: int | None = None) -
     Raises:
         ConfigError: a policy cannot be built.
     """
-    policies = named_policies("policies", regime.policies)
     comparison = Comparison(
         scenario=load_scenario(regime.scenario),
-        policies=policies,
+        policies=named_policies("policies", regime.policies),
         rates=regime.rates,
         seeds=tuple(range(seeds)),
         num_requests=num_requests or regime.num_requests,
-        overrides=parse_overrides(list(regime.settings), option_owners(policies)),
     )
     comparison.check()
     return comparison

@@ -140,8 +140,8 @@ def _cause(base: _Side, best: _Side, loses: str) -> str:
         service = f"{_seconds(best.latency - best.waiting)} for {_seconds(base.latency - base.waiting)}"
         parts.append(f"{100 * min(1 - share, 1):.0f} % of the difference is time after the first token ({service})")
         if waiting < 0 and -waiting >= WORTH_NAMING * float(base.waiting.mean()):
-            parts.append(f"though requests wait longer for it ({_seconds(best.waiting)} for {_seconds(base.waiting)})")
-    return ", ".join(parts)
+            parts[-1] += f", though requests wait longer for it ({_seconds(best.waiting)} for {_seconds(base.waiting)})"
+    return "; ".join(parts)
 
 
 def _price(base: _Side, best: _Side) -> str:
