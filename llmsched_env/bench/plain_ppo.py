@@ -46,8 +46,8 @@ def train_plain_ppo(environment: str, episodes: int, first_seed: int, *, steps: 
         return SB3VecEnv(cast(LLMSchedVectorEnv, gym.make_vec(f"llmsched_env:{environment}", num_envs=count)), flatten=True)
 
     start = time.process_time()
-    learner = VecNormalize(envs(16), norm_obs=False, gamma=0.95)
-    model = PPO("MlpPolicy", learner, n_steps=128, batch_size=256, gamma=0.95, device="cpu", seed=seed)
+    learner = VecNormalize(envs(16), norm_obs=False, gamma=0.99)
+    model = PPO("MlpPolicy", learner, n_steps=128, batch_size=256, gamma=0.99, device="cpu", seed=seed)
     model.learn(total_timesteps=steps)
     seconds = time.process_time() - start
     played = envs(episodes)
