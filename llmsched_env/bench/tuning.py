@@ -124,7 +124,7 @@ Point = tuple[int, ...]
 
 
 def search(sizes: Sequence[int], start: Sequence[int] | None, trials: int, cost: Callable[[Point], float]) -> Point | None:
-    """The best point found of a grid, in at most ``trials`` calls of ``cost``; None if no point has a finite cost.
+    """The best point found of a grid, in at most ``trials`` calls of ``cost``; None if no point was tried or has a finite cost.
 
     Args:
         sizes: points of each parameter's grid.
@@ -171,6 +171,8 @@ def search(sizes: Sequence[int], start: Sequence[int] | None, trials: int, cost:
             descend(tuple(int(i) for i in rng.integers(sizes)), False)
     except StopIteration:
         pass
+    if not known:
+        return None
     best = min(known, key=lambda point: known[point])
     return best if math.isfinite(known[best]) else None
 

@@ -53,9 +53,9 @@ class Compare(TraceOptions, Resumable):
     Everything is checked before the first run. Ctrl-C keeps the finished rows and reports on them.
     """
 
-    scenario: Annotated[str | None, tyro.conf.arg(metavar="NAME"), WORKLOAD] = None
+    scenario: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(this or --trace)"), WORKLOAD] = None
     """A scenario that ships, is registered or offered by a package, or a .toml file."""
-    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE"), WORKLOAD] = None
+    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(this or --scenario)"), WORKLOAD] = None
     """A trace instead of a scenario; --rates rescales its time."""
     rates: Annotated[tuple[float, ...], tyro.conf.arg(metavar="R [R ...]", help_behavior_hint="(default: the workload's own)")] = ()
     """Arrival rates, requests/s."""
@@ -73,7 +73,7 @@ class Compare(TraceOptions, Resumable):
     """loky: processes of this machine; ray: the cluster that RAY_ADDRESS names, else one on this machine."""
     set: Assignments = ()
     """engine.FIELD or policy.NAME.OPTION."""
-    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE_OR_NAME")] = None
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE_OR_NAME", help_behavior_hint="(default: the engine's own)")] = None
     """Time model and, where it states it, KV capacity; NAME:clip holds tables at their edge values."""
 
 

@@ -33,9 +33,9 @@ class Film(TraceOptions, Options):
     Frames come at even times of the engine. Needs the extra `render`.
     """
 
-    scenario: Annotated[str | None, tyro.conf.arg(metavar="NAME"), WORKLOAD] = None
+    scenario: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(this or --trace)"), WORKLOAD] = None
     """A scenario that ships, is registered or offered by a package, or a .toml file."""
-    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE"), WORKLOAD] = None
+    trace: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(this or --scenario)"), WORKLOAD] = None
     """A trace instead of a scenario; --rate rescales its time."""
     policy: Annotated[str, tyro.conf.arg(metavar="POLICY")]
     """Name of a policy or shipped agent, folder of a checkpoint, or module:attribute."""
@@ -57,7 +57,7 @@ class Film(TraceOptions, Options):
     """Of a frame, pixels; the picture is made for 800 480 and its multiples."""
     set: Assignments = ()
     """engine.FIELD or policy.NAME.OPTION."""
-    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE_OR_NAME")] = None
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE_OR_NAME", help_behavior_hint="(default: the engine's own)")] = None
     """Time model and, where it states it, KV capacity; NAME:clip holds tables at their edge values."""
 
 

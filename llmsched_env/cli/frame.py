@@ -43,7 +43,7 @@ class Options:
 
     quiet: bool = False
     """No progress bar and no tables."""
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """Write what was found and the exit code as JSON too; - is standard output, which then holds nothing else."""
 
 

@@ -43,13 +43,13 @@ class ReplayTrace(TraceOptions, Options):
     """Engine preset."""
     set: Assignments = ()
     """engine.FIELD (also engine.d0, engine.d1: a linear time model; engine.time_model: a calibration) or policy.OPTION."""
-    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE_OR_NAME")] = None
+    calibration: Annotated[str | None, tyro.conf.arg(metavar="FILE_OR_NAME", help_behavior_hint="(default: the engine's own)")] = None
     """Time model and, where it states it, KV capacity; NAME:clip holds tables at their edge values."""
-    rate: Annotated[float | None, tyro.conf.arg(metavar="R")] = None
+    rate: Annotated[float | None, tyro.conf.arg(metavar="R", help_behavior_hint="(default: the trace's own)")] = None
     """Rescale time to R requests/s."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
     """CSV, one row a request; replaced."""
-    iterations: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    iterations: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
     """CSV, one row an iteration (kv_used: tokens or blocks); replaced."""
     no_drain: bool = False
     """End where the policy schedules nothing after the last arrival."""
