@@ -47,7 +47,7 @@ class Film(TraceOptions, Options):
     """Requests of the run."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Seed of the requests."""
-    until: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = math.inf
+    until: Annotated[float, tyro.conf.arg(metavar="SECONDS", help_behavior_hint="(default: the end of the run)")] = math.inf
     """Time of the engine after which the film ends."""
     every: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 0.5
     """Time of the engine from a frame to the next."""

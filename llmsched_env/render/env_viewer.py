@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.action import ActionCodec
+from llmsched_env.backend import Backend
 from llmsched_env.render.history import History
 from llmsched_env.render.names import bands, type_names
 from llmsched_env.render.viewer import SIZE, Viewer
-from llmsched_env.types import Decision
-
-if TYPE_CHECKING:
-    from llmsched_env.env import LLMSchedEnv
-
+from llmsched_env.types import Decision, QueueLayout
+from llmsched_env.workload import Scenario
 
 ORDER_WORDS = {"arrival": "in order of arrival", "work": "least work first"}
+
+
+class Rendered(Protocol):
+    """What is read of an environment; ``render_size``, (width, height) in pixels, where it has one."""
+
+    backend: Backend
+    scenario: Scenario
+    layout: QueueLayout
+    codec: Any
+    render_mode: str | None
+    metadata: dict[str, Any]
 
 
 class EnvViewer:
@@ -29,7 +38,7 @@ class EnvViewer:
         rate: of the episode, requests/s.
     """
 
-    def __init__(self, env: LLMSchedEnv, rate: float) -> None:
+    def __init__(self, env: Rendered, rate: float) -> None:
         self._env = env
         self._viewer: Viewer | None = None
         self.start(rate)
