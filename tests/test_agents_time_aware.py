@@ -12,14 +12,16 @@ pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: 
 
 import gymnasium as gym
 import torch as th
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import nn
 
 from llmsched_agents.policy import AgentPolicy, MaskableAgentPolicy, greedy_bias, masked_kl
 from llmsched_agents.ppo import Decay, Discounting
+from llmsched_agents.sb3_vec import SB3VecEnv, StepRecord
 from llmsched_agents.time_aware import GroupScale, TimeAwareReplayBuffer, TimeAwareRolloutBuffer, time_aware_gae
-from llmsched_agents.training_env import StepRecord
 from llmsched_env import ConfigError
+from llmsched_env.vector import LLMSchedVectorEnv
 
 OBSERVATION = gym.spaces.Box(0.0, 1.0, (3,), np.float32)
 
@@ -202,3 +204,16 @@ def test_the_actor_does_not_read_what_is_hidden() -> None:
     th.testing.assert_close(policy.logits(a), policy.logits(b))
     assert not th.allclose(policy.predict_values(a), policy.predict_values(b))
     assert (policy.logits(a).argmax(dim=1) == 3).all()
+
+
+@pytest.mark.parametrize("kind", [TimeAwareRolloutBuffer, TimeAwareReplayBuffer])
+def test_the_buffers_serve_plain_vector_environments(kind: Any) -> None:
+    """``SB3VecEnv.record`` tells how long each step took."""
+    envs = SB3VecEnv(LLMSchedVectorEnv(2, num_requests=30, hold=8, orders=()), flatten=True)
+    if kind is TimeAwareRolloutBuffer:
+        model: Any = PPO("MlpPolicy", envs, n_steps=32, rollout_buffer_class=kind, rollout_buffer_kwargs={"record": envs.record})
+    else:
+        options = {"record": envs.record, "handle_timeout_termination": False}
+        model = DQN("MlpPolicy", envs, learning_starts=10, replay_buffer_class=kind, replay_buffer_kwargs=options)
+    model.learn(200)
+    assert (envs.record.durations >= 0).all() and envs.record.durations.max() > 0

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,9 +48,29 @@ SETTINGS = (
     "reward",
     "reveal_output_length",
     "backlog",
+    "hold",
+    "hold_seconds",
+    "discount_seconds",
 )
 _SHARED = {"observation_space": "single_observation_space", "action_space": "single_action_space"}
 _FIXED = ("render_mode", "metadata", *_SHARED, *SETTINGS)
+
+
+@dataclass(slots=True)
+class StepRecord:
+    """What the last step was, for the buffers; one object for the life of the environments.
+
+    Attributes:
+        durations: (num_envs,) seconds the clock moved, over ``time_scale``.
+        truncated: (num_envs,) bool, the episode was cut rather than finished.
+        group: (num_envs,) int64, environments of one number have the same setting.
+        time_scale: (num_envs,) seconds in the unit of time of each environment's discounting.
+    """
+
+    durations: npt.NDArray[np.float64]
+    truncated: npt.NDArray[np.bool_]
+    group: npt.NDArray[np.int64]
+    time_scale: npt.NDArray[np.float64]
 
 
 class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-baselines3 the base is Any
@@ -64,7 +85,10 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
     * ``TimeLimit.truncated``: whether it was truncated rather than terminated;
     * ``episode``: ``{"r": return, "l": steps, "t": seconds since this object was built}``, as ``Monitor`` gives it.
 
-    Action masks come from ``env_method("action_masks")``; ``reset_infos`` stays empty.
+    Action masks come from ``env_method("action_masks")``; ``reset_infos`` stays empty. Steps take different times; ``record``
+    tells how long the last one was, and the buffers of ``llmsched_agents.time_aware`` discount by it::
+
+        PPO("MlpPolicy", envs, rollout_buffer_class=TimeAwareRolloutBuffer, rollout_buffer_kwargs={"record": envs.record})
 
     Args:
         vector: the environments, not reset yet in another mode than SAME_STEP, which is set here.
@@ -87,6 +111,9 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
         self._no_infos: list[dict[str, Any]] = [{} for _ in range(vector.num_envs)]
         self._attributes: list[dict[str, Any]] = [{} for _ in range(vector.num_envs)]
         self._built = time.time()
+        n = vector.num_envs
+        settings = len(vector._specs)
+        self.record = StepRecord(np.zeros(n), np.zeros(n, dtype=np.bool_), np.arange(n) % settings, np.ones(n))
         space: gym.Space[Any] = vector.single_observation_space
         if flatten:
             assert isinstance(space, gym.spaces.Dict)
@@ -113,6 +140,8 @@ class SB3VecEnv(VecEnv):  # type: ignore[misc, unused-ignore]  # without stable-
             self._no_infos = [{} for _ in range(self.num_envs)]
         infos = self._no_infos
         dones = terminated | truncated
+        self.record.durations[:] = last["seconds"] / self.record.time_scale
+        self.record.truncated[:] = truncated
         if dones.any():
             infos = infos.copy()
             seconds = round(time.time() - self._built, 6)

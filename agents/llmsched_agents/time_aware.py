@@ -2,7 +2,7 @@
 
 A step that moves the clock by dt is discounted by gamma = exp(-dt / discount_seconds) and, in GAE
 (arXiv 1506.02438), traced by lambda = exp(-dt / trace_seconds); a fixed gamma per step would make a
-policy prefer many short iterations to few long ones. ``StepRecord`` of ``AgentVecEnv`` tells dt and
+policy prefer many short iterations to few long ones. ``StepRecord`` of ``SB3VecEnv`` tells dt and
 which episodes were cut.
 
 Returns under light and heavy load differ by orders of magnitude. With ``normalize`` the value
@@ -22,7 +22,7 @@ from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
-from llmsched_agents.training_env import StepRecord
+from llmsched_agents.sb3_vec import StepRecord
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
@@ -21,7 +20,7 @@ from llmsched_agents.interface import agent_record, component_sizes
 from llmsched_agents.kernel import HIDDEN, AgentRecord, advance_range, carry_on, observe_all_at
 from llmsched_agents.peak import NO_TABLES, length_tables
 from llmsched_agents.recipe import Recipe
-from llmsched_agents.sb3_vec import SB3VecEnv
+from llmsched_agents.sb3_vec import SB3VecEnv, StepRecord
 from llmsched_env.action import THETAS
 from llmsched_env.compiled import entry
 from llmsched_env.engine.state import END_FINISHED, RUNNING
@@ -29,23 +28,6 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.records import Level
 from llmsched_env.types import QueueLayout
 from llmsched_env.vector import LLMSchedVectorEnv
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """What the last step was, for the buffers; one object for the life of the environments.
-
-    Attributes:
-        durations: (num_envs,) seconds the clock moved, over ``time_scale``.
-        truncated: (num_envs,) bool, the episode was cut rather than finished.
-        group: (num_envs,) int64, environments of one number have the same setting.
-        time_scale: (num_envs,) seconds in the unit of time of each environment's discounting.
-    """
-
-    durations: npt.NDArray[np.float64]
-    truncated: npt.NDArray[np.bool_]
-    group: npt.NDArray[np.int64]
-    time_scale: npt.NDArray[np.float64]
 
 
 class AgentVecEnv(SB3VecEnv):
