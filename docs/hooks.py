@@ -1,9 +1,9 @@
 """What the site needs beyond mkdocs: pages of the environments, links to sources, formulas, tables from docstrings.
 
-* ``Links`` to files outside ``docs/`` cannot be followed on the site. With ``repo_url`` in ``mkdocs.yml`` they lead to the
+* *Links* to files outside ``docs/`` cannot be followed on the site. With ``repo_url`` in ``mkdocs.yml`` they lead to the
   published file; without it only the name of the file stands there. A page named as code (`docs/NAME.md`) becomes a link to it.
-* ``Formulas`` are turned into MathML while the site is built, so that a page needs no script and no network.
-* ``Environments``: one page for each registered id, from the docstring of its class.
+* *Formulas* are turned into MathML while the site is built, so that a page needs no script and no network.
+* *Environments*: one page for each registered id, from the docstring of its class.
 * ``<!-- table: FILE -->`` stands for the table in the docstring of that module.
 * ``<!-- include: FILE -->`` stands for a Markdown file outside ``docs/``.
 """
@@ -18,8 +18,6 @@ import posixpath
 import re
 from pathlib import Path
 from typing import Any
-
-from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = "environments"
@@ -173,21 +171,32 @@ def with_formulas(content: str) -> str:
 # --- what mkdocs calls --------------------------------------------------------------------------
 
 
+def present(entry: Any) -> bool:
+    """Whether the page of an entry of the navigation is there: one that a program writes may not have been written yet."""
+    target = entry if isinstance(entry, str) else next(iter(entry.values()))
+    return not isinstance(target, str) or (ROOT / "docs" / target).is_file()
+
+
 def on_config(config: Any) -> Any:
-    """The environments' pages join the navigation."""
+    """The environments' pages join the navigation; pages that are not there leave it."""
     for section in config.nav:
-        if isinstance(section, dict) and "Environments" in section:
-            section["Environments"] += [{spec.id: page_name(spec)} for spec in registered()]
+        for title, entries in section.items() if isinstance(section, dict) else ():
+            if isinstance(entries, list):
+                entries[:] = filter(present, entries)
+            if title == "Environments":
+                entries += [{spec.id: page_name(spec)} for spec in registered()]
     return config
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File  # here: tests read the rest without mkdocs
+
     for spec in registered():
         files.append(File.generated(config, page_name(spec), content=environment_page(spec)))
     return files
 
 
-def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def replaced(match: re.Match[str]) -> str:
         kind, name = match.groups()
         return module_table(ROOT / name) if kind == "table" else _included(name)
@@ -195,7 +204,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return linked(_MARK.sub(replaced, markdown), page.file.src_uri, config.repo_url or "")
 
 
-def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
+def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
     return with_formulas(content)
 
 
