@@ -33,7 +33,7 @@ class Variant:
     Attributes:
         name: of the policy or the agent.
         kind: ``tuned`` in that very cell, or ``together`` for the non-stationary part as a whole.
-        options: (name, value) pairs of a baseline's constructor, engine fields with the prefix ``engine.``.
+        options: (name, value) pairs of the constructor, engine fields with the prefix ``engine.``.
         agent: what an agent is built from; None for a baseline of the suite.
         digest: of an agent (``NamedPolicy.digest``), empty for a baseline of the suite.
     """
@@ -64,7 +64,10 @@ class Variant:
             ConfigError: it cannot run there.
         """
         setting = bench.setting(cell)
-        return make(self.name, setting, dict(self.options)) if self.agent is None else self.agent.build(setting)
+        if self.agent is None:
+            return make(self.name, setting, dict(self.options))
+        own, engine = _split(dict(self.options))
+        return self.agent.build(replace(setting, overrides={**setting.overrides, **engine}), **own)
 
 
 def make(policy: str, setting: Setting, options: Mapping[str, Any]) -> Policy:
@@ -73,9 +76,14 @@ def make(policy: str, setting: Setting, options: Mapping[str, Any]) -> Policy:
     Raises:
         ConfigError: a refused option.
     """
-    engine = {name.removeprefix("engine."): value for name, value in options.items() if name.startswith("engine.")}
-    own = {name: value for name, value in options.items() if not name.startswith("engine.")}
+    own, engine = _split(options)
     return make_policy(policy, replace(setting, overrides={**setting.overrides, **engine}), overload=True, **own)
+
+
+def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the policy, and fields of the engine without their prefix."""
+    engine = {name.removeprefix("engine."): value for name, value in options.items() if name.startswith("engine.")}
+    return {name: value for name, value in options.items() if not name.startswith("engine.")}, engine
 
 
 def runs_on(policy: str, cell: Cell) -> bool:
