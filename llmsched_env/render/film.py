@@ -70,13 +70,15 @@ def write_mp4(path: Path, frames: Iterable[Frame], fps: float) -> int:
     height, width = first.shape[:2]
     options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
     writer = ffmpeg.write_frames(str(path), (width, height), **options)
-    writer.send(None)
-    writer.send(first)
     count = 1
-    for frame in each:
-        writer.send(frame)
-        count += 1
-    writer.close()
+    try:
+        writer.send(None)
+        writer.send(first)
+        for frame in each:
+            writer.send(frame)
+            count += 1
+    finally:
+        writer.close()
     return count
 
 
