@@ -29,9 +29,8 @@ def algorithm(env):
     shape, choices = env.observation_space.shape, int(env.action_space.n)
     actor = DiscreteActor(preprocess_net=Net(state_shape=shape, hidden_sizes=[64]), action_shape=choices, softmax_output=False)
     critic = DiscreteCritic(preprocess_net=Net(state_shape=shape, hidden_sizes=[64]))
-    policy = ProbabilisticActorPolicy(
-        actor=actor, dist_fn=dist_fn_categorical_from_logits, action_space=env.action_space, action_scaling=False, deterministic_eval=True
-    )
+    choose = {"dist_fn": dist_fn_categorical_from_logits, "action_space": env.action_space, "action_scaling": False}
+    policy = ProbabilisticActorPolicy(actor=actor, deterministic_eval=True, **choose)
     return PPO(policy=policy, critic=critic, optim=AdamOptimizerFactory(lr=3e-4), gamma=0.999)
 
 
@@ -47,7 +46,6 @@ def main(epochs: int = 10) -> None:
         batch_size=256,
         update_step_num_repetitions=4,
         test_step_num_episodes=4,
-        show_progress=False,
     )
     print(f"mean latency of the best test {-ppo.run_training(params).best_reward:.2f} s")
     torch.save(ppo.state_dict(), "tianshou_ppo.pt")
