@@ -47,20 +47,27 @@ def draw_course(paint: Painter, box: Box, history: History, capacity: int, evict
     left, width = box.left + LABELS, box.width - LABELS
     memory, strip = Box(left, box.top, width, 58), Box(left, box.top + 63, width, 14)
     requests = Box(left, box.top + 82, width, 68)
-    x = samples[:, CLOCK] / end
+    shown = thinned(samples, end / (2 * width))
+    x = shown[:, CLOCK] / end
     for plot in (memory, strip, requests):
         paint.fill(plot, p.BACKGROUND)
         for second in np.arange(0.0, end + 1e-9, tick_step(end)):
             paint.fill(Box(left + width * second / end - 0.5, plot.top, 1, plot.height), p.FREE)
-    paint.curves(memory, [(stairs(x, samples[:, KV] / capacity), p.BLUE, 1.6, True)])
+    paint.curves(memory, [(stairs(x, shown[:, KV] / capacity), p.BLUE, 1.6, True)])
     most = full_scale(float(samples[:, WAITING : RUNNING + 1].max()))
-    waiting, running = samples[:, WAITING] / most, samples[:, RUNNING] / most
+    waiting, running = shown[:, WAITING] / most, shown[:, RUNNING] / most
     paint.curves(requests, [(stairs(x, running), p.BLUE, 1.8, False), (stairs(x, waiting), p.ORANGE, 1.8, False)])
     draw_evictions(paint, strip, samples, end)
     for plot in (memory, strip, requests):
         paint.rule(plot.left, plot.right, plot.bottom)
     draw_labels(paint, memory, strip, requests, most, evicted)
     draw_seconds(paint, requests, end)
+
+
+def thinned(samples: npt.NDArray[np.float64], seconds: float) -> npt.NDArray[np.float64]:
+    """One sample for those within the same ``seconds``, with their highest values; the last of all stays as it is."""
+    starts = np.flatnonzero(np.diff(np.floor(samples[:-1, CLOCK] / seconds), prepend=-1.0))
+    return np.concatenate([np.maximum.reduceat(samples[:-1], starts), samples[-1:]]) if starts.size else samples
 
 
 def stairs(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -95,7 +95,9 @@ class Viewer:
             self._pygame.event.pump()
             self._pygame.display.flip()
             self._clock.tick(self._fps)
-        return np.ascontiguousarray(np.transpose(self._pygame.surfarray.array3d(surface), (1, 0, 2)))
+        width, height = surface.get_size()
+        pixels = np.frombuffer(self._pygame.image.tobytes(surface, "RGB"), dtype=np.uint8)
+        return pixels.reshape(height, width, 3).copy()
 
     def close(self) -> None:
         """Close the window, where there is one."""
