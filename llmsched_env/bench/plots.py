@@ -158,7 +158,7 @@ def _envelope(time: np.ndarray[Any, Any], values: np.ndarray[Any, Any], points: 
 def plot_ttft_cdf(path: Path, recordings: Sequence[Recording], labels: dict[str, str]) -> None:
     """Share of requests whose first token came within x seconds."""
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(figsize=(6.6, 4.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(8.6, 4.4), layout="constrained")
     for i, one in enumerate(recordings):
         if one.ttft.size == 0:
             continue
@@ -171,5 +171,6 @@ def plot_ttft_cdf(path: Path, recordings: Sequence[Recording], labels: dict[str,
     axes.set_ylim(0, 1.01)
     axes.set_xlabel("TTFT (s)")
     axes.set_ylabel("share of requests")
-    axes.legend(frameon=False, loc="lower right")
+    # Curves cross the whole of the axes: no corner is free for every comparison.
+    figure.legend(loc="outside right upper", frameon=False)
     _save(pyplot, figure, path)
