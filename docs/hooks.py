@@ -100,7 +100,8 @@ def module_table(path: Path) -> str:
     ends = [*(start for start, _ in bounds[1:]), None]
 
     def cells(line: str) -> list[str]:
-        return [line[start:end].strip().replace("``", "`") for (start, _), end in zip(bounds, ends, strict=True)]
+        found = (line[start:end].strip() for (start, _), end in zip(bounds, ends, strict=True))
+        return [cell.replace("``", "`").replace("|", "\\|") for cell in found]
 
     rows = [cells(line) for line in lines[rules[0] + 1 : rules[1]]]
     for line in lines[rules[1] + 1 : rules[2]]:
@@ -150,10 +151,10 @@ def linked(markdown: str, page: str, repo_url: str) -> str:
     return "".join([*parts, _PAGE_AS_CODE.sub(as_page, _LINK.sub(link, markdown[last:]))])
 
 
-def _included(name: str) -> str:
-    """A Markdown file from the root, its links seen from there."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    return re.sub(r"\]\(docs/", "](", text)
+def _included(name: str, page: str) -> str:
+    """A Markdown file, its links to pages seen from ``docs/``; without its title where the page has one."""
+    text = re.sub(r"\]\(docs/", "](", (ROOT / name).read_text(encoding="utf-8"))
+    return re.sub(r"\A# .*\n", "", text) if page.startswith("# ") else text
 
 
 def with_formulas(content: str) -> str:
@@ -199,7 +200,7 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     def replaced(match: re.Match[str]) -> str:
         kind, name = match.groups()
-        return module_table(ROOT / name) if kind == "table" else _included(name)
+        return module_table(ROOT / name) if kind == "table" else _included(name, markdown)
 
     return linked(_MARK.sub(replaced, markdown), page.file.src_uri, config.repo_url or "")
 
