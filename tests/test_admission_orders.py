@@ -20,6 +20,7 @@ from llmsched_env.forecast import expected_output, expected_output_by_class, exp
 from llmsched_env.runner import run_episode
 from llmsched_env.types import Decision, LengthStatistics
 from llmsched_env.workload import load_scenario
+from tests.env_settings import RESERVE
 
 SMALL = {"num_blocks": 40, "max_model_len": 256, "max_num_seqs": 6, "max_num_batched_tokens": 96}
 
@@ -160,9 +161,7 @@ def test_backlog_is_drawn_from_its_range_by_the_seed() -> None:
 def test_a_constant_action_is_the_reserve_policy(theta: float) -> None:
     scenario = load_scenario("azure-conv")
     workload = scenario.generate(5, rate=7.0, num_requests=600)
-    env = gym.make(
-        "LLMSched-v0", rate=7.0, num_requests=600, engine={"num_blocks": 2816}, segment_ends=(), action_set="reserve", thetas=(0.0, theta)
-    )
+    env = gym.make("LLMSched-v0", **RESERVE, rate=7.0, num_requests=600, engine={"num_blocks": 2816}, segment_ends=(), thetas=(0.0, theta))
     env.reset(seed=0, options={"workload": workload})
     done = False
     while not done:
@@ -176,7 +175,7 @@ def test_a_constant_action_is_the_reserve_policy(theta: float) -> None:
 
 
 def test_reserve_env_passes_the_checker_and_holds_at_zero() -> None:
-    env = gym.make("LLMSched-v0", num_requests=40, backlog=10, action_set="reserve")
+    env = gym.make("LLMSched-v0", **RESERVE, num_requests=40, backlog=10)
     check_env(env.unwrapped, skip_render_check=True)
     assert env.action_space == gym.spaces.Discrete(10)
     env.reset(seed=0)
@@ -185,7 +184,7 @@ def test_reserve_env_passes_the_checker_and_holds_at_zero() -> None:
     env.step(9)
     assert env.unwrapped.view().num_residents > 0
     assert env.unwrapped.action_masks().all()
-    with pytest.raises(ConfigError, match="action_set"):
+    with pytest.raises(ConfigError, match="action_set: 'nope', must be 'peak', 'admit' or 'reserve'"):
         gym.make("LLMSched-v0", action_set="nope")
     with pytest.raises(ConfigError, match="thetas"):
         gym.make("LLMSched-v0", action_set="reserve", thetas=(-1.0,))

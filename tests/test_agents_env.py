@@ -16,15 +16,16 @@ pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: 
 
 from llmsched_agents.domain import Domain, EnvSetting, arrivals_of, workload_of
 from llmsched_agents.interface import FIELDS, Interface
-from llmsched_agents.kernel import FEATURES, GRID, HIDDEN
-from llmsched_agents.peak import forecast_steps
-from llmsched_agents.recipe import LEVELS, Recipe, boundary_with_prefill, class_tokens, class_work, first_token_budget, fluid_budget
+from llmsched_agents.kernel import FEATURES, HIDDEN
+from llmsched_agents.recipe import LEVELS, Recipe, boundary_with_prefill, class_tokens, first_token_budget, fluid_budget
 from llmsched_agents.sb3_vec import SB3VecEnv
 from llmsched_agents.training_env import AgentVecEnv
 from llmsched_baselines import Setting
 from llmsched_env import AdmitOnly, ConfigError, Decision, EngineConfig, EpisodeLimits, LLMSchedEnv
 from llmsched_env.backends import make_backend
 from llmsched_env.compiled import compiled
+from llmsched_env.forecast import class_work
+from llmsched_env.peak import GRID, forecast_steps
 from llmsched_env.perf import LinearTime
 from llmsched_env.reward import CompiledReward
 from llmsched_env.types import LengthStatistics
@@ -49,7 +50,8 @@ def in_agents_order(observed: Any) -> np.ndarray:
 
 def scalar(setting: EnvSetting, recipe: Recipe, **kwargs: Any) -> LLMSchedEnv:
     placed = setting.placed(recipe)
-    return LLMSchedEnv(placed.scenario, rate=placed.rate, engine=placed.engine, max_admit=recipe.max_admit, **kwargs)
+    one_by_one = {"action_set": "admit", "hold": 1, "max_admit": recipe.max_admit, **kwargs}
+    return LLMSchedEnv(placed.scenario, rate=placed.rate, engine=placed.engine, **one_by_one)
 
 
 @pytest.mark.parametrize("domain", [CONV, PAPER])
@@ -60,7 +62,7 @@ def test_native_actions_equal_the_plain_adapter(domain: Domain) -> None:
     placed = [s.placed(recipe) for s in settings]
     vector = LLMSchedVectorEnv(
         3, scenario=[p.scenario for p in placed], rate=[p.rate for p in placed], engine=[p.engine for p in placed], num_requests=4,
-        max_admit=4,
+        action_set="admit", max_admit=4,
     )
     assert ours.observation_space == SB3VecEnv(vector, flatten=True).observation_space
     theirs = SB3VecEnv(vector)

@@ -18,12 +18,13 @@ from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.vector import LLMSchedVectorEnv
 from llmsched_env.workload import load_scenario
+from tests.env_settings import ADMIT, RESERVE
 
 BAD_NUMBERS = [-1, -(2**63), 2**31, 2**63 - 1, 3.7, -0.5, math.nan, math.inf, -math.inf, 1e300, "1", None, [1, 2], True, b"1", 1 + 2j]
 
 
 def scalar(**kwargs: Any) -> LLMSchedEnv:
-    env = LLMSchedEnv(num_requests=20, rate=6.0, backlog=10, **kwargs)
+    env = LLMSchedEnv(**{**ADMIT, "num_requests": 20, "rate": 6.0, "backlog": 10, **kwargs})
     env.reset(seed=0)
     return env
 
@@ -34,14 +35,14 @@ def state(env: LLMSchedEnv) -> bytes:
 
 @pytest.mark.parametrize("value", [*BAD_NUMBERS, 10, 100_000_000])
 def test_a_reserve_action_outside_its_space(value: Any) -> None:
-    env = scalar(action_set="reserve")
+    env = scalar(**RESERVE)
     before = state(env)
     if value is True:
         pytest.skip("numpy takes True for a bool array, which has a refusal of its own below")
     with pytest.raises(ConfigError, match="action"):
         env.step(value)
     assert state(env) == before
-    vector = LLMSchedVectorEnv(2, num_requests=20, rate=6.0, action_set="reserve")
+    vector = LLMSchedVectorEnv(2, **RESERVE, num_requests=20, rate=6.0)
     vector.reset(seed=0)
     with pytest.raises(ConfigError, match="action"):
         vector.step([0, value])
@@ -59,7 +60,7 @@ def test_an_admit_action_outside_its_space(place: int, value: float) -> None:
     with pytest.raises(ConfigError, match="action"):
         env.step(action)
     assert state(env) == before
-    vector = LLMSchedVectorEnv(3, num_requests=20, rate=6.0)
+    vector = LLMSchedVectorEnv(3, **ADMIT, num_requests=20, rate=6.0)
     vector.reset(seed=0)
     clocks = vector.fleet.clocks.copy()
     with pytest.raises(ConfigError, match="environment 1" if float(value).is_integer() else "action"):
@@ -97,7 +98,7 @@ def test_any_integers_are_taken_or_refused(action: list[int]) -> None:
 
 @pytest.mark.parametrize("value", [-1, 17, 2.5, math.nan, "x"])
 def test_admit_only(value: Any) -> None:
-    env = AdmitOnly(gym.make("LLMSched-v0", num_requests=20))
+    env = AdmitOnly(gym.make("LLMSched-v0", **ADMIT, num_requests=20))
     env.reset(seed=0)
     with pytest.raises(ConfigError, match="action"):
         env.step(value)
@@ -132,11 +133,11 @@ def test_a_policy_on_the_queues_of_another() -> None:
 
 
 def test_nothing_is_asked_before_reset() -> None:
-    for env in (LLMSchedEnv(num_requests=5), LLMSchedVectorEnv(2, num_requests=5)):
+    for env in (LLMSchedEnv(**ADMIT, num_requests=5), LLMSchedVectorEnv(2, **ADMIT, num_requests=5)):
         for ask in ("action_masks", "sample_mask"):
             with pytest.raises(gym.error.ResetNeeded):
                 getattr(env, ask)()
-    env = LLMSchedEnv(num_requests=5)
+    env = LLMSchedEnv(**ADMIT, num_requests=5)
     for call in (env.view, lambda: env.step([1] * 8), lambda: env.step_decision(Decision.greedy(4))):
         with pytest.raises(gym.error.ResetNeeded):
             call()
@@ -171,8 +172,9 @@ _ARRAYS = st.builds(
 
 
 def _fuzz_actions(examples: int) -> None:
-    envs = [scalar(), scalar(action_set="reserve")]
-    vectors = [LLMSchedVectorEnv(2, num_requests=20, rate=6.0, action_set=kind, threads=1) for kind in ("admit", "reserve")]
+    kinds: list[dict[str, Any]] = [ADMIT, RESERVE, {"scenario": "azure-conv-40gb", "action_set": "peak"}]
+    envs = [scalar(**kind) for kind in kinds]
+    vectors = [LLMSchedVectorEnv(2, **kind, num_requests=20, rate=6.0, threads=1) for kind in kinds]
     for vector in vectors:
         vector.reset(seed=0)
 

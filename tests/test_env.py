@@ -19,12 +19,13 @@ import llmsched_env
 from llmsched_env import AdmitOnly, ConfigError, Decision, LLMSchedEnv, Workload
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.workload import scenario_names
+from tests.env_settings import ADMIT, RESERVE
 
 IDS = ["LLMSched-v0", "LLMSchedKnown-v0"]
 
 
 def make(env_id: str = "LLMSched-v0", **kwargs: Any) -> gym.Env[Any, Any]:
-    return gym.make(env_id, **{"num_requests": 40, **kwargs})
+    return gym.make(env_id, **{**ADMIT, "num_requests": 40, **kwargs})
 
 
 def arrivals(env: gym.Env[Any, Any]) -> np.ndarray:
@@ -34,10 +35,11 @@ def arrivals(env: gym.Env[Any, Any]) -> np.ndarray:
 
 @pytest.mark.parametrize("env_id", IDS)
 @pytest.mark.parametrize("scenario", scenario_names())
-def test_gymnasium_checker(env_id: str, scenario: str) -> None:
+@pytest.mark.parametrize("action_set", ["peak", "admit"])
+def test_gymnasium_checker(env_id: str, scenario: str, action_set: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        env = make(env_id, scenario=scenario).unwrapped
+        env = make(env_id, scenario=scenario, action_set=action_set).unwrapped
         check_env(env, skip_render_check=True)
         env.close()
 
@@ -255,7 +257,9 @@ def test_options_of_reset() -> None:
         ({"engine": {"num_block": 3}}, "engine.num_block"),
         ({"engine": {"max_num_seqs": 4096}}, "max_num_batched_tokens: 2048"),
         ({"backend": "simm"}, "did you mean 'sim'"),
-        ({"max_admit": 0}, "max_admit: 0"),
+        ({"action_set": "admit", "max_admit": 0}, "max_admit: 0"),
+        ({"action_set": "admits"}, "action_set: 'admits', must be 'peak', 'admit' or 'reserve'"),
+        ({"hold": 0}, "hold: 0"),
         ({"segment_ends": (5, 5)}, "segment_ends"),
         ({"class_by": "output", "class_edges": (10,)}, "reveal_output_length"),
         ({"render_mode": "ansi"}, "render_mode"),
@@ -300,7 +304,7 @@ def test_an_action_outside_the_space_is_refused_and_changes_nothing(action: list
 
 @pytest.mark.parametrize("action", [-1, 10, 0.5, [1, 2]])
 def test_an_action_outside_the_reserve_set_is_refused(action: Any) -> None:
-    env = make(action_set="reserve").unwrapped
+    env = make(**RESERVE).unwrapped
     env.reset(seed=0)
     with pytest.raises(ConfigError, match="action"):
         env.step(action)
@@ -330,5 +334,9 @@ def test_admit_only_equals_the_full_action() -> None:
 
 
 def test_version_and_registration_are_idempotent() -> None:
-    llmsched_env._register()
+    before = dict(gym.registry)
+    for environment in llmsched_env.ENVIRONMENTS:
+        assert environment.id in before
+        environment.register()
+    assert gym.registry == before
     assert llmsched_env.__version__ == "0.1.0"

@@ -67,7 +67,7 @@ def test_hidden_lengths_change_nothing_before_completion(
     shortest = min(int(outputs[i]), other)
     envs = []
     for out in (outputs, changed):
-        env = LLMSchedEnv("lmsys", engine=engine, segment_ends=(5, 12), class_by="prompt", class_edges=(15,))
+        env = LLMSchedEnv("lmsys", action_set="admit", engine=engine, segment_ends=(5, 12), class_by="prompt", class_edges=(15,))
         env.reset(seed=1, options={"workload": Workload.of(arrival, prompts, out)})
         envs.append(env)
     while not (envs[0].backend.done or envs[1].backend.done):

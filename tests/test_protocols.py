@@ -37,6 +37,7 @@ from llmsched_env.perf.models import formula_seconds, linear_seconds
 from llmsched_env.perf.tables import table_seconds
 from llmsched_env.reward import SloGoodputReward, make_reward
 from llmsched_env.types import MOST_QUEUES, Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from tests.env_settings import ADMIT
 from tests.env_walk import together, walked, walked_together
 
 ENGINE = EngineConfig.vllm()
@@ -458,10 +459,11 @@ def test_a_model_of_ones_own_is_as_good_as_a_built_in_one() -> None:
     np.testing.assert_array_equal(own.seconds_of(batches), 0.01 + 2e-6 * batches[:, LOAD])
     np.testing.assert_array_equal(ByLoad.evaluate(np.array([1.0, 0.0]), batches), np.ones((2, 50)))
 
+    short: dict[str, Any] = {**ADMIT, "rate": 20.0, "num_requests": 30, "max_iterations": 150}
     settings: list[dict[str, Any]] = [{"num_blocks": 400, "max_num_seqs": 8, "time_model": model} for model in (own, linear)]
-    ours, theirs = (walked(LLMSchedEnv(rate=20.0, num_requests=30, max_iterations=150, engine=engine)) for engine in settings)
+    ours, theirs = (walked(LLMSchedEnv(**short, engine=engine)) for engine in settings)
     assert len(ours) > 300 and ours == theirs
-    ours, theirs = (walked_together(together(3, rate=20.0, num_requests=30, max_iterations=150, engine=engine)) for engine in settings)
+    ours, theirs = (walked_together(together(3, **short, engine=engine)) for engine in settings)
     assert len(ours) > 300 and ours == theirs
 
 

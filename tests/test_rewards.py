@@ -18,6 +18,7 @@ from llmsched_env.records import Numbers
 from llmsched_env.reward import CompiledReward, LatencyReward, SloGoodputReward, make_reward
 from llmsched_env.types import Decision
 from llmsched_env.vector import LLMSchedVectorEnv
+from tests.env_settings import ADMIT
 from tests.env_walk import drawn, together, walked, walked_together
 from tests.test_protocols import gives_text, of_two, reads_too_much, uncompiled
 
@@ -108,7 +109,9 @@ def tokens_less_wait_in_python(outcome: Any) -> float:
     return float(0.5 * outcome.generated_tokens - outcome.system_seconds / outcome.num_requests)
 
 
-SETTINGS: dict[str, Any] = {"rate": 20.0, "num_requests": 30, "max_iterations": 150, "engine": {"num_blocks": 400, "max_num_seqs": 8}}
+SETTINGS: dict[str, Any] = {
+    **ADMIT, "rate": 20.0, "num_requests": 30, "max_iterations": 150, "engine": {"num_blocks": 400, "max_num_seqs": 8}
+}  # fmt: skip
 EQUAL_REWARDS: dict[str, Callable[[], Any]] = {
     "CompiledReward": lambda: CompiledReward(tokens_less_wait, [0.5]),
     "compiled": lambda: tokens_less_wait_alone,
@@ -180,7 +183,7 @@ def test_what_a_reward_remembers_is_its_environments_own_and_ends_with_the_episo
 @pytest.mark.parametrize("spec", ["latency", "throughput", {"name": "slo_goodput", "ttft": 100.0, "tpot": 10.0}], ids=str)
 def test_built_in_rewards_called_as_ordinary_callables_are_the_compiled_ones(spec: Any) -> None:
     built_in = make_reward(spec)
-    settings: dict[str, Any] = {"scenario": "nested-two-type", "num_requests": 4, "max_admit": 4}
+    settings: dict[str, Any] = {**ADMIT, "scenario": "nested-two-type", "num_requests": 4, "max_admit": 4}
 
     def ordinary(outcome: Any) -> float:
         return built_in(outcome)

@@ -25,12 +25,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecMonitor, VecNormalize
 
 from llmsched_agents.sb3_vec import SB3VecEnv
+from tests.env_settings import ADMIT
 
 ROOT = Path(__file__).resolve().parents[1]
 # Episodes of a few dozen random steps: SHORT's end by completion, CUT's by the horizon of one second.
-SHORT: dict[str, Any] = {"scenario": "nested-two-type", "num_requests": 4, "max_admit": 4}
+SHORT: dict[str, Any] = {**ADMIT, "scenario": "nested-two-type", "num_requests": 4, "max_admit": 4}
 CUT: dict[str, Any] = {
-    "scenario": "azure-conv",
+    **ADMIT,
     "rate": 4.0,
     "num_requests": 4,
     "max_admit": 4,

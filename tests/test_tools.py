@@ -17,8 +17,9 @@ from llmsched_env import AdmitOnly
 from llmsched_env.errors import ConfigError
 from llmsched_env.threads import Workers, available_threads
 from llmsched_env.vector import LLMSchedVectorEnv
+from tests.env_settings import ADMIT, RESERVE
 
-SMALL: dict[str, Any] = {"scenario": "azure-conv", "rate": 6.0, "num_requests": 8}
+SMALL: dict[str, Any] = {**ADMIT, "rate": 6.0, "num_requests": 8}
 GREEDY = np.array([1] * 4 + [16] * 4)
 
 
@@ -71,10 +72,10 @@ def test_infos_have_the_same_keys_at_every_step() -> None:
         *_, terminated, truncated, info = env.step(GREEDY)
         over = terminated or truncated
         keys.add(frozenset(info))
-    assert keys == {frozenset({"clock", "action_mask", "summary"})}
+    assert keys == {frozenset({"clock", "seconds", "discount", "action_mask", "summary"})}
     assert info["summary"]["completed"] == 8
     envs = gym.make_vec("LLMSched-v0", num_envs=2, **SMALL)
-    assert {frozenset(infos) for infos in to_the_ends(envs)} == {frozenset({"clock", "action_mask"})}
+    assert {frozenset(infos) for infos in to_the_ends(envs)} == {frozenset({"clock", "seconds", "discount", "action_mask"})}
     for kind in ("sync", "async"):
         made = gym.make_vec("LLMSched-v0", num_envs=2, vectorization_mode=kind, **SMALL)
         assert to_the_ends(made)
@@ -82,7 +83,7 @@ def test_infos_have_the_same_keys_at_every_step() -> None:
 
 
 def test_masks_in_the_form_that_sampling_takes() -> None:
-    for env in (gym.make("LLMSched-v0", **SMALL), gym.make("LLMSched-v0", action_set="reserve", **SMALL)):
+    for env in (gym.make("LLMSched-v0", **SMALL), gym.make("LLMSched-v0", **{**SMALL, **RESERVE})):
         _, info = env.reset(seed=0)
         env.action_space.seed(0)
         for _ in range(60):

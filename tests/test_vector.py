@@ -16,6 +16,7 @@ from gymnasium.vector import AutoresetMode
 
 from llmsched_env import ConfigError, LLMSchedEnv
 from llmsched_env.vector import LLMSchedVectorEnv
+from tests.env_settings import ADMIT
 
 
 def masked(mask: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -27,12 +28,12 @@ def masked(mask: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> np.
 
 
 CASES: list[dict[str, Any]] = [
-    {"scenario": "azure-conv", "rate": 9.0, "engine": {"num_blocks": 700}},
-    {"scenario": "azure-conv", "rate": [4.0, 8.0, 12.0], "class_by": "prompt", "class_edges": (300, 900), "reward": "slo_goodput"},
-    {"scenario": ["lmsys", "sharegpt"], "rate": 20.0, "segment_ends": (20, 80), "reward": "throughput", "horizon": 6.0},
-    {"scenario": "nested-two-type", "engine": [{"capacity_tokens": 90}, {"capacity_tokens": 5003}]},
-    {"scenario": "azure-conv", "rate": 9.0, "engine": [{"num_blocks": 300, "enable_prefix_caching": True}, {"num_blocks": 500}]},
-    {"scenario": "azure-conv", "rate": 9.0, "reward": lambda outcome: outcome.duration - 0.01 * outcome.evictions},
+    {**ADMIT, "rate": 9.0, "engine": {"num_blocks": 700}},
+    {**ADMIT, "rate": [4.0, 8.0, 12.0], "class_by": "prompt", "class_edges": (300, 900), "reward": "slo_goodput"},
+    {**ADMIT, "scenario": ["lmsys", "sharegpt"], "rate": 20.0, "segment_ends": (20, 80), "reward": "throughput", "horizon": 6.0},
+    {**ADMIT, "scenario": "nested-two-type", "engine": [{"capacity_tokens": 90}, {"capacity_tokens": 5003}]},
+    {**ADMIT, "rate": 9.0, "engine": [{"num_blocks": 300, "enable_prefix_caching": True}, {"num_blocks": 500}]},
+    {**ADMIT, "rate": 9.0, "reward": lambda outcome: outcome.duration - 0.01 * outcome.evictions},
 ]
 
 
@@ -74,6 +75,7 @@ def test_equal_to_scalar_environments(case: dict[str, Any], mode: AutoresetMode)
                 continue
             obs, reward, term, trunc, info = env.step(actions[i])
             assert (rewards[i], terminated[i], truncated[i]) == (reward, term, trunc)
+            assert (infos["seconds"][i], infos["discount"][i]) == (info["seconds"], info["discount"])
             returns[i] += reward
             lengths[i] += 1
             if term or trunc:
@@ -113,7 +115,7 @@ def test_make_vec_and_batched_spaces() -> None:
 def test_threads_do_not_change_a_byte() -> None:
     runs = []
     for threads in (1, 2, 4):
-        env = LLMSchedVectorEnv(9, num_requests=30, rate=9.0, threads=threads)
+        env = LLMSchedVectorEnv(9, **ADMIT, num_requests=30, rate=9.0, threads=threads)
         observed, _ = env.reset(seed=1)
         rng = np.random.default_rng(0)
         trail = [observed["kv"].tobytes()]
@@ -167,7 +169,7 @@ def test_what_was_refused_can_be_closed() -> None:
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
 @pytest.mark.parametrize("engine", [{"num_blocks": 700}, {"num_blocks": 700, "enable_prefix_caching": True}])
 def test_a_copy_keeps_the_state_and_goes_its_own_way(copied: Callable[[Any], Any], engine: dict[str, Any]) -> None:
-    env = LLMSchedVectorEnv(3, num_requests=30, rate=9.0, engine=engine)
+    env = LLMSchedVectorEnv(3, **ADMIT, num_requests=30, rate=9.0, engine=engine)
     env.reset(seed=2)
     greedy, idle = np.array([[1] * 4 + [16] * 4] * 3), np.array([[0] * 8] * 3)
     for _ in range(20):
@@ -186,8 +188,9 @@ def test_a_copy_keeps_the_state_and_goes_its_own_way(copied: Callable[[Any], Any
 
 
 def test_the_prefix_caching_backend_is_the_engine_option() -> None:
-    named = LLMSchedVectorEnv(2, num_requests=20, rate=9.0, engine={"num_blocks": 300}, backend="sim-prefix-cache")
-    option = LLMSchedVectorEnv(2, num_requests=20, rate=9.0, engine={"num_blocks": 300, "enable_prefix_caching": True})
+    settings: dict[str, Any] = {**ADMIT, "num_requests": 20, "rate": 9.0}
+    named = LLMSchedVectorEnv(2, **settings, engine={"num_blocks": 300}, backend="sim-prefix-cache")
+    option = LLMSchedVectorEnv(2, **settings, engine={"num_blocks": 300, "enable_prefix_caching": True})
     assert named.spec_of(1).engine == option.spec_of(1).engine
     assert data_equivalence(named.reset(seed=0), option.reset(seed=0), exact=True)
     for _ in range(200):
@@ -195,7 +198,7 @@ def test_the_prefix_caching_backend_is_the_engine_option() -> None:
 
 
 def test_an_action_outside_the_space_is_refused_and_changes_nothing() -> None:
-    env, other = (LLMSchedVectorEnv(3, num_requests=20) for _ in range(2))
+    env, other = (LLMSchedVectorEnv(3, **ADMIT, num_requests=20) for _ in range(2))
     env.reset(seed=0)
     other.reset(seed=0)
     legal = np.array([[1] * 4 + [16] * 4] * 3)

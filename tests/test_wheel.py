@@ -165,7 +165,7 @@ def test_a_package_adds_a_policy_a_scenario_and_a_reward_from_outside(with_comma
     assert all(latency["at-most", seed] > latency["vllm", seed] for seed in "01")
     program = (
         "import gymnasium as gym\n"
-        "settings = dict(scenario='night-chat', reward='few-waiting', num_requests=20)\n"
+        "settings = dict(scenario='night-chat', action_set='admit', reward='few-waiting', num_requests=20)\n"
         "one = gym.make('llmsched_env:LLMSched-v0', backlog=5, **settings)\n"
         "many = gym.make_vec('llmsched_env:LLMSched-v0', num_envs=2, **settings)\n"
         "one.reset(seed=0), many.reset(seed=0)\n"

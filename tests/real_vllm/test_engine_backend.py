@@ -35,6 +35,7 @@ from llmsched_hardware import real_engine
 from llmsched_hardware.gated_scheduler import Admission
 from llmsched_hardware.real_engine import EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks
 from llmsched_hardware.vllm_engine import VllmEngineBackend
+from tests.env_settings import ADMIT
 
 ENGINE = EngineConfig.vllm(
     block_size=16,
@@ -492,7 +493,7 @@ def test_the_default_environment_runs_out_of_the_box() -> None:
     done = False
     while not done:
         assert env.observation_space.contains(observation)
-        observation, _, terminated, truncated, info = env.step(np.array([1] * 4 + [16] * 4))
+        observation, _, terminated, truncated, info = env.step(np.array([6, 0]))  # as many as fit, in order of arrival
         done = terminated or truncated
     assert info["summary"]["completed"] == 3
     assert info["summary"]["sim_seconds"] > 0
@@ -505,7 +506,7 @@ def test_the_default_environment_runs_out_of_the_box() -> None:
 
 def test_the_virtual_clock_gives_the_same_observations_and_rewards_as_the_simulator() -> None:
     envs = [
-        gym.make("llmsched_env:LLMSched-v0", num_requests=12, engine=SMALL, rate=9.0, backend=name, backend_config=config).unwrapped
+        gym.make("LLMSched-v0", **ADMIT, num_requests=12, engine=SMALL, rate=9.0, backend=name, backend_config=config).unwrapped
         for name, config in (("sim", {}), ("vllm", {"clock": "virtual"}))
     ]
     first = [env.reset(seed=3)[0] for env in envs]

@@ -26,6 +26,7 @@ from llmsched_env.perf.batch import BatchSums
 from llmsched_env.records import Rows
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from tests.engine_walk import check_engine
+from tests.env_settings import ADMIT
 
 WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_WORKLOADS", "260"))
 MIN_ITERATIONS = 200_000
@@ -255,7 +256,7 @@ def test_the_environment_runs_on_vllm_scheduler() -> None:
     import llmsched_env
 
     sim, vllm = (
-        llmsched_env.LLMSchedEnv("azure-conv", rate=7.0, num_requests=60, engine={"num_blocks": 600}, backend=name)
+        llmsched_env.LLMSchedEnv(**ADMIT, rate=7.0, num_requests=60, engine={"num_blocks": 600}, backend=name)
         for name in ("sim", "vllm-scheduler")
     )
     first = [env.reset(seed=3) for env in (sim, vllm)]
