@@ -55,7 +55,8 @@ def checked_backlog(backlog: Any) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-ACTION_SETS = ("peak", "admit", "reserve")
+ACTION_SETS = {"peak": ("levels", "orders"), "admit": ("max_admit",), "reserve": ("thetas",)}
+"""Action sets and the settings that only they have."""
 
 DEFAULT_SCENARIO = "azure-conv-40gb"
 HOLD = 32
@@ -204,7 +205,13 @@ def draw_backlog(backlog: tuple[int, int], rng: np.random.Generator) -> int:
 
 def _codec(given: EnvSettings, layout: QueueLayout) -> Codec:
     """The action set of the settings."""
-    checks.one_of("action_set", given.action_set, ACTION_SETS)
+    checks.one_of("action_set", given.action_set, tuple(ACTION_SETS))
+    for action_set, names in ACTION_SETS.items():
+        for name in names:
+            value, default = getattr(given, name), EnvSettings.__dataclass_fields__[name].default
+            same = value is default or (type(value) is type(default) and value == default)
+            if action_set != given.action_set and not same:
+                raise ConfigError(f"{name}: {checks.shown(value)}, is for action_set={action_set!r}, not {given.action_set!r}")
     budgets: Any = given.token_budgets  # checked and converted there, as the others
     if given.action_set == "admit":
         return ActionCodec(layout.num_queues, given.max_admit, token_budgets=budgets)

@@ -264,7 +264,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         return {
             "clock": self.fleet.records[i].clock,
             "seconds": float(self._seconds[i]),
-            "discount": float(np.exp(-self._seconds[i] / self._discount_seconds)),
+            "discount": float(self._discounts()[i]),
             "action_mask": self._masks[i].copy(),
             "episode_return": env.episode_return,
             "episode_length": env.episode_length,
@@ -309,11 +309,17 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
     def _observed(self) -> Observations:
         return {name: self._observations[:, where] for name, where in self._where}
 
+    def _discounts(self) -> npt.NDArray[np.float64]:
+        """(num_envs,) factors of what follows the step, each as the scalar environment computes it, to the last bit."""
+        if self._discount_seconds == math.inf:
+            return np.ones(self.num_envs)
+        return np.array([math.exp(-seconds / self._discount_seconds) for seconds in self._seconds.tolist()])
+
     def _infos(self) -> dict[str, Any]:
         return {
             "clock": self.fleet.clocks.copy(),
             "seconds": self._seconds,
-            "discount": np.exp(-self._seconds / self._discount_seconds),
+            "discount": self._discounts(),
             "action_mask": self._masks,
         }
 

@@ -50,7 +50,9 @@ def in_agents_order(observed: Any) -> np.ndarray:
 
 def scalar(setting: EnvSetting, recipe: Recipe, **kwargs: Any) -> LLMSchedEnv:
     placed = setting.placed(recipe)
-    one_by_one = {"action_set": "admit", "hold": 1, "max_admit": recipe.max_admit, **kwargs}
+    one_by_one = {"action_set": "admit", "hold": 1, **kwargs}
+    if one_by_one["action_set"] == "admit":
+        one_by_one["max_admit"] = recipe.max_admit
     return LLMSchedEnv(placed.scenario, rate=placed.rate, engine=placed.engine, **one_by_one)
 
 

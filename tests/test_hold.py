@@ -80,8 +80,7 @@ def test_the_vector_environment_holds_alike(chosen: dict[str, Any], reward: Any)
                 continue
             seen, value, ended, cut, info = env.step(action)
             assert (rewards[i], terminated[i], truncated[i]) == (value, ended, cut)
-            assert (infos["clock"][i], infos["seconds"][i]) == (info["clock"], pytest.approx(info["seconds"]))
-            assert infos["discount"][i] == pytest.approx(info["discount"])
+            assert all(infos[name][i] == info[name] for name in ("clock", "seconds", "discount"))
             for name in seen:
                 np.testing.assert_array_equal(observed[name][i], seen[name])
             over[i] = ended or cut
@@ -176,6 +175,10 @@ def test_limits_on_steps_count_macro_steps() -> None:
         ({"token_budgets": 256}, "token_budgets: 256"),
         ({"scenario": "two-type", "token_budgets": (256,)}, "token_budgets: .*paper preset"),
         ({"action_set": "levels"}, "action_set: 'levels'"),
+        ({"max_admit": 8}, "max_admit: 8, is for action_set='admit', not 'peak'"),
+        ({"thetas": (-1.0,)}, "thetas: .* is for action_set='reserve', not 'peak'"),
+        ({"action_set": "admit", "levels": (0.9,)}, "levels: .* is for action_set='peak', not 'admit'"),
+        ({"action_set": "reserve", "orders": ("work",)}, "orders: .* is for action_set='peak', not 'reserve'"),
     ],
 )
 @pytest.mark.parametrize("kind", [LLMSchedEnv, LLMSchedVectorEnv])

@@ -21,13 +21,19 @@ from llmsched_agents.kernel import HIDDEN, AgentRecord, advance_range, carry_on,
 from llmsched_agents.peak import NO_TABLES, length_tables
 from llmsched_agents.recipe import Recipe
 from llmsched_agents.sb3_vec import SB3VecEnv, StepRecord
-from llmsched_env.action import THETAS
 from llmsched_env.compiled import entry
 from llmsched_env.engine.state import END_FINISHED, RUNNING
 from llmsched_env.errors import ConfigError
 from llmsched_env.records import Level
 from llmsched_env.types import QueueLayout
 from llmsched_env.vector import LLMSchedVectorEnv
+
+
+def _action_set(recipe: Recipe) -> dict[str, Any]:
+    """The settings of the environment's own action set, which ``agent_record`` replaces where the recipe has another."""
+    if recipe.action_set == "reserve":
+        return {"action_set": "reserve", "thetas": recipe.choices}
+    return {"action_set": "admit", "max_admit": recipe.max_admit}
 
 
 class AgentVecEnv(SB3VecEnv):
@@ -75,10 +81,8 @@ class AgentVecEnv(SB3VecEnv):
             engine=[p.engine for p in placed],
             num_requests=num_requests if num_requests is not None else min(p.scenario.num_requests for p in placed),
             reveal_output_length=recipe.known_lengths,
-            action_set="reserve" if recipe.action_set == "reserve" else "admit",
             hold=1,  # ``advance_range`` holds actions itself
-            max_admit=recipe.max_admit,
-            thetas=recipe.choices if recipe.action_set == "reserve" else THETAS,
+            **_action_set(recipe),
             **options,
         )
         super().__init__(vector, flatten=True)
