@@ -1,5 +1,5 @@
 # Two commands to start with:
-#   make demo   install what the comparison needs and run it on the Azure conversation workload
+#   make demo   install what it needs and show two regimes: the paper's, and a service at its memory limit
 #   make test   install everything a developer needs and run ruff, mypy and the fast tests
 #
 # and, with vLLM 0.28 (CPU build) in an environment of its own:
@@ -10,6 +10,9 @@
 #
 # With the raw data of other simulators and of recorded runs (LLMSCHED_CALIBRATION, LLMSCHED_PEERS, LLMSCHED_TRACES):
 #   make fidelity    measure the simulator against them and write docs/fidelity.md
+#
+#   make docs   build the site into site/, where a warning is an error
+#   make test-tools   every example in examples/ with the library it is for, each in an environment of its own (Python 3.11)
 #
 #   make benchmark   speed, each figure beside its yardstick: docs/performance.md
 #   make reproduction   the paper's results on this engine, under an hour on 2 cores: docs/reproduction.md
@@ -26,7 +29,7 @@ HOUSE := pyproject.toml constraints.txt
 DEMO_OUT ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-versions test-lowest test-highest benchmark reproduction test-vllm setup-vllm fidelity lint clean distclean
+.PHONY: help demo docs test test-all test-tools test-versions test-lowest test-highest benchmark reproduction test-vllm setup-vllm fidelity lint clean distclean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -41,7 +44,7 @@ $(VENV)/.demo: $(HOUSE) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(HOUSE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,minari,cli,render,calibrate,ray,dev]"
+	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -c constraints.txt -e ".[agents,minari,cli,render,calibrate,ray,docs,dev]"
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo
@@ -56,6 +59,20 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Each library in an environment of its own, where the tests of the others are skipped.
+TOOLS := torchrl tianshou zoo rllib
+.venv-%/.tools: pyproject.toml requirements/tools-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet $(PIP_FLAGS) -r requirements/tools-$*.txt
+	.venv-$*/bin/python -m pip install --quiet $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
+test-tools: $(VENV)/.dev $(TOOLS:%=.venv-%/.tools)
+	for v in $(VENV) $(TOOLS:%=.venv-%); do NUMBA_CACHE_DIR=$$PWD/$$v/compiled $$v/bin/python -m pytest tests/test_examples.py || exit 1; done
 
 # One environment for each end of the ranges. No torch: what trains agents is tested by `make test`. An old numpy that has no
 # wheel for this Python is an error, not an hour of compiling.
@@ -113,4 +130,4 @@ clean:
 	find llmsched_env baselines agents hardware scripts tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) .venv-lowest .venv-highest
+	rm -rf $(VENV) .venv-lowest .venv-highest $(TOOLS:%=.venv-%) site

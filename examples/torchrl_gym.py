@@ -5,10 +5,9 @@
 
 import sys
 
-import gymnasium as gym
 import torch
 from tensordict.nn import TensorDictModule, TensorDictSequential
-from torchrl.envs import CatTensors, GymWrapper, TransformedEnv, check_env_specs
+from torchrl.envs import CatTensors, GymEnv, TransformedEnv, check_env_specs
 from torchrl.modules import MLP, ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
@@ -19,7 +18,7 @@ SETTINGS = {"num_requests": 50, "orders": ()}  # without a choice of order the a
 def main(updates: int = 20) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    base = GymWrapper(gym.make("llmsched_env:LLMSched-v0", **SETTINGS), categorical_action_encoding=True)
+    base = GymEnv("llmsched_env:LLMSched-v0", **SETTINGS, categorical_action_encoding=True)
     names = list(base.observation_spec.keys())
     env = TransformedEnv(base, CatTensors(names, "observation"))
     env.set_seed(0)

@@ -92,8 +92,9 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     Queue (j, 0) is the outside queue of class j; queue (j, k) holds requests that have generated
     ``segment_ends[k-1]`` tokens, their KV kept, until they are admitted to segment k.
 
-    One step of the environment is ``hold`` engine iterations under one action (an iteration in which nothing is
-    scheduled is a jump to the next arrival). What the action means is decided anew in every iteration.
+    One step of the environment is as many engine iterations under one action as take ``hold_seconds``, or ``hold`` of
+    them (an iteration in which nothing is scheduled is a jump to the next arrival). What the action means is decided
+    anew in every iteration.
 
     ## Action Space
     Three sets (``llmsched_env.action``), ``peak`` by default:
@@ -150,7 +151,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | max_admit | 16 | largest admit count of "admit" |
     | thetas | ``action.THETAS`` | over-commitments of "reserve" |
     | token_budgets | () | choices of one more component, tokens; 0: the engine's own |
-    | hold, hold_seconds | 32 (1 with "admit"), 0 | iterations, and seconds at least, for which an action stays in force |
+    | hold, hold_seconds | None | iterations, and least seconds, that an action stays in force; None: 4 s, with "admit" one iteration |
     | discount_seconds | inf | time constant of the discount in ``info`` |
     | backlog | 0 | requests waiting at time 0, taken from the front of the episode: a number, or (low, high) to draw it |
     | reward | "latency" | name, ``{"name": ..., arguments}``, callable or compiled function |
@@ -159,6 +160,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | render_mode | None | "rgb_array" or "human" (needs the ``render`` extra) |
 
     ``reset(options={"rate": ..., "num_requests": ..., "workload": Workload})`` changes one episode.
+
+    ## Headroom
+    Of the defaults (``docs/environments.md`` has all named environments). Mean latency: admitting everything 17.7 s, best
+    constant action 11.9 s (level 0.95, by work), best policy 10.1 s (generalist), gap 43 %; reward threshold -12.5.
 
     ## Version History
     * v0: scheduler rules of vLLM 0.28.0. Until the first release the defaults changed once: scenario "azure-conv", action set

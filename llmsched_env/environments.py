@@ -12,7 +12,7 @@ LLMSchedHardware-v0 the default on a real vLLM engine (needs vLLM)              
 ==================  =====================================================================  ===================================
 
 ``llmsched headroom`` measures what there is to learn in each: ``docs/environments.md`` has its table. A reward threshold is nine
-tenths of the way from admitting everything to the best constant action, rounded: what a plain PPO reaches in minutes.
+tenths of the way from admitting everything to the best constant action, rounded; what a plain PPO reaches stands beside it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ class LLMSchedEasy(LLMSchedEnv):
     counted in tokens (C = 3,750), an iteration of 1 s and 1 ms per token in memory, and an evicted request loses all it has
     computed. 300 requests wait at the start. Who lets in as many as fit fills the memory with requests that then grow, evict one
     another and begin again: the engine computes much and completes little. A level of predicted memory below 1, and WAIT, which
-    starts requests in equal batches, evict nothing. One action is held for 4 iterations; an episode of 1,500 requests has about 40.
+    starts requests in equal batches, evict nothing. An action is held for 12 s, three or four iterations, and an episode of 1,500
+    requests has about 45 actions.
+
+    ## Headroom
+    Mean latency: admitting everything 160.5 s, best constant action 111.4 s (level 0.9), best policy 111.4 s (level 0.9),
+    gap 31 %; reward threshold -116.
 
     All else is as in ``LLMSchedEnv``.
     """
@@ -50,6 +55,10 @@ class LLMSchedOverload(LLMSchedEnv):
     everybody wait for everybody. Serving those first that need least memory for the shortest time halves the mean latency, at
     the price of a longer tail.
 
+    ## Headroom
+    Mean latency: admitting everything 56.1 s, best constant action 32.7 s (level 0.95, by work), best policy 28.9 s (generalist),
+    gap 48 %; reward threshold -35.
+
     All else is as in ``LLMSchedEnv``.
     """
 
@@ -61,6 +70,10 @@ class LLMSchedBursty(LLMSchedEnv):
     The default environment with arrivals of a Markov-modulated Poisson process: 2 requests/s for 30 s on average, then
     11 for 15 s (5 over all; exponential sojourns), 500 requests. A burst fills memory and queue; between bursts
     there is room for everybody, and holding back costs.
+
+    ## Headroom
+    Mean latency: admitting everything 17.3 s, best constant action 12.0 s (level 0.95, by work), best policy 10.7 s (generalist),
+    gap 38 %; reward threshold -12.5.
 
     All else is as in ``LLMSchedEnv``.
     """
@@ -121,10 +134,15 @@ class NamedEnvironment:
 
 
 ENVIRONMENTS = (
-    NamedEnvironment("LLMSched-v0", LLMSchedEnv, {}, -12.8),
-    NamedEnvironment("LLMSchedEasy-v0", LLMSchedEasy, {"scenario": "two-type", "backlog": 300, "num_requests": 1500, "hold": 4}, -117.5),
+    NamedEnvironment("LLMSched-v0", LLMSchedEnv, {}, -12.5),
+    NamedEnvironment(
+        "LLMSchedEasy-v0",
+        LLMSchedEasy,
+        {"scenario": "two-type", "backlog": 300, "num_requests": 1500, "hold_seconds": 12.0},
+        -116.0,
+    ),
     NamedEnvironment("LLMSchedOverload-v0", LLMSchedOverload, {"rate": 10.0, "num_requests": 1000}, -35.0),
-    NamedEnvironment("LLMSchedBursty-v0", LLMSchedBursty, {"scenario": "azure-conv-40gb-bursts"}, -12.1),
+    NamedEnvironment("LLMSchedBursty-v0", LLMSchedBursty, {"scenario": "azure-conv-40gb-bursts"}, -12.5),
     NamedEnvironment("LLMSchedKnown-v0", LLMSchedKnown, {"reveal_output_length": True}),
     NamedEnvironment("LLMSchedHardware-v0", LLMSchedHardware, {"backend": "vllm"}, simulated=False),
 )

@@ -19,6 +19,10 @@ class ConfigError(ValueError):
     """A setting outside what is allowed; the message names field, value and allowed range."""
 
 
+class UnknownSettingError(ConfigError, TypeError):
+    """A setting that there is not: also the ``TypeError`` of an unexpected keyword, from which tools see that they must do without it."""
+
+
 class InfeasibleError(ConfigError):
     """Parameters that violate a condition of the theory; the message states which, and the nearest feasible value."""
 

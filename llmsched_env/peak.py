@@ -34,8 +34,9 @@ from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, FloatArray, Le
 GRID = (0, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Iterations ahead at which the KV is predicted, where outputs are long enough (``forecast_steps``)."""
 
-LEVELS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, math.inf)
-"""Levels that the environment offers; ``inf`` admits as many as fit, in the engine's order."""
+LEVELS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, math.inf)
+"""Levels that the environment offers; ``inf`` admits as many as fit now. A level of 1 is left out: forecasts err, so that half the time
+the memory would not do, and it is little better than infinity."""
 
 ORDERS = ("arrival", "work")
 """Orders in which requests may enter from outside."""
@@ -215,18 +216,20 @@ def decode_peak(engine: Engine, peak: PeakRecord, level: float, decision: Decisi
 
 @compiled
 def decode_peak_by_work(engine: Engine, peak: PeakRecord, level: float, decision: Decision) -> None:
-    """Write the decision of this level, requests entering least work first."""
-    run_everything(engine, level == math.inf, decision)
-    if level == math.inf or engine.num_waiting == 0:
+    """Write the decision of this level, requests entering least work first; at infinity as many as fit now."""
+    run_everything(engine, False, decision)
+    if engine.num_waiting == 0:
         return
-    limit = level * engine.settings.capacity * kv_unit(engine)
     predict(engine, peak)
+    capacity = engine.settings.capacity * kv_unit(engine)
+    limit = level * capacity  # infinite: only the memory of now counts
     empty = engine.num_residents == 0
     for i in range(peak.by_work.shape[0]):
         q = peak.by_work[i] * engine.settings.num_segments
         r = engine.queues.head[q]
         while r >= 0:
-            if not adds_within(engine, peak, r, q, limit) and not empty:
+            fits = adds_within(engine, peak, r, q, limit) and (level < math.inf or peak.own[0] <= capacity)
+            if not fits and not empty:
                 return
             take_over(peak)
             empty = False

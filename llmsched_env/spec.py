@@ -14,7 +14,7 @@ from llmsched_env import checks
 from llmsched_env.action import PEAK, THETAS, ActionCodec, Codec, CodecRecord, PeakCodec, ReserveCodec
 from llmsched_env.engine.record_backend import check_served
 from llmsched_env.engine_changes import engine_with
-from llmsched_env.errors import ConfigError, did_you_mean
+from llmsched_env.errors import ConfigError, UnknownSettingError, did_you_mean
 from llmsched_env.fluid.equilibrium import check_rate
 from llmsched_env.forecast import Forecast, make_forecast
 from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakTables, peak_tables
@@ -59,9 +59,9 @@ ACTION_SETS = {"peak": ("levels", "orders"), "admit": ("max_admit",), "reserve":
 """Action sets and the settings that only they have."""
 
 DEFAULT_SCENARIO = "azure-conv-40gb"
-HOLD = 32
-"""Iterations for which a level stays in force by default: about a second on the default engine. A decision in every one
-makes an episode of thousands of decisions, of which none matters, and PPO learns nothing from it."""
+HOLD_SECONDS = 4.0
+"""How long a level stays in force by default. A decision in every iteration makes an episode of thousands of decisions, of
+which none matters, and steps of one length in seconds are what a fixed discount per step is right for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class EnvSettings:
     thetas: Sequence[float] = THETAS
     token_budgets: Sequence[int] = ()
     hold: int | None = None
-    hold_seconds: float = 0.0
+    hold_seconds: float | None = None
     discount_seconds: float = math.inf
     backlog: int | tuple[int, int] = 0
     reward: str | Mapping[str, Any] | Reward = "latency"
@@ -135,7 +135,10 @@ class EnvSpec:
         for name in settings:
             if name not in known:
                 hint = did_you_mean(name, ("scenario", *known))
-                raise ConfigError(f"{name}: unknown setting of an environment{hint} (allowed: scenario, {', '.join(known)})")
+                allowed = f"allowed: scenario, {', '.join(known)}"
+                # The words are Python's own: TorchRL looks for them to learn that an environment has no frameskip.
+                words = f"{name}: unknown setting of an environment, unexpected keyword argument '{name}'"
+                raise UnknownSettingError(f"{words}{hint} ({allowed})")
         given = EnvSettings(**settings)
         for name in ("reveal_output_length", "drain"):
             checks.flag(name, getattr(given, name))
@@ -150,7 +153,8 @@ class EnvSpec:
         codec = _codec(given, layout)
         if codec.token_budgets and engine.preset == "paper":
             raise ConfigError(f"token_budgets: {codec.token_budgets}, must be empty: the paper preset has no token budget")
-        hold = given.hold if given.hold is not None else 1 if given.action_set == "admit" else HOLD
+        levels_alone = given.action_set != "admit" and given.hold is None
+        hold_seconds = given.hold_seconds if given.hold_seconds is not None else HOLD_SECONDS if levels_alone else 0.0
         return cls(
             scenario=drawn,
             rate=drawn.rate if given.rate is None else checked_rate(given.rate),
@@ -162,8 +166,8 @@ class EnvSpec:
             codec=codec,
             reward=make_reward(given.reward),
             backlog=checked_backlog(given.backlog),
-            hold=checks.integer("hold", hold, low=1, high=1_000_000),
-            hold_seconds=checks.number("hold_seconds", given.hold_seconds, unit="seconds"),
+            hold=checks.integer("hold", 1 if given.hold is None else given.hold, low=1, high=1_000_000),
+            hold_seconds=checks.number("hold_seconds", hold_seconds, unit="seconds"),
             discount_seconds=checks.number("discount_seconds", given.discount_seconds, high=math.inf, unit="seconds", open_low=True),
         )
 

@@ -107,9 +107,10 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
     @staticmethod
     def _limit_steps(steps: int, kwargs: dict[str, Any]) -> None:
         """``max_episode_steps`` as a limit on iterations."""
-        if kwargs.get("hold_seconds"):
-            raise ConfigError(f"max_episode_steps: {steps}, must be None with hold_seconds; use horizon, in seconds")
-        hold = EnvSpec.of(**{name: kwargs[name] for name in ("action_set", "hold") if name in kwargs}).hold
+        spec = EnvSpec.of(**{name: kwargs[name] for name in ("action_set", "hold", "hold_seconds") if name in kwargs})
+        if spec.hold_seconds > 0.0:
+            raise ConfigError(f"max_episode_steps: {steps}, must be None with hold_seconds={spec.hold_seconds:g}; use horizon, in seconds")
+        hold = spec.hold
         kwargs["max_iterations"] = min(steps * hold, kwargs.get("max_iterations", steps * hold))
 
     def _make_specs(self, scenario: Any, rate: Any, engine: Any, kwargs: dict[str, Any], caching: bool) -> list[EnvSpec]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gymnasium as gym
 import pytest
 from gymnasium.utils.env_checker import check_env
 
 from llmsched_env import ENVIRONMENTS
 from llmsched_env.bench.headroom import MEASURED, Headroom, headroom
+from llmsched_env.environments import NamedEnvironment
 
 SIMULATED = [environment.id for environment in ENVIRONMENTS if environment.simulated]
 
@@ -28,15 +31,32 @@ def test_the_checker_of_gymnasium_finds_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENTS, ids=lambda e: e.id)
-def test_each_says_what_it_is(environment: object) -> None:
-    assert "## Description" in environment.kind.__doc__  # type: ignore[attr-defined]
-    assert gym.spec(environment.id).reward_threshold == environment.reward_threshold  # type: ignore[attr-defined]
+def test_each_says_what_it_is(environment: NamedEnvironment) -> None:
+    assert "## Description" in environment.kind.__doc__
+    assert gym.spec(environment.id).reward_threshold == environment.reward_threshold
+
+
+@pytest.mark.parametrize("environment", MEASURED, ids=lambda e: e.id)
+def test_docstrings_say_what_the_page_says(environment: NamedEnvironment) -> None:
+    """``docs/environments.md`` is generated; docstrings repeat its row."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "environments.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{environment.id}`"))
+    _, greedy, _, constant, _, best, gap, threshold = (cell.strip() for cell in row.strip("|").split("|"))
+
+    def said(cell: str) -> str:
+        mean, _, name = cell.partition(" ± ")
+        return f"{mean} s" + (f" ({name.partition(' (')[2]}" if "(" in name else "")
+
+    words = " ".join((environment.kind.__doc__ or "").split())
+    headroom = f"admitting everything {said(greedy)}, best constant action {said(constant)}, best policy {said(best)}, gap {gap}"
+    assert f"{headroom}; reward threshold {threshold}." in words
+    assert float(threshold) == environment.reward_threshold
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("environment", MEASURED, ids=lambda e: e.id)
-def test_there_is_something_to_learn(environment: object) -> None:
-    found: Headroom = headroom(environment, 24)  # type: ignore[arg-type]
+def test_there_is_something_to_learn(environment: NamedEnvironment) -> None:
+    found: Headroom = headroom(environment, 24)
     assert found.gap >= 0.25
     assert -found.greedy.latency.mean < found.threshold < -found.constant.latency.mean
     if found.id == "LLMSchedEasy-v0":  # greedy admission evicts every request once and more, WAIT none

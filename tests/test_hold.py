@@ -13,7 +13,7 @@ from llmsched_env import ConfigError, LLMSchedEnv
 from llmsched_env.action import ADMIT, PEAK, RESERVE
 from llmsched_env.compiled import compiled
 from llmsched_env.reward import CompiledReward, Outcome
-from llmsched_env.spec import HOLD, EnvSpec
+from llmsched_env.spec import HOLD_SECONDS, EnvSpec
 from llmsched_env.types import Decision
 from llmsched_env.vector import LLMSchedVectorEnv
 
@@ -133,10 +133,13 @@ def test_every_iteration_of_a_macro_step_decides_anew() -> None:
     assert env.view().num_residents + env.view().num_waiting < 40
 
 
-@pytest.mark.parametrize(("action_set", "hold"), [("admit", 1), ("peak", HOLD), ("reserve", HOLD)])
-def test_levels_are_held_by_default_and_counts_are_not(action_set: str, hold: int) -> None:
+@pytest.mark.parametrize(("action_set", "seconds"), [("admit", 0.0), ("peak", HOLD_SECONDS), ("reserve", HOLD_SECONDS)])
+def test_levels_are_held_by_default_and_counts_are_not(action_set: str, seconds: float) -> None:
     spec = EnvSpec.of(action_set=action_set)
-    assert spec.hold == hold and spec.codec.kind == {"admit": ADMIT, "peak": PEAK, "reserve": RESERVE}[action_set]
+    assert (spec.hold, spec.hold_seconds) == (1, seconds)
+    assert spec.codec.kind == {"admit": ADMIT, "peak": PEAK, "reserve": RESERVE}[action_set]
+    held = EnvSpec.of(action_set=action_set, hold=7)
+    assert (held.hold, held.hold_seconds) == (7, 0.0)
 
 
 def test_an_expert_decides_every_iteration() -> None:
@@ -153,7 +156,7 @@ def test_limits_on_steps_count_macro_steps() -> None:
     ends = [bool(env.step(env.action_space.sample())[3][0]) for _ in range(3)]
     assert ends == [False, False, True]
     with pytest.raises(ConfigError, match="max_episode_steps: 3"):
-        gym.make_vec("LLMSched-v0", num_envs=1, max_episode_steps=3, hold_seconds=0.5)
+        gym.make_vec("LLMSched-v0", num_envs=1, max_episode_steps=3)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {
+    "llmsched_command": ROOT,
     "llmsched_env": ROOT,
     "llmsched_baselines": ROOT / "baselines",
     "llmsched_agents": ROOT / "agents",
@@ -26,6 +27,7 @@ LAYERS = (
     "llmsched_env.bench",
     "llmsched_env.pages",
     "llmsched_env.cli",
+    "llmsched_command",
 )
 """From the ground up: a module imports its own layer and those below."""
 PROGRAMS = ROOT / "scripts"

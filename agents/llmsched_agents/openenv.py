@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from llmsched_env.env import LLMSchedEnv
-from llmsched_env.errors import MissingExtraError
+from llmsched_env.errors import MissingExtraError, install_command
 
 try:
     from openenv.core.env_server import create_fastapi_app  # type: ignore[import-not-found, unused-ignore]
@@ -25,7 +25,7 @@ try:
         State,
     )
 except ImportError as error:
-    raise MissingExtraError("openenv is not installed; run: pip install openenv-core") from error
+    raise MissingExtraError(f"openenv is not installed; run: {install_command('openenv')}") from error
 
 
 class SchedulingAction(Action):  # type: ignore[misc, unused-ignore]  # without OpenEnv the bases are Any
