@@ -33,7 +33,7 @@ class Recipe:
 
     Attributes:
         action_set: ``admit`` and ``reserve`` are those of ``llmsched_env.action``; ``admit-only`` is
-            ``AdmitOnly``; ``peak`` is in ``llmsched_agents.peak``.
+            ``AdmitOnly``; ``peak`` is in ``llmsched_env.peak``.
         num_classes: buckets of about equal probability by prompt length; 1 for a single class.
         num_segments: segments of decode length that end at quantiles of the output length.
         order: outside requests by arrival, by class (shortest prompts first), or by what the class is expected to
