@@ -22,8 +22,9 @@ def command(folder: Path, *words: str, ignore: bool = False) -> subprocess.Compl
     """The command in a fresh process that looks for modules in ``folder`` first."""
     paths = [str(folder), *(str(ROOT / name) for name in ("", "baselines", "agents", "hardware"))]
     code = "import sys; from llmsched_command import main; sys.exit(main(sys.argv[1:]))"
-    if ignore:
-        code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + code
+    # Said here, as a process in the background of a shell inherits that it ignores Ctrl-C.
+    handler = "SIG_IGN" if ignore else "default_int_handler"
+    code = f"import signal; signal.signal(signal.SIGINT, signal.{handler}); {code}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run([sys.executable, "-c", code, *words], env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
 
