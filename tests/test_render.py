@@ -64,7 +64,7 @@ def test_a_frame_is_a_picture_without_a_display(monkeypatch: pytest.MonkeyPatch)
     env.close()
 
 
-@pytest.mark.parametrize("settings", [{}, {"hold": 1, "action_set": "admit"}, {"action_set": "reserve"}])
+@pytest.mark.parametrize("settings", [{"hold": 32}, {"hold": 1, "action_set": "admit"}, {"action_set": "reserve", "hold": 32}])
 def test_a_frame_does_not_depend_on_the_frames_before_it(settings: dict[str, Any]) -> None:
     often, once = make(**settings), make(**settings)
     for env in (often, once):

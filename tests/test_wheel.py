@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
+    "llmsched_command": ROOT,
     "llmsched_env": ROOT,
     "llmsched_baselines": ROOT / "baselines",
     "llmsched_agents": ROOT / "agents",
