@@ -369,6 +369,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
 
     def summary(self) -> dict[str, float]:
         """Metrics of the episode so far, undefined ones left out."""
+        if not self._started:
+            raise gym.error.ResetNeeded("call reset() before summary()")
         summary = summarize(self.backend.log(), self.backend.counters(), kv_capacity=self.engine.kv_capacity)
         return {name: float(value) for name, value in summary.as_dict().items() if math.isfinite(value)}
 

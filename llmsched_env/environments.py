@@ -37,7 +37,7 @@ class LLMSchedEasy(LLMSchedEnv):
     computed. 300 requests wait at the start. Who lets in as many as fit fills the memory with requests that then grow, evict one
     another and begin again: the engine computes much and completes little. A level of predicted memory below 1, and WAIT, which
     starts requests in equal batches, evict nothing. An action is held for 12 s, three or four iterations, and an episode of 1,500
-    requests has about 45 actions.
+    requests has about 45 actions; ``hold=1, hold_seconds=0`` makes every iteration a step.
 
     ## Headroom
     Mean latency: admitting everything 160.5 s, best constant action 111.4 s (level 0.9), best policy 111.4 s (level 0.9),

@@ -143,6 +143,9 @@ class EnvSpec:
         for name in ("reveal_output_length", "drain"):
             checks.flag(name, getattr(given, name))
         if given.trace is not None:
+            if not isinstance(scenario, str) or scenario != DEFAULT_SCENARIO:
+                shown = checks.shown(scenario)
+                raise ConfigError(f"scenario: {shown} beside trace={given.trace!r}, must be left out: the trace is the workload")
             drawn = scenario_from_trace(given.trace, rate=given.rate)
         else:
             drawn = load_scenario(scenario) if isinstance(scenario, str) else scenario
@@ -227,7 +230,7 @@ def _codec(given: EnvSettings, layout: QueueLayout) -> Codec:
 
 def _layout(scenario: Scenario, given: EnvSettings) -> QueueLayout:
     base = scenario.known_layout if given.reveal_output_length else scenario.layout
-    if given.class_by is not None or given.class_edges:
+    if (given.class_by is not None and given.class_by != base.by) or given.class_edges:
         by = given.class_by or base.by
         num_types = scenario.statistics.num_types if by == "type" else 1
         base = QueueLayout(by, given.class_edges, num_types, base.segment_ends)  # type: ignore[arg-type]  # checked and converted there

@@ -8,7 +8,7 @@ import gymnasium as gym
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from llmsched_env import ENVIRONMENTS
+from llmsched_env import ENVIRONMENTS, ConfigError
 from llmsched_env.bench.headroom import MEASURED, Headroom, headroom
 from llmsched_env.environments import NamedEnvironment
 
@@ -51,6 +51,26 @@ def test_docstrings_say_what_the_page_says(environment: NamedEnvironment) -> Non
     headroom = f"admitting everything {said(greedy)}, best constant action {said(constant)}, best policy {said(best)}, gap {gap}"
     assert f"{headroom}; reward threshold {threshold}." in words
     assert float(threshold) == environment.reward_threshold
+
+
+def test_naming_the_kind_of_classes_keeps_their_edges() -> None:
+    given, other = gym.make("LLMSched-v0", class_by="prompt"), gym.make("LLMSched-v0")
+    assert given.unwrapped.layout == other.unwrapped.layout and given.action_space == other.action_space
+
+
+def test_a_trace_is_the_workload(tmp_path: Path) -> None:
+    path = tmp_path / "requests.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.0,10,5\n1.0,20,5\n")
+    with pytest.raises(ConfigError, match="scenario: 'two-type' beside trace="):
+        gym.make("LLMSched-v0", trace=str(path), scenario="two-type")
+    env = gym.make("LLMSched-v0", trace=str(path))
+    env.reset(seed=0)
+    assert env.unwrapped.num_requests == 2
+
+
+def test_a_summary_needs_an_episode() -> None:
+    with pytest.raises(gym.error.ResetNeeded):
+        gym.make("LLMSched-v0").unwrapped.summary()
 
 
 @pytest.mark.slow

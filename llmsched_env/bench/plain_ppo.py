@@ -61,4 +61,4 @@ def train_plain_ppo(environment: str, episodes: int, first_seed: int, *, steps: 
         total += np.where(over, 0.0, rewards)
         over |= ended
     played.close()
-    return PlainPPO(total, steps, seconds)
+    return PlainPPO(total, int(model.num_timesteps), seconds)

@@ -62,7 +62,8 @@ def run(options: HeadroomOptions, screen: Screen) -> Outcome:
                 one = dataclasses.replace(one, learned=learned, steps=ppo.steps, seconds=ppo.seconds)
             found.append(one)
     lines = page(found, options.episodes, screen.command)
-    screen.print("\n".join(lines))
+    if not screen.quiet:
+        screen.print("\n".join(lines))
     if options.out is not None:
         write_page(options.out, lines)
     return Outcome(found)

@@ -28,7 +28,8 @@ def page(found: Sequence[Headroom], episodes: int, command: str) -> list[str]:
         ),
         "",
         "Gap: the share of the latency of admitting everything that the best policy without known lengths saves; policies set their own "
-        "engine options (queues by prompt length, order, token budget). Threshold: `reward_threshold`, nine tenths of the way "
+        "engine options (queues by prompt length, order, token budget), and the token budget is none of the default's actions "
+        "(`token_budgets` adds it). Threshold: `reward_threshold`, nine tenths of the way "
         "from admitting everything to the best constant action, rounded.",
     ]
     learned = [one for one in found if one.learned is not None]
