@@ -204,6 +204,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self._names, self._parts = names, operator.itemgetter(*slices)
         self._size, self._mask_size = observation.size, self.codec.mask_size
         self.discount_seconds, self._clock = settings.discount_seconds, 0.0
+        self._undiscounted = settings.discount_seconds == math.inf
         self._peak = settings.peak_tables()
         self._decision = Decision(self.layout.num_queues)
         self._records: OrderedDict[float, EnvRecord] = OrderedDict()
@@ -290,7 +291,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
             self.codec.refuse(values)
         observation = dict(zip(self._names, self._parts(flat)))  # noqa: B905 - strict costs a tenth of the step
         seconds, self._clock = clock - self._clock, clock
-        info = {"clock": clock, "seconds": seconds, "discount": self._discount(seconds), "action_mask": legal, "summary": {}}
+        discount = 1.0 if self._undiscounted else self._discount(seconds)
+        info = {"clock": clock, "seconds": seconds, "discount": discount, "action_mask": legal, "summary": {}}
         if end == RUNNING and self.render_mode is None:
             return observation, reward, False, False, info
         if end == END_STUCK:
