@@ -21,9 +21,9 @@ SAME = "the loaded (model takes the same actions|policy is the same): True"
 
 def need(modules: str, requirements: str) -> None:
     """Skip where a module cannot be found, with the command that installs it."""
-    missing = [name for name in modules.split() if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"{missing[0]} is not installed; run: pip install {requirements}")
+    for name in modules.split():  # packages before what lies in them: to look into one that is missing is an error
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed; run: pip install {requirements}")
 
 
 def run(folder: Path, *command: str) -> str:
