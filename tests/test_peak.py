@@ -9,9 +9,6 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from llmsched_agents.domain import EnvSetting
-from llmsched_agents.recipe import Recipe
-from llmsched_agents.training_env import AgentVecEnv
 from llmsched_env import LLMSchedEnv
 from llmsched_env.peak import LEVELS, ORDERS, forecast_steps, peak_tables
 from llmsched_env.types import ADMIT_ALL, Decision
@@ -115,6 +112,11 @@ def test_admitting_everything_is_vllm() -> None:
 
 @pytest.mark.parametrize("name", ["azure-conv-40gb", "two-type"])
 def test_the_environment_and_agents_mean_the_same_by_a_level(name: str) -> None:
+    pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed (extra: agents)")
+    from llmsched_agents.domain import EnvSetting
+    from llmsched_agents.recipe import Recipe
+    from llmsched_agents.training_env import AgentVecEnv
+
     scenario = load_scenario(name)
     recipe = Recipe(action_set="peak", layout=scenario.layout, levels=LEVELS, hold=6)
     agents = AgentVecEnv([EnvSetting(scenario, scenario.rate, scenario.engine)], recipe, 2, num_requests=80, backlog=30)
