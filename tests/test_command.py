@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 
 INTERRUPTED_IMPORT = """
@@ -29,21 +27,18 @@ def command(folder: Path, *words: str, ignore: bool = False) -> subprocess.Compl
     return subprocess.run([sys.executable, "-c", code, *words], env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="os.kill ends a process there")
 def test_ctrl_c_while_the_first_packages_are_imported_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "gymnasium.py").write_text(INTERRUPTED_IMPORT)
     ended = command(tmp_path, "--version")
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "Interrupted.\n")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="os.kill ends a process there")
 def test_ctrl_c_while_the_commands_are_imported_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tyro.py").write_text(INTERRUPTED_IMPORT)
     ended = command(tmp_path, "--version")
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "Interrupted.\n")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="os.kill ends a process there")
 def test_a_process_that_ignores_ctrl_c_goes_on_doing_so(tmp_path: Path) -> None:
     (tmp_path / "tyro.py").write_text(INTERRUPTED_IMPORT + "raise ImportError")
     ended = command(tmp_path, "--version", ignore=True)

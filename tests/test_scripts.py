@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import math
 import os
 import re
 import signal
@@ -15,22 +14,20 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmsched_agents.lookup import NamedPolicy, named_policies, option_owners
-from llmsched_baselines.overrides import Overrides, parse_overrides, parse_value
+from llmsched_baselines.overrides import Overrides, parse_overrides
 from llmsched_env import parallel
 from llmsched_env.backend import View
 from llmsched_env.bench.comparison import Comparison, Row, Task, chunks, record, run_tasks
-from llmsched_env.bench.plots import plot_against_rate
-from llmsched_env.bench.tables import Cell, Column, cells, short_footnotes
+from llmsched_env.bench.tables import cells
 from llmsched_env.cli import compare, replay
-from llmsched_env.errors import ConfigError, require
+from llmsched_env.errors import require
 from llmsched_env.files import replacing
-from llmsched_env.metrics import Interval
 from llmsched_env.parallel import _in_waves
 from llmsched_env.row_file import RowFile, columns, read_rows
 from llmsched_env.runner import run_episode
@@ -535,52 +532,12 @@ def test_a_recording_is_the_run_itself() -> None:
     assert one.eviction_times.tolist() == evicted
 
 
-# --- tables and plots -----------------------------------------------------------------------------
-
-
-def make_cell(policy: str, rate: float, mean: float, half: float, **changes: Any) -> Cell:
-    interval = Interval(mean, mean - half, mean + half, 5)
-    metrics = ("latency_mean", "latency_p99", "ttft_mean", "ttft_p99", "throughput_tok_s", "evictions", "kv_mean")
-    base = Cell(policy, rate, 5, 100, 100, False, (), dict.fromkeys(metrics, interval))
-    return dataclasses.replace(base, **changes)
-
-
-@pytest.mark.parametrize(
-    ("mean", "half", "expected"),
-    [
-        (5.2649, 0.3271, "5.26 ± 0.33"),
-        (1234.5, 12.0, "1,234 ± 12"),
-        (0.34567, 0.05, "0.346 ± 0.050"),
-        (0.0, 0.0, "0 ± 0"),
-        (40.0, 0.0004, "40.0 ± 0.0004"),
-        (7.0, math.nan, "7.00"),
-        (math.nan, math.nan, "-"),
-    ],
-)
-def test_numbers_in_tables(mean: float, half: float, expected: str) -> None:
-    assert Column("x", "latency_mean", decimals=3).show(make_cell("vllm", 1, mean, half)) == expected
-
-
-def test_marks_follow_the_policy_into_the_table() -> None:
-    cell = make_cell("wait", 7, 1, 0.1, known_lengths=True, notes=("overload: rho = 1.2",), completed=98)
-    assert cell.marks == ("known lengths", "overload")
-    lines = short_footnotes([cell, make_cell("vllm", 7, 1, 0.1)])
-    assert lines == ["overload: wait at 7 req/s, outside the region its theory covers", "wait at 7 req/s: 2 of 100 requests not completed"]
-
-
 def test_cells_average_over_seeds(tmp_path: Path, run_compare: Program) -> None:
     assert run_compare(*SMALL, "--rates", 5, "--policies", "vllm", "--out", tmp_path, "--quiet")[0] == 0
     rows = read_rows(tmp_path / "summary.csv", Row)
     (cell,) = cells(rows, ["vllm"])
     assert cell.seeds == 2 and cell.requests == 80
     assert cell["latency_mean"].mean == pytest.approx((rows[0].figures.latency_mean + rows[1].figures.latency_mean) / 2)
-
-
-@pytest.mark.parametrize("boundary", [5.5, 400.0, math.inf])
-def test_plots_bear_nan_single_seeds_and_intervals_below_zero(tmp_path: Path, boundary: float) -> None:
-    table = [make_cell("a", 4, 1, math.nan), make_cell("a", 6, 3, 9.0, notes=("overload: x",)), make_cell("b", 4, math.nan, math.nan)]
-    plot_against_rate(tmp_path / "x.png", table, (("latency_mean", "s"), ("ttft_mean", "s")), {"a": "a", "b": "b"}, boundary, 5)
-    assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
 # --- replay ---------------------------------------------------------------------------------------
@@ -689,61 +646,3 @@ def test_a_replay_that_fails_leaves_no_file(tmp_path: Path) -> None:
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["kept.csv"]
     assert (tmp_path / "kept.csv").read_text(encoding="utf-8") == "old"
-
-
-# --- settings -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "hint", "value"),
-    [
-        ("3", int, 3),
-        ("1.5", float, 1.5),
-        ("inf", float, math.inf),
-        ("true", bool, True),
-        ("0", bool, False),
-        ("a", Literal["a", "b"], "a"),
-        ("10,5", Sequence[float] | None, (10.0, 5.0)),
-        ("10, 5", Sequence[int], (10, 5)),
-        ("none", float | None, None),
-        ("2", int | float, 2),
-        ("2.5", int | float, 2.5),
-    ],
-)
-def test_values_are_parsed_by_type(text: str, hint: Any, value: Any) -> None:
-    parsed = parse_value("key", text, hint)
-    assert parsed == value and type(parsed) is type(value)
-
-
-@pytest.mark.parametrize(
-    ("text", "hint"),
-    [("3.5", int), ("x", float), ("nan", float), ("yes", bool), ("c", Literal["a", "b"]), ("1,x", Sequence[int]), ("none", int)],
-)
-def test_values_of_the_wrong_type_are_refused(text: str, hint: Any) -> None:
-    with pytest.raises(ConfigError, match="--set key"):
-        parse_value("key", text, hint)
-
-
-def test_every_option_of_every_policy_can_be_set() -> None:
-    from llmsched_baselines import policy_names
-    from llmsched_baselines.overrides import engine_keys, policy_keys
-
-    samples = ("1", "1.5", "true", "1,2", "auto", "A")
-    for name in policy_names():
-        for option, hint in policy_keys(name).items():
-            parsed = 0
-            names = get_args(hint) if get_origin(hint) is Literal else ()
-            for sample in (*samples, *names):
-                try:
-                    parse_value(option, sample, hint)
-                    parsed += 1
-                except ConfigError as error:
-                    assert "cannot be set" not in str(error), f"{name}.{option}"
-            assert parsed, f"{name}.{option}: {hint}"
-    assert {"num_blocks", "d0", "d1", "time_model", "capacity_tokens"} <= set(engine_keys())
-
-
-@pytest.mark.parametrize("pairs", [["engine.num_blocks"], ["engine.num_blocks=1", "engine.num_blocks=2"], ["motor.x=1"], ["engine.=1"]])
-def test_malformed_settings_are_refused(pairs: list[str]) -> None:
-    with pytest.raises(ConfigError, match="--set"):
-        parse_overrides(pairs, {"vllm": "vllm"})
