@@ -42,6 +42,13 @@ env_at = reader(EnvRecord)
 
 
 @compiled
+def look(e, own, observation, legal):  # type: ignore[no-untyped-def]
+    """Write observation and mask. Takes records."""
+    encode(e, own.codec.forecast, observation)
+    mask(e, own.codec, legal)
+
+
+@compiled
 def hold_action(e, own, action, d):  # type: ignore[no-untyped-def]
     """Step under one action while it stays in force: at least one iteration, fewer than ``hold`` where the episode ends.
 
@@ -87,8 +94,7 @@ def env_step(engine, env, decision, action, observation, legal):  # type: ignore
         if not is_legal(own.codec, action):
             return 0.0, ILLEGAL, e.clock
         reward = hold_action(e, own, action, d)
-    encode(e, own.codec.forecast, observation)
-    mask(e, own.codec, legal)
+    look(e, own, observation, legal)
     return reward, e.end, e.clock
 
 
@@ -105,9 +111,7 @@ def env_decode(engine, env, decision, action):  # type: ignore[no-untyped-def]
 @compiled
 def env_look(engine, env, observation, legal):  # type: ignore[no-untyped-def]
     """Observation and mask alone."""
-    e, own = engine_at(engine), env_at(env)
-    encode(e, own.codec.forecast, observation)
-    mask(e, own.codec, legal)
+    look(engine_at(engine), env_at(env), observation, legal)
 
 
 @compiled
@@ -125,8 +129,7 @@ def env_reset(engine, env, observation, legal):  # type: ignore[no-untyped-def]
     memory = own.reward_numbers.memory
     for i in range(memory.shape[0]):
         memory[i] = 0
-    encode(e, own.codec.forecast, observation)
-    mask(e, own.codec, legal)
+    look(e, own, observation, legal)
 
 
 @compiled
@@ -156,8 +159,7 @@ def step_range(first, last, handles, actions, observations, masks, rewards, seco
             own.episode_length += 1
             ends[i] = e.end
             ended += e.end != RUNNING
-        encode(e, own.codec.forecast, observations[i])
-        mask(e, own.codec, masks[i])
+        look(e, own, observations[i], masks[i])
     return ended
 
 
