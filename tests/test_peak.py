@@ -11,7 +11,7 @@ import pytest
 
 from llmsched_env import LLMSchedEnv
 from llmsched_env.peak import LEVELS, ORDERS, forecast_steps, peak_tables
-from llmsched_env.types import ADMIT_ALL, Decision
+from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, LengthStatistics, QueueLayout
 from llmsched_env.workload import load_scenario
 
 SMALL: dict[str, Any] = {"num_requests": 60, "backlog": 40, "engine": {"num_blocks": 400}, "hold": 1}
@@ -170,3 +170,10 @@ def test_masks_and_samples_have_a_place_for_every_component() -> None:
             _, _, terminated, truncated, info = env.step(env.action_space.sample(mask=env.sample_mask()))
             if terminated or truncated:
                 break
+
+
+def test_least_work_comes_first_whatever_the_number_of_its_class() -> None:
+    """Class 0 has short prompts and long outputs, class 1 the reverse: KV x iterations of 300 (10 + 150) against 5 (100 + 2.5)."""
+    statistics = LengthStatistics.of(np.array([10.0, 100.0]), np.array([300.0, 5.0]), np.array([0.5, 0.5]))
+    layout = QueueLayout("prompt", (50,))
+    assert peak_tables(statistics, layout, EngineConfig.vllm()).by_work.tolist() == [1, 0]
