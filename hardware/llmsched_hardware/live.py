@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +42,7 @@ class LiveRequest(Protocol):
     request_id: str
     num_prompt_tokens: int
     num_computed_tokens: int
+    num_output_placeholders: int
     num_preemptions: int
 
     @property
@@ -351,7 +352,7 @@ class LiveMirror:
 
     # --- iterations -----------------------------------------------------------------------------------
 
-    def refresh(self, now: float, running: Sequence[LiveRequest], waiting: Sequence[LiveRequest], kv_blocks: int) -> None:
+    def refresh(self, now: float, running: Sequence[LiveRequest], waiting: Collection[LiveRequest], kv_blocks: int) -> None:
         """Bring everything to the state before an iteration.
 
         Args:
@@ -368,7 +369,8 @@ class LiveMirror:
             at = np.array([index[r.request_id] for r in running], dtype=np.int64)
         self.residents = at
         held = np.array([r.num_computed_tokens for r in running], dtype=np.int64)
-        tokens = np.array([r.num_tokens for r in running], dtype=np.int64)
+        # Under asynchronous scheduling tokens in flight are known in number: they count as generated.
+        tokens = np.array([r.num_tokens + r.num_output_placeholders for r in running], dtype=np.int64)
         follow(record.handle, self.stays.handle, float(now), at, held, tokens, kv_blocks)
         if record.clock >= self._episode_end:
             self._episode_end = record.clock + self._episode_seconds
@@ -461,14 +463,15 @@ class LiveMirror:
         requests = self.record.requests
         target = int(requests.target[r])
         requests.queue[r] = requests.outside[r]
-        requests.base_generated[r] = request.num_tokens - request.num_prompt_tokens
+        tokens = request.num_tokens + request.num_output_placeholders
+        requests.base_generated[r] = tokens - request.num_prompt_tokens
         if was_resident:
             become_resident(self.record.handle, r)
             requests.target[r] = target
             return
         self._become_resident(r, now)
         # Of a request that decodes, the target is known to lie below what is computed.
-        if request.num_computed_tokens >= request.num_tokens - 1:
+        if request.num_computed_tokens >= tokens - 1:
             requests.target[r] = request.num_computed_tokens
 
     def _adopt(self, request: LiveRequest, now: float) -> int:

@@ -17,6 +17,7 @@ class _MadeUp:
     request_id: str
     num_prompt_tokens: int
     num_computed_tokens: int = 0
+    num_output_placeholders: int = 0
     num_preemptions: int = 0
     generated: int = 0
 

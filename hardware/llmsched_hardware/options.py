@@ -65,7 +65,7 @@ FIXED: dict[str, Any] = {
 
 SCHEDULER_CLASS = "llmsched_hardware.serve.PolicyScheduler"
 """``vllm serve --scheduler-cls``."""
-POLICY_FLAGS = ("--no-async-scheduling", f"--scheduler-cls {SCHEDULER_CLASS}")
+POLICY_FLAGS = (f"--scheduler-cls {SCHEDULER_CLASS}",)
 """Words of ``vllm serve`` without which no policy runs in it."""
 
 

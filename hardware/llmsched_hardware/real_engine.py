@@ -31,7 +31,10 @@ from llmsched_env.errors import ConfigError, EngineError, did_you_mean
 from llmsched_env.types import EngineConfig
 from llmsched_hardware.options import FIXED, SETTINGS, differing, engine_arguments, setting_names, settings_of
 from llmsched_hardware.shapes import is_shape, model_shape, write_shape
-from llmsched_hardware.versions import prepare_environment
+from llmsched_hardware.versions import cpu_block_size, installed, prepare_environment, shield_llvmlite
+
+GPU_BLOCK_SIZE = 16
+"""vLLM's default for most attention on CUDA."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class EngineOptions:
         max_num_seqs: most residents at once.
         max_num_batched_tokens: token budget of an iteration.
         num_blocks: usable KV blocks; None: as many as vLLM finds room for.
-        block_size: tokens per block.
+        block_size: tokens per block; None: 16, or on a CPU the fewest that vLLM's attention takes there.
         enable_chunked_prefill, scheduler_reserve_full_isl, watermark: as in ``EngineConfig``.
         gpu_memory_utilization: share of the GPU's memory that vLLM may take (CUDA).
         enforce_eager: no CUDA graphs, no compilation; always so on a CPU.
@@ -62,7 +65,7 @@ class EngineOptions:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2_048
     num_blocks: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     enable_chunked_prefill: bool = True
     scheduler_reserve_full_isl: bool = True
     watermark: float = 0.0
@@ -76,12 +79,13 @@ class EngineOptions:
             raise ConfigError(f"model: {self.model!r}, must be 'tiny', a shape's name, a Hugging Face id or a folder")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_blocks"):
             value = getattr(self, name)
-            if name == "num_blocks" and value is None:
+            if name in ("num_blocks", "block_size") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}: {value!r}, must be an integer >= 1")
-        if self.num_blocks is not None and self.max_model_len > self.num_blocks * self.block_size:
-            held = f"{self.num_blocks * self.block_size} tokens ({self.num_blocks} blocks of {self.block_size})"
+        block = self.block_size or GPU_BLOCK_SIZE
+        if self.num_blocks is not None and self.max_model_len > self.num_blocks * block:
+            held = f"{self.num_blocks * block} tokens ({self.num_blocks} blocks of {block})"
             raise ConfigError(f"max_model_len: {self.max_model_len}, must fit the KV cache: <= {held}")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization: {self.gpu_memory_utilization!r}, must be in (0, 1]")
@@ -185,6 +189,7 @@ def load_vllm() -> type:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # whatever the user has set: another process's scheduler is out of reach
     from llmsched_hardware.gated_scheduler import GatedScheduler
 
+    shield_llvmlite()
     return GatedScheduler
 
 
@@ -201,6 +206,8 @@ def build_engine(options: EngineOptions, scheduler_cls: type | None = None) -> A
     """
     gated_scheduler = load_vllm()
     import vllm
+
+    options = _with_block_size(options)
 
     unknown = sorted(set(options.extra) - {f.name for f in dataclasses.fields(vllm.EngineArgs)})
     if unknown:
@@ -235,6 +242,20 @@ def build_engine(options: EngineOptions, scheduler_cls: type | None = None) -> A
         free_engine(engine)
         raise
     return engine
+
+
+def _with_block_size(options: EngineOptions) -> EngineOptions:
+    """The block size that this machine's attention takes.
+
+    Raises:
+        ConfigError: another one was asked for.
+    """
+    if not _on_cpu():
+        return options if options.block_size is not None else dataclasses.replace(options, block_size=GPU_BLOCK_SIZE)
+    step = cpu_block_size()
+    if options.block_size is not None and options.block_size % step:
+        raise ConfigError(f"engine.block_size: {options.block_size}, must be a multiple of {step} for vLLM {installed()[1]} on a CPU")
+    return options if options.block_size is not None else dataclasses.replace(options, block_size=step)
 
 
 def _check_agreement(engine: Any, options: EngineOptions) -> None:

@@ -7,7 +7,10 @@ first request. ``docs/deploy.md`` has an example that was run.
 Every call of ``schedule`` brings a mirror of vLLM's queues up to date, asks the policy and carries its
 decision out through `GatedScheduler`. As in the simulator (design of an idle step), a decision under
 which nothing could be scheduled stays in force until something changes: a request arrives or leaves,
-or the guard releases one. A policy that raises is replaced by vLLM's own admission.
+tokens come back, or the guard releases one. A policy that raises is replaced by vLLM's own admission.
+
+Under asynchronous scheduling, vLLM's default on a GPU, the policy decides on an iteration while the one before it runs. It sees
+tokens in flight as generated, as vLLM's scheduler does; that one of them was a request's last shows in the next call.
 """
 
 from __future__ import annotations
@@ -15,17 +18,17 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.request_queue import create_request_queue
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import EngineConfig
+from llmsched_hardware import versions
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
 from llmsched_hardware.live_config import LiveConfig
 from llmsched_hardware.live_gate import Gatekeeper
@@ -77,7 +80,8 @@ class PolicyScheduler(GatedScheduler):
         self._changed = True  # since the policy was last asked
         self._idle = False  # the last iteration computed nothing
         self._pause = _FIRST_PAUSE
-        self._iteration_start = 0.0
+        self._in_flight: deque[float] = deque()  # when each batch that is not back was scheduled
+        self._last_back = 0.0
         self._announce()
 
     def _engine(self) -> EngineConfig:
@@ -134,26 +138,20 @@ class PolicyScheduler(GatedScheduler):
     # --- one iteration --------------------------------------------------------------------------------
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        if self._idle and not self._changed:
+        if self._idle and not self._changed and not self._in_flight:
             self._rest()
-        self._iteration_start = self._now()
+        start = self._now()
         self.gate = gate = self._next_gate()
+        output = super().schedule(*args, **kwargs)
+        if output.num_scheduled_tokens:
+            self._in_flight.append(start)
         if gate.admit is None:
             self._stale = True
-            output = super().schedule(*args, **kwargs)
             self._idle = False  # vLLM's own admission never leaves work undone
             self.policy_metrics.iteration("vllm")
-            self.policy_metrics.present(self._now(), len(self.waiting) + len(self.skipped_waiting), 0, 0)
-            return output
-        # Requests whose grammar is ready were moved to `waiting`; the others may not be picked past the gate.
-        skipped: Any = self.skipped_waiting
-        self.skipped_waiting: Any = create_request_queue(self.policy)
-        try:
-            output = super().schedule(*args, **kwargs)
-        finally:
-            skipped.prepend_requests(self.skipped_waiting)
-            self.skipped_waiting = skipped
-        self._try(self._note, output.total_num_scheduled_tokens)
+            self.policy_metrics.present(self._now(), versions.num_waiting(self), 0, 0)
+        else:
+            self._try(self._note, output.total_num_scheduled_tokens)
         return output
 
     def _next_gate(self) -> Admission:
@@ -173,9 +171,9 @@ class PolicyScheduler(GatedScheduler):
         self._promote()
         mirror, pool = self.mirror, self.kv_cache_manager.block_pool
         if self._stale:
-            mirror.resync(now, self.running, self.waiting)
+            mirror.resync(now, self.running, versions.standing(self))
             self._stale, self._changed = False, True
-        mirror.refresh(now, self.running, self.waiting, pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        mirror.refresh(now, self.running, versions.standing(self), pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         decided: float | None = None
         if self._changed:
             before = time.perf_counter()
@@ -192,11 +190,7 @@ class PolicyScheduler(GatedScheduler):
 
     def _promote(self) -> None:
         """Requests that waited for something else, such as a grammar, join the queue once they can run."""
-        for request in list(self.skipped_waiting):
-            if self._is_blocked_waiting_status(request.status) and not self._try_promote_blocked_waiting_request(request):
-                continue
-            self.skipped_waiting.remove_requests([request])
-            self.waiting.add_request(request)
+        for request in versions.unblock(self):
             if request.request_id not in self.mirror:
                 self._arrive(request)
 
@@ -214,12 +208,18 @@ class PolicyScheduler(GatedScheduler):
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if self.following and scheduler_output.num_scheduled_tokens:
-            self._try(self._ended, scheduler_output.num_scheduled_tokens)
+        if scheduler_output.num_scheduled_tokens:
+            now = self._now()
+            # A batch begins when it was scheduled or, under asynchronous scheduling, when the one before it came back.
+            start = max(self._in_flight.popleft() if self._in_flight else now, self._last_back)
+            self._last_back = now
+            if self.following:
+                self._try(self._ended, scheduler_output.num_scheduled_tokens, now - start)
         return outputs
 
-    def _ended(self, scheduled: dict[str, int]) -> None:
-        self.mirror.finished_iteration(self._now() - self._iteration_start)
+    def _ended(self, scheduled: dict[str, int], seconds: float) -> None:
+        self.mirror.finished_iteration(seconds)
+        self._changed = True
         for request_id in scheduled:
             if request_id not in self.requests:
                 self._leave(request_id)
@@ -277,7 +277,6 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     full = len(specs) == 1 and type(specs[0]) in (FullAttentionSpec, MLAAttentionSpec) and not getattr(specs[0], "sliding_window", None)
     refused = [
-        (scheduler.async_scheduling, "async scheduling, which schedules before the last tokens are known (--no-async-scheduling)"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism, which keeps several batches in flight (--pipeline-parallel-size 1)"),
         (parallel.data_parallel_size > 1, "data parallelism of one model (--data-parallel-size 1)"),
         (
@@ -289,7 +288,7 @@ def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
         (vllm_config.kv_transfer_config is not None or vllm_config.ec_transfer_config is not None, "KV and encoder transfer"),
         (scheduler.policy != "fcfs", "priority scheduling (--scheduling-policy fcfs)"),
         (model.runner_type != "generate" or model.is_encoder_decoder or model.is_diffusion, "models that are not decoders of text"),
-        (MULTIMODAL_REGISTRY.supports_multimodal_inputs(model), "multimodal input (--language-model-only serves text alone)"),
+        (versions.takes_images(model), "multimodal input (--language-model-only serves text alone)"),
         (not full, f"KV caches other than one group of full attention ({', '.join(type(s).__name__ for s in specs) or 'none'})"),
     ]
     found = [text for wrong, text in refused if wrong]

@@ -20,9 +20,13 @@ from typing import Any
 
 import aiohttp
 
+from llmsched_hardware.versions import cpu_block_size
+
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 300.0
 VOCABULARY = 1000
+BLOCK = cpu_block_size()
+FAKED = Path(__file__).with_name("faked_executor.py")
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy
 
 
@@ -50,13 +54,34 @@ class Answer:
 
 @dataclass
 class HttpServer:
-    """A server process; ``with`` ends it and all its children whatever happens."""
+    """A server process; ``with`` ends it and all its children whatever happens.
+
+    Attributes:
+        model: a Hugging Face folder.
+        folder: of the server's own; must not exist.
+        policy: ``LLMSCHED_POLICY``; None for the unmodified server.
+        config: of the policy.
+        flags: further words of the command; the last one of a kind counts.
+        faked_seconds: of an iteration of a model that computes nothing (``faked_executor``); None for the real one.
+        asynchronous: scheduling, which needs the faked model on a CPU.
+    """
 
     model: Path
     folder: Path
     policy: str | None
     config: Mapping[str, Any] = field(default_factory=dict)
     flags: Sequence[str] = ()
+    faked_seconds: float | None = None
+    asynchronous: bool = False
+
+    @property
+    def program(self) -> list[str]:
+        if self.faked_seconds is None:
+            return ["-m", "vllm.entrypoints.openai.api_server"]
+        return [
+            *(str(FAKED), "--distributed-executor-backend", "faked_executor.FakedExecutor", "--load-format", "dummy"),
+            "--async-scheduling" if self.asynchronous else "--no-async-scheduling",
+        ]
 
     def __enter__(self) -> HttpServer:
         self.folder.mkdir(parents=True)
@@ -75,10 +100,13 @@ class HttpServer:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
         }
         env.pop("PYTHONDONTWRITEBYTECODE", None)
+        if self.faked_seconds is not None:
+            env |= {"FAKED_SECONDS": str(self.faked_seconds), "VLLM_TARGET_DEVICE": "cpu"}
         command = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model), "--served-model-name", "tiny"),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--block-size", "16"),
-            *("--num-gpu-blocks-override", "513", "--max-model-len", "512", "--max-num-seqs", "32", "--max-num-batched-tokens", "256"),
+            *(sys.executable, *self.program, "--model", str(self.model), "--served-model-name", "tiny"),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK)),
+            *("--num-gpu-blocks-override", str(8192 // BLOCK + 1), "--max-model-len", "512"),
+            *("--max-num-seqs", "32", "--max-num-batched-tokens", "256"),
             *self.flags,
         ]
         if self.policy is not None:

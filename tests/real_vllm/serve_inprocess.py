@@ -31,16 +31,22 @@ LENGTHS = {"prompt": [8], "output": [8], "weight": [1]}
 class Server:
     """vLLM's scheduler under a policy; what an engine core does around it is done by ``step``.
 
+    Under asynchronous scheduling a batch comes back after the next one was scheduled.
+
     Attributes:
         clock: seconds, both wall and monotonic.
         slept: seconds of every rest the scheduler took; they do not move the clock.
     """
 
-    def __init__(self, engine: EngineConfig) -> None:
+    def __init__(self, engine: EngineConfig, asynchronous: bool = False) -> None:
         self.clock = 0.0
         self.slept: list[float] = []
+        self._running: list[tuple[Any, list[str]]] = []
+        self._most = 1 if asynchronous else 0
         with contextlib.closing(VllmSchedulerBackend()) as backend:
-            self.scheduler = faked_scheduler(PolicyScheduler, backend.vllm_config(engine), engine)
+            config = backend.vllm_config(engine)
+            config.scheduler_config.async_scheduling = asynchronous  # the CPU platform has switched it off
+            self.scheduler = faked_scheduler(PolicyScheduler, config, engine)
         s = self.scheduler
         s.monotonic = s.wall = lambda: self.clock
         s._epoch = 0.0
@@ -60,17 +66,24 @@ class Server:
         self.scheduler.add_request(request)
         return request
 
-    def finish(self, output: Any, stop: frozenset[str] = frozenset()) -> None:
-        """Sample a token for every request that caught up; those in ``stop`` get the end of text."""
-        s = self.scheduler
+    def schedule(self) -> Any:
+        """vLLM's output for one iteration, which then runs."""
+        output = self.scheduler.schedule()
+        requests = self.scheduler.requests
+        caught_up = [i for i in output.num_scheduled_tokens if not requests[i].is_prefill_chunk]
+        self._running.append((output, caught_up))
+        return output
+
+    def finish(self, stop: frozenset[str] = frozenset()) -> None:
+        """The oldest batch that runs comes back: a token for every request that caught up; those in ``stop`` get the end of text."""
+        output, caught_up = self._running.pop(0)
         ids = list(output.num_scheduled_tokens)
-        done = [s.requests[i].num_computed_tokens >= s.requests[i].num_tokens for i in ids]
-        s.update_from_output(
+        self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
                 req_ids=ids,
                 req_id_to_index={i: k for k, i in enumerate(ids)},
-                sampled_token_ids=[[END_OF_TEXT if i in stop else TOKEN] if d else [] for i, d in zip(ids, done, strict=True)],
+                sampled_token_ids=[[END_OF_TEXT if i in stop else TOKEN] if i in caught_up else [] for i in ids],
                 logprobs=None,
                 prompt_logprobs_dict={},
                 pooler_output=[],
@@ -79,9 +92,10 @@ class Server:
 
     def step(self, seconds: float = 0.01, stop: frozenset[str] = frozenset()) -> dict[str, int]:
         """One iteration; the tokens scheduled for each request."""
-        output = self.scheduler.schedule()
-        self.clock += seconds
-        self.finish(output, stop)
+        output = self.schedule()
+        while len(self._running) > self._most or (self._running and not output.num_scheduled_tokens):
+            self.clock += seconds
+            self.finish(stop)
         return dict(output.num_scheduled_tokens)
 
     def run_until_empty(self, limit: int = 5_000, seconds: float = 0.01) -> int:

@@ -30,7 +30,7 @@ from llmsched_env.perf import FormulaTime, TableTime, load_calibration
 from llmsched_hardware.calibration.points import Probe, read_points
 from llmsched_hardware.real_engine import EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks
 from llmsched_hardware.shapes import model_shape, write_shape
-from llmsched_hardware.versions import prepare_environment
+from llmsched_hardware.versions import cpu_block_size, installed, prepare_environment
 
 prepare_environment()
 
@@ -84,15 +84,15 @@ def test_the_calibration_states_machine_ranges_and_errors(calibrated: tuple[Path
     assert isinstance(formula, FormulaTime) and isinstance(tables, TableTime)
     for model in (formula, tables):
         source = model.provenance
-        assert (source.name, source.num_blocks, source.block_size) == ("small", BLOCKS, 16)
-        assert "vLLM 0.28" in source.engine and f"max_num_seqs {SEQS}" in source.engine
+        assert (source.name, source.num_blocks, source.block_size) == ("small", BLOCKS, cpu_block_size())
+        assert f"vLLM {installed()[1]}" in source.engine and f"max_num_seqs {SEQS}" in source.engine
         assert source.model.startswith("tiny, float32") and source.gpu
         assert "MAPE" in source.fit_error and "Held out" in source.fit_error and "simulated mean latency" in source.fit_error
         assert "Seconds of whole engine steps" in source.notes and "The paper's two terms: d0 = " in source.notes
         assert f"{SEQS} decodes" in source.valid_range
     assert f"KV capacity  {BLOCKS} blocks" in printed and "held out" in printed and "linear " in printed
     points, _ = read_points(out.with_suffix(".points.jsonl"))
-    limits = EngineLimits(SEQS, SEQS, BUDGET, LONGEST, BLOCKS, 16)
+    limits = EngineLimits(SEQS, SEQS, BUDGET, LONGEST, BLOCKS, cpu_block_size())
     assert {p.probe for p in points} == {probe for group in plan(limits) for probe in group.probes}
     assert all(0 < p.execute_seconds < p.seconds for p in points)
 
@@ -101,7 +101,7 @@ def test_the_calibration_works_at_once_in_scripts_and_environments(calibrated: t
     out, _ = calibrated
     for path in (out, out.with_suffix(".npz")):
         overrides = with_calibration(Overrides(), str(path))
-        assert overrides.engine == {"time_model": str(path), "num_blocks": BLOCKS, "block_size": 16}
+        assert overrides.engine == {"time_model": str(path), "num_blocks": BLOCKS, "block_size": cpu_block_size()}
         settings = {**overrides.engine, "max_model_len": LONGEST, "oversize": "reject"}
         env = gym.make("llmsched_env:LLMSched-v0", **ADMIT, engine=settings, num_requests=5)
         env.reset(seed=0)

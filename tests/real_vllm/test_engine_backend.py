@@ -34,12 +34,14 @@ from llmsched_env.workload.lengths import Types
 from llmsched_hardware import real_engine
 from llmsched_hardware.gated_scheduler import Admission
 from llmsched_hardware.real_engine import EngineOptions, build_engine, engine_scheduler, free_engine, num_usable_blocks
+from llmsched_hardware.versions import cpu_block_size
 from llmsched_hardware.vllm_engine import VllmEngineBackend
 from tests.env_settings import ADMIT
 
+BLOCK = cpu_block_size()
 ENGINE = EngineConfig.vllm(
-    block_size=16,
-    num_blocks=24,
+    block_size=BLOCK,
+    num_blocks=384 // BLOCK,
     max_num_seqs=8,
     max_num_batched_tokens=64,
     max_model_len=160,
@@ -424,7 +426,8 @@ def test_other_settings_rebuild_the_engine() -> None:
     backend = VllmEngineBackend(clock="virtual")
     sim = make_backend("sim")
     work, built = workload(23, n=8), []
-    for engine in (ENGINE, ENGINE.replace(late_after=1.0), ENGINE.replace(num_blocks=11, watermark=0.1, scheduler_reserve_full_isl=False)):
+    small = ENGINE.replace(num_blocks=-(-176 // BLOCK), watermark=0.1, scheduler_reserve_full_isl=False)
+    for engine in (ENGINE, ENGINE.replace(late_after=1.0), small):
         policy = RandomPolicy(9)
         policy.engine = engine
         logs = [run_episode(policy, work, backend=b).log for b in (sim, backend)]

@@ -288,5 +288,5 @@ def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from llmsched_hardware import versions
 
     monkeypatch.setattr(versions.metadata, "version", lambda name: "0.99.0")
-    with pytest.raises(ConfigError, match=r"0\.99\.0 is not supported \(tested: 0\.28\.0\)"):
+    with pytest.raises(ConfigError, match=r"0\.99\.0 is not supported \(tested: 0\.28\.0, 0\.30\.0, "):
         versions.check_version()

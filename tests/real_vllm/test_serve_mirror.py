@@ -186,13 +186,13 @@ def follow(case: Case, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Tally:
         asked["step"] = step
         expected = seen(view, str, forecast)
         report = backend.step(case.decision(step))
-        output = server.scheduler.schedule()
+        output = server.schedule()
         assert len(shown) == step + 1, f"step {step}: the policy was asked {len(shown)} times"
         assert_same(shown[-1], expected, f"seed {case.seed}, step {step}")
         ids, tokens = backend.scheduled() if not report.idle else (np.array([]), np.array([]))
         assert {int(r): k for r, k in output.num_scheduled_tokens.items()} == dict(zip(ids.tolist(), tokens.tolist(), strict=True))
         server.clock = report.start + report.duration
-        server.finish(output)
+        server.finish()
         submit()
         tally.iterations += not report.idle
         tally.idle += report.idle

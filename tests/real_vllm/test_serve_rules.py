@@ -491,7 +491,6 @@ def test_the_rehearsal_shows_every_kind_of_queue() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("scheduler_config.async_scheduling", True, "--no-async-scheduling"),
         ("scheduler_config.policy", "priority", "--scheduling-policy fcfs"),
         ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
         ("parallel_config.data_parallel_size", 2, "data parallelism"),

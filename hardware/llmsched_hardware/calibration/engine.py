@@ -113,7 +113,7 @@ def calibrate(
             budget=options.max_num_batched_tokens,
             max_model_len=options.max_model_len,
             num_blocks=num_usable_blocks(engine),
-            block_size=options.block_size,
+            block_size=machine.block_size,
         )
         now = time.monotonic()
         # The workload runs on an engine that the backend builds itself.
@@ -134,12 +134,13 @@ def calibrate(
 
 def fingerprint(options: EngineOptions, machine: Machine) -> dict[str, Any]:
     """What must agree for points to belong together. Not the number of blocks: what memory is free differs from run to run."""
-    names = ("model", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "enforce_eager")
+    names = ("model", "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "enforce_eager")
     torch = require("torch", "vllm")
     return {
         "device": machine.device,
         "vllm": machine.vllm,
         "dtype": machine.dtype,
+        "block_size": machine.block_size,
         "threads": torch.get_num_threads() if machine.driver is None else None,
         **{name: getattr(options, name) for name in names},
         "extra": dict(options.extra),
