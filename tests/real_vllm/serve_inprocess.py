@@ -42,7 +42,7 @@ class Server:
         self.clock = 0.0
         self.slept: list[float] = []
         self._running: list[tuple[Any, list[str]]] = []
-        self._most = 1 if asynchronous else 0
+        self.asynchronous = asynchronous
         with contextlib.closing(VllmSchedulerBackend()) as backend:
             config = backend.vllm_config(engine)
             config.scheduler_config.async_scheduling = asynchronous  # the CPU platform has switched it off
@@ -93,7 +93,7 @@ class Server:
     def step(self, seconds: float = 0.01, stop: frozenset[str] = frozenset()) -> dict[str, int]:
         """One iteration; the tokens scheduled for each request."""
         output = self.schedule()
-        while len(self._running) > self._most or (self._running and not output.num_scheduled_tokens):
+        while len(self._running) > self.asynchronous or (self._running and not output.num_scheduled_tokens):
             self.clock += seconds
             self.finish(stop)
         return dict(output.num_scheduled_tokens)
@@ -114,6 +114,7 @@ def make_server(
     layout: QueueLayout,
     script: Callable[[Any], Decision] | None = None,
     changes: dict[str, object] | None = None,
+    asynchronous: bool = False,
     **config: Any,
 ) -> Server:
     """A server under a scripted policy; ``config`` goes into its JSON file."""
@@ -121,7 +122,7 @@ def make_server(
     monkeypatch.setattr(serve_policies.Scripted, "changes", changes or {})
     monkeypatch.setattr(serve_policies.Scripted, "script", None)  # greedy, for the rehearsal
     configure(monkeypatch, folder, "serve_policies:Scripted", **{"max_wait_seconds": 1000.0, **config})
-    server = Server(engine)
+    server = Server(engine, asynchronous)
     if script is not None:
         monkeypatch.setattr(serve_policies.Scripted, "script", staticmethod(script))
     return server

@@ -63,7 +63,7 @@ def measure(server: Server, running: int) -> tuple[float, float]:
     scheduled, updated = [], []
     for _ in range(ITERATIONS):
         start = time.process_time()
-        output = server.schedule()
+        server.schedule()
         middle = time.process_time()
         server.clock += 0.01
         server.finish()
