@@ -94,11 +94,16 @@ class LLMSchedHardware(LLMSchedEnv):
     """The default environment on a real vLLM engine.
 
     ## Description
+    Its KV memory is that of the default in blocks of 32 tokens, which attention takes on GPUs and on CPUs; whoever gives ``engine``
+    on a CPU gives a ``block_size`` with it.
     ``backend_config`` says which model and which clock (``docs/hardware.md``); it needs vLLM. The clock is measured by default,
     so an episode is not the same twice.
 
     All else is as in ``LLMSchedEnv``.
     """
+
+
+BLOCKS_OF_32 = {"num_blocks": 1_408, "block_size": 32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +149,6 @@ ENVIRONMENTS = (
     NamedEnvironment("LLMSchedOverload-v0", LLMSchedOverload, {"rate": 10.0, "num_requests": 1000}, -35.0),
     NamedEnvironment("LLMSchedBursty-v0", LLMSchedBursty, {"scenario": "azure-conv-40gb-bursts"}, -12.5),
     NamedEnvironment("LLMSchedKnown-v0", LLMSchedKnown, {"reveal_output_length": True}),
-    NamedEnvironment("LLMSchedHardware-v0", LLMSchedHardware, {"backend": "vllm"}, simulated=False),
+    NamedEnvironment("LLMSchedHardware-v0", LLMSchedHardware, {"backend": "vllm", "engine": BLOCKS_OF_32}, simulated=False),
 )
 """All that this package registers."""

@@ -207,7 +207,7 @@ def build_engine(options: EngineOptions, scheduler_cls: type | None = None) -> A
     gated_scheduler = load_vllm()
     import vllm
 
-    options = _with_block_size(options)
+    options = with_block_size(options)
 
     unknown = sorted(set(options.extra) - {f.name for f in dataclasses.fields(vllm.EngineArgs)})
     if unknown:
@@ -244,18 +244,25 @@ def build_engine(options: EngineOptions, scheduler_cls: type | None = None) -> A
     return engine
 
 
-def _with_block_size(options: EngineOptions) -> EngineOptions:
-    """The block size that this machine's attention takes.
+def least_block_size() -> int:
+    """Block sizes of an engine on this machine are multiples of it, tokens. Imports vLLM."""
+    return cpu_block_size() if _on_cpu() else GPU_BLOCK_SIZE
+
+
+def with_block_size(options: EngineOptions) -> EngineOptions:
+    """The same options, the block size filled in.
 
     Raises:
-        ConfigError: another one was asked for.
+        ConfigError: one was asked for that attention on this machine does not take.
     """
-    if not _on_cpu():
-        return options if options.block_size is not None else dataclasses.replace(options, block_size=GPU_BLOCK_SIZE)
-    step = cpu_block_size()
-    if options.block_size is not None and options.block_size % step:
-        raise ConfigError(f"engine.block_size: {options.block_size}, must be a multiple of {step} for vLLM {installed()[1]} on a CPU")
-    return options if options.block_size is not None else dataclasses.replace(options, block_size=step)
+    if options.block_size is None:
+        return dataclasses.replace(options, block_size=least_block_size())
+    if _on_cpu() and options.block_size % least_block_size():
+        raise ConfigError(
+            f"engine.block_size: {options.block_size}, must be a multiple of {least_block_size()} for vLLM {installed()[1]} on a CPU; "
+            f"with as much memory: engine.block_size={least_block_size()} and a number of blocks to match"
+        )
+    return options
 
 
 def _check_agreement(engine: Any, options: EngineOptions) -> None:

@@ -13,6 +13,7 @@ from llmsched_env.cli.frame import DONE, FAILED, Command, Options, Outcome, Scre
 from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.workload import load_scenario
+from llmsched_hardware.real_engine import least_block_size, load_vllm
 from llmsched_hardware.swap import Episode, Swap, difference
 from llmsched_hardware.validation import SIM
 from llmsched_hardware.validation_runs import Clock
@@ -82,8 +83,12 @@ def run(options: SwapBackends, screen: Screen) -> Outcome:
     for module in ("rich.progress", "rich.console"):
         require(module, "cli")
     scenario = load_scenario(options.scenario)
-    engine = engine_with(scenario.engine, {"num_blocks": options.num_blocks})
-    setting = Setting(scenario.statistics, options.rate, scenario.engine, overrides={"num_blocks": options.num_blocks})
+    blocks = {"num_blocks": options.num_blocks}
+    if "vllm" in backends:  # attention on this machine may take larger blocks alone; all backends then have the same
+        load_vllm()
+        blocks["block_size"] = max(scenario.engine.block_size, least_block_size())
+    engine = engine_with(scenario.engine, blocks)
+    setting = Setting(scenario.statistics, options.rate, scenario.engine, overrides=blocks)
     expert = make_policy("nested-wait", setting, overload=True)
     swap = Swap(scenario, engine, options.rate, options.requests, options.model, options.clock, options.seed)
     network = swap.network()

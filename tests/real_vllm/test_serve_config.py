@@ -168,7 +168,8 @@ def test_renumbered_keys_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> No
     mirror.note(0.0, [], [], ["2"])
     order[:] = ["2", "3", "4", "5"]
     check()
-    mirror.refresh(6.0, [SimpleNamespace(request_id=i, num_computed_tokens=4, num_tokens=8 + int(i)) for i in "01"], order, 2)
+    running = [SimpleNamespace(request_id=i, num_computed_tokens=4, num_tokens=8 + int(i), num_output_placeholders=0) for i in "01"]
+    mirror.refresh(6.0, running, order, 2)
     mirror.arrive("6", 8, 6.0, 6.0)
     order[:] = ["2", "6", "3", "4", "5"]  # those that never entered in time stand last
     check()

@@ -25,7 +25,7 @@ from vllm.v1.request import RequestStatus
 from llmsched_env.errors import ConfigError
 from llmsched_env.records import Level
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, QueueLayout
-from llmsched_hardware import live, serve
+from llmsched_hardware import live, serve, versions
 from llmsched_hardware.live import LiveMirror
 from llmsched_hardware.live_rehearsal import rehearse
 from tests.engine_walk import shown
@@ -366,22 +366,26 @@ def check_against_scheduler_after(server: Server) -> None:
     check_against_scheduler(server)
 
 
+def wait_for_grammar(scheduler: Any, request: Any, grammar: Any) -> None:
+    """Queue a request as vLLM does one with structured output whose grammar is not compiled."""
+    scheduler.waiting.remove_requests([request])
+    scheduler.mirror.leave(request.request_id)
+    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+    request.structured_output_request = grammar
+    scheduler._enqueue_waiting_request(request)
+
+
 def test_a_request_whose_grammar_is_not_ready_is_gated_all_the_same(make: Make) -> None:
     server = make(ENGINE, HALVES, lambda view: Decision.of([1, 1], [0, 0]))
     request = server.add("a", 10, 6)
     other = server.add("b", 10, 6)
     scheduler = server.scheduler
-    # As vLLM queues a request with structured output: outside the waiting queue until its grammar is compiled.
-    scheduler.waiting.remove_requests([request])
-    scheduler.mirror.leave("a")
-    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
-    request.structured_output_request = SimpleNamespace(grammar=None)
-    scheduler.skipped_waiting.add_request(request)
+    wait_for_grammar(scheduler, request, SimpleNamespace(grammar=None))
     assert server.step() == {} and scheduler.mirror.view.num_waiting == 1
     request.structured_output_request.grammar = object()
     assert server.step() == {}  # ready, but the policy admits nobody
-    assert scheduler.mirror.view.num_waiting == 2 and not scheduler.skipped_waiting
-    assert list(scheduler.waiting) == [other, request]
+    assert scheduler.mirror.view.num_waiting == 2
+    assert list(versions.standing(scheduler)) == [other, request]
 
 
 def test_a_grammar_that_becomes_ready_during_the_iteration_waits_for_the_next(make: Make) -> None:
@@ -399,11 +403,7 @@ def test_a_grammar_that_becomes_ready_during_the_iteration_waits_for_the_next(ma
     request = server.add("a", 10, 6)
     server.add("b", 10, 6)
     scheduler = server.scheduler
-    scheduler.waiting.remove_requests([request])
-    scheduler.mirror.leave("a")
-    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
-    request.structured_output_request = Compiling()
-    scheduler.skipped_waiting.add_request(request)
+    wait_for_grammar(scheduler, request, Compiling())
     for _ in range(3):
         assert server.step() == {}
     assert scheduler.mirror.view.num_waiting == 2

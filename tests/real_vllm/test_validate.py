@@ -15,10 +15,11 @@ from llmsched_env.cli import hardware_page, validate
 from llmsched_env.perf import FormulaTime, Provenance, save_calibration
 from llmsched_env.row_file import read_rows
 from llmsched_hardware.validation import METRICS, Run, Schedules
+from llmsched_hardware.versions import cpu_block_size
 
 POLICIES = ("vllm", "sarathi", "wait", "nested-wait")
 # About as fast as a CPU runs the tiny model; only the virtual clock depends on it.
-SOURCE = Provenance(name="made-up", gpu="none", num_blocks=32, block_size=16)
+SOURCE = Provenance(name="made-up", gpu="none", num_blocks=512 // cpu_block_size(), block_size=cpu_block_size())
 MODEL = FormulaTime(2e-3, 5e-6, 2e-3, 5e-6, 3e-7, 0.0, 5e-9, 2e-5, provenance=SOURCE)
 ENGINE = ("engine.max_model_len=256", "engine.max_num_seqs=24", "engine.max_num_batched_tokens=256")
 SARATHI = ("policy.sarathi.budget=64", "policy.sarathi.max_num_seqs=16")

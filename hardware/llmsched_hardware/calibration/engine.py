@@ -33,6 +33,7 @@ from llmsched_hardware.real_engine import (
     free_engine,
     load_vllm,
     num_usable_blocks,
+    with_block_size,
 )
 from llmsched_hardware.shapes import is_shape
 
@@ -102,6 +103,7 @@ def calibrate(
     """
     compile_simulator()  # at most once a version; the time it takes is then known before the sweep
     load_vllm()  # once: building again takes no import
+    options = with_block_size(options)
     begin = time.monotonic()
     engine = build_engine(options)
     build_seconds = time.monotonic() - begin
