@@ -94,20 +94,29 @@ def recorded_versions() -> tuple[str, ...]:
     return tuple(recorded())
 
 
-def record(version: str, digests: Digests, path: Path = RECORD) -> None:
-    """Add a version to the record, or replace it there.
+def check_release(version: str) -> None:
+    """Refuse what is no release.
+
+    Raises:
+        ConfigError: as it says.
+    """
+    if not re.fullmatch(r"\d+\.\d+\.\d+(\.post\d+)?", version):
+        raise ConfigError(f"version {version!r}, must be the number of a release, such as 0.28.0")
+
+
+def record(version: str, digests: Digests) -> Path:
+    """Add a version to the record, or replace it there; the file that holds it.
 
     Raises:
         ConfigError: no number of a release.
         OSError: the file cannot be written.
     """
-    if not re.fullmatch(r"\d+\.\d+\.\d+(\.post\d+)?", version):
-        raise ConfigError(f"version {version!r}, must be the number of a release, such as 0.28.0")
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    kept[version] = dict(digests)
-    with replacing(path) as file:
+    check_release(version)
+    kept = {**recorded(), version: dict(digests)}
+    with replacing(RECORD) as file:
         file.write(json.dumps({name: kept[name] for name in sorted(kept, key=_order)}, indent=1) + "\n")
     recorded.cache_clear()
+    return RECORD
 
 
 def _order(version: str) -> tuple[int, ...]:
@@ -192,7 +201,7 @@ def judge(version: str, folder: Path, *, supported: Collection[str] | None = Non
     listed = ", ".join(recorded() if supported is None else supported)
     what = f"vLLM {version} is not supported (tested: {listed})"
     if tested:
-        patched = f"vLLM {version} is not the release of that number: {_named(found)}; decisions may not do what they did when it was tested"
+        patched = f"vLLM {version} is installed, but not as it was tested: {_named(found)} differ; decisions may not do what they did there"
         return Verdict(version, True, True, compared, found, patched if found else "")
     if not found:
         same = f"{what}, but everything of it that is used or mirrored is the same as in {compared}; it is accepted"

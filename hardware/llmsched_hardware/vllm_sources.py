@@ -13,7 +13,6 @@ import importlib.util
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from llmsched_env.errors import ConfigError
@@ -44,7 +43,7 @@ def _write(node: ast.AST, out: list[str], *, local: bool, shell: bool = False) -
         shell: leave out the methods and inner classes of a class.
     """
     if isinstance(node, ast.Constant):
-        out.append(f"{type(node.value).__name__} {ascii(node.value)}")  # what repr escapes depends on the Python
+        out.append(f"{type(node.value).__name__} {node.value!a}")  # what repr escapes depends on the Python
         return
     if isinstance(node, ast.JoinedStr):
         _write_text(node, out, local)

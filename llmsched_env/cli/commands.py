@@ -30,6 +30,7 @@ from llmsched_env.cli import (
     train,
     tune,
     validate,
+    vllm_diff,
     warmup,
 )
 from llmsched_env.cli.frame import DONE, REFUSED, Command
@@ -51,6 +52,7 @@ MODULES = (
     validate,
     serve_check,
     swap_backends,
+    vllm_diff,
     build_statistics,
     warmup,
     headroom,
