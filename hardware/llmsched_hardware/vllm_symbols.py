@@ -248,6 +248,13 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     *_of(_SAMPLING, "called", "how the tokens of a request are sampled", "RequestOutputKind SamplingParams"),
     *_of("multimodal/registry.py", "called", "models that the plug-in refuses", "MultiModalRegistry.supports_multimodal_inputs"),
+    *_of(
+        "v1/attention/backends/cpu_attn.py",
+        "mirrored",
+        "block sizes of a CPU build",
+        "CPUAttentionBackend.get_supported_kernel_block_sizes",
+    ),
+    *_of("triton_utils/dispatcher.py", "called", "a CPU build's look at every module, which numba must stand", "_rebind_kernels"),
     *_of("platforms/interface.py", "called", "CPU build or CUDA", "Platform.is_cpu"),
 )
 BY_KEY = {symbol.key: symbol for symbol in SYMBOLS}

@@ -169,7 +169,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     columns = [[one.change for one in rows], [one.symbol for one in rows]]
     if any(one.added is not None for one in rows):
         columns.insert(1, [f"+{one.added} -{one.removed}" for one in rows])
-    widths = [max(map(len, column), default=0) for column in columns]
+    widths = [max((len(cell) for cell in column), default=0) for column in columns]
     lines = zip(*columns, strict=True)
     aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return [f"{line}  {one.use}: {one.why}" for line, one in zip(aligned, rows, strict=True)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmsched_env.errors import ConfigError
-from llmsched_hardware import fingerprints, vllm_sources
+from llmsched_hardware import fingerprints, versions, vllm_sources
 from llmsched_hardware.fingerprints import ALLOW_UNTESTED, UntestedVersionWarning, differences, differing, digests_of, judge
 from llmsched_hardware.vllm_sources import Source, Tree, installed_folder
 from llmsched_hardware.vllm_symbols import SYMBOLS, Symbol
@@ -362,6 +362,10 @@ def test_every_version_on_record_has_every_symbol_and_file() -> None:
     assert len({json.dumps(digests) for digests in kept.values()}) == len(kept)
 
 
+def test_the_supported_versions_are_those_on_record() -> None:
+    assert fingerprints.recorded_versions() == versions.SUPPORTED_VERSIONS
+
+
 def test_what_the_adapters_import_and_override_is_on_the_list() -> None:
     names = {symbol.name for symbol in SYMBOLS}
     heads = {name.split(".")[0] for name in names}
@@ -373,7 +377,7 @@ def test_what_the_adapters_import_and_override_is_on_the_list() -> None:
                 imported |= {constants.get(alias.name, alias.name) for alias in node.names}
             if path.name in ("gated_scheduler.py", "serve.py") and isinstance(node, ast.Attribute) and isinstance(node.value, ast.Call):
                 called = node.value.func
-                if isinstance(called, ast.Name) and called.id == "super":
+                if isinstance(called, ast.Name) and called.id == "super" and node.attr != "__new__":  # which is object's
                     overridden.add(f"Scheduler.{node.attr}")
     assert len(imported) > 8 and imported <= heads, sorted(imported - heads)
     assert len(overridden) > 4 and overridden <= names, sorted(overridden - names)
