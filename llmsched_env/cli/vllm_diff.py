@@ -129,8 +129,8 @@ def unified(symbol: Symbol, old: Side, new: Side) -> list[str]:
     before, after = old.tree.lines(symbol), new.tree.lines(symbol)
     if not before and not after:
         raise ConfigError(f"--show: {symbol.key} is in neither {old.label} nor {new.label}")
-    paths = (f"{one.label} {symbol.key}" for one in (old, new))
-    return list(difflib.unified_diff(before, after, *paths, lineterm=""))
+    paths = [f"{one.label} {symbol.key}" for one in (old, new)]
+    return list(difflib.unified_diff(before, after, paths[0], paths[1], lineterm=""))
 
 
 def row(difference: Difference, old: Side, new: Side) -> Row:
@@ -166,12 +166,10 @@ def check_record(options: VllmDiff, new: Side) -> None:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """The differences in columns: change, lines where they are known, symbol, use and why."""
-    columns = [[one.change for one in rows], [one.symbol for one in rows]]
-    if any(one.added is not None for one in rows):
-        columns.insert(1, [f"+{one.added} -{one.removed}" for one in rows])
-    widths = [max((len(cell) for cell in column), default=0) for column in columns]
-    lines = zip(*columns, strict=True)
-    aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    cells = [[one.change, "" if one.added is None else f"+{one.added} -{one.removed}", one.symbol] for one in rows]
+    widths = [max((len(line[i]) for line in cells), default=0) for i in range(3)]
+    shown = [i for i in range(3) if widths[i]]
+    aligned = ["  ".join(line[i].ljust(widths[i]) for i in shown) for line in cells]
     return [f"{line}  {one.use}: {one.why}" for line, one in zip(aligned, rows, strict=True)]
 
 
