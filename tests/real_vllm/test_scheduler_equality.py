@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -284,9 +285,15 @@ def test_settings_vllm_does_not_have_are_refused() -> None:
     backend.close()
 
 
-def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_judged_by_its_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from llmsched_hardware import versions
+    from llmsched_hardware.fingerprints import UntestedVersionWarning
 
     monkeypatch.setattr(versions.metadata, "version", lambda name: "0.99.0")
-    with pytest.raises(ConfigError, match=r"0\.99\.0 is not supported \(tested: 0\.28\.0, 0\.30\.0, "):
+    with pytest.warns(UntestedVersionWarning, match=r"0\.99\.0 is not supported \(tested: 0\.28\.0, 0\.30\.0, .* is the same as in"):
+        versions.check_version()
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.setattr(versions, "installed_folder", lambda: tmp_path)
+    with pytest.raises(ConfigError, match=r"0\.99\.0 is not supported .* differ: vllm/v1/core/sched/scheduler\.py:Scheduler\.schedule \(gone\)"):
         versions.check_version()
