@@ -13,6 +13,7 @@ vLLM declares everything under ``vllm.v1.core`` not public, so versions this was
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import time
 from dataclasses import dataclass, field
@@ -42,8 +43,8 @@ class Admission:
         evict: running requests to preempt first, in this order.
         token_budget: tokens that the iteration may compute at most; None for the engine's ``max_num_scheduled_tokens``.
         admitted, preempted: what vLLM then did, in order.
-        tokens: tokens scheduled per request.
-        blocks: KV blocks of each running request after scheduling.
+        tokens: tokens scheduled per request, where the scheduler ``describes``.
+        blocks: KV blocks of each running request after scheduling, likewise.
     """
 
     admit: list[str] | None = None
@@ -63,9 +64,12 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
 
     Attributes:
         gate: what the next iteration may do; afterwards, what it did. Stays in force until replaced.
+        describes: whether the gate is also told tokens and blocks of every request, which costs a look at each.
         schedule_seconds, execute_seconds, update_seconds: of the last iteration; ``execute`` is the
             time between ``schedule`` and ``update_from_output``: forward pass and sampling.
     """
+
+    describes = True
 
     def __new__(cls, *args: Any, **kwargs: Any) -> GatedScheduler:
         config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
@@ -103,18 +107,24 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
     def _schedule_gated(self, *args: Any, **kwargs: Any) -> Any:
         gate = self.gate
         self._evict(gate.evict)
+        if gate.admit is None and not (gate.hold or self.describes):
+            return super().schedule(*args, **kwargs)
         queue = self.waiting
         if gate.admit is not None:
             queue = create_request_queue(self.policy)
             for request_id in gate.admit:
                 queue.add_request(self.requests[request_id])
         shown = {r.request_id for r in queue}
-        held = [r for r in self.running if r.request_id in gate.hold]
-        order = [r.request_id for r in self.running]
-        self.running = [r for r in self.running if r.request_id not in gate.hold]
+        before = self.running
+        held = [r for r in before if r.request_id in gate.hold] if gate.hold else []
+        if held:
+            self.running = [r for r in before if r.request_id not in gate.hold]
+        ran = len(self.running)
+        entered: list[Any] = []
         most = self.max_num_scheduled_tokens
         if gate.token_budget is not None:
             self.max_num_scheduled_tokens = min(most, gate.token_budget)
+        order = {r.request_id: i for i, r in enumerate(before)} if held else {}
         try:
             with versions.places_taken(self, len(held)):  # held requests keep their sequence slots while they are away
                 if gate.admit is None:
@@ -122,21 +132,22 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
                 else:
                     with versions.only_waiting(self, queue):
                         output = super().schedule(*args, **kwargs)
+            entered = self.running[ran:]  # at the end; where vLLM preempts somebody it admits nobody
         finally:
             self.max_num_scheduled_tokens = most
-            place = {request_id: i for i, request_id in enumerate(order)}
-            self.running = sorted(self.running + held, key=lambda r: place.get(r.request_id, len(place)))  # stable: new ones stay last
-        left = {r.request_id for r in queue}
-        gate.admitted = [r.request_id for r in self.running if r.request_id in shown]
+            if held:
+                self.running = sorted(self.running + held, key=lambda r: order.get(r.request_id, len(order)))  # stable: new ones stay last
+        gate.admitted = [r.request_id for r in entered]
         # vLLM puts each victim at the head of the queue, so the last one stands first.
-        gate.preempted = [r.request_id for r in queue if r.request_id not in shown][::-1]
+        gate.preempted = [r.request_id for r in itertools.takewhile(lambda r: r.request_id not in shown, queue)][::-1]
         if gate.admit is not None:
-            self._remove(self.waiting, [self.requests[i] for i in gate.admit if i not in left])
+            self._remove(self.waiting, entered)
             for request_id in gate.preempted:
                 self.waiting.prepend_request(self.requests[request_id])
-        gate.tokens = dict(output.num_scheduled_tokens)
-        manager = self.kv_cache_manager
-        gate.blocks = {r.request_id: len(manager.get_blocks(r.request_id).blocks[0]) for r in self.running}
+        if self.describes:
+            gate.tokens = dict(output.num_scheduled_tokens)
+            manager = self.kv_cache_manager
+            gate.blocks = {r.request_id: len(manager.get_blocks(r.request_id).blocks[0]) for r in self.running}
         return output
 
     @staticmethod

@@ -58,6 +58,8 @@ class PolicyScheduler(GatedScheduler):
         ConfigError: a vLLM setting under which gating is wrong or untested, or a refused configuration.
     """
 
+    describes = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_supported(self.vllm_config, self.kv_cache_config)

@@ -39,7 +39,7 @@ def server_of(policy: str, folder: Path) -> Server:
         from vllm.v1.core.sched.scheduler import Scheduler
 
         server = Server.__new__(Server)
-        server.clock, server.slept = 0.0, []
+        server.clock, server.slept, server._running, server.asynchronous = 0.0, [], [], False
         with contextlib.closing(VllmSchedulerBackend()) as backend:
             server.scheduler = faked_scheduler(Scheduler, backend.vllm_config(ENGINE), ENGINE)
         return server
