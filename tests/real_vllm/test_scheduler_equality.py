@@ -295,5 +295,5 @@ def test_another_version_is_judged_by_its_sources(monkeypatch: pytest.MonkeyPatc
     (tmp_path / "vllm").mkdir()
     (tmp_path / "vllm" / "__init__.py").touch()
     monkeypatch.setattr(versions, "installed_folder", lambda: tmp_path)
-    with pytest.raises(ConfigError, match=r"0\.99\.0 is not supported .* differ: vllm/v1/core/sched/scheduler\.py:Scheduler\.schedule \(gone"):
+    with pytest.raises(ConfigError, match=r"is not supported .* differ: vllm/v1/core/sched/scheduler\.py:Scheduler\.schedule \(gone\)"):
         versions.check_version()
