@@ -109,11 +109,6 @@ def places_taken(scheduler: Any, count: int) -> Iterator[None]:
         setattr(scheduler, cap, before)
 
 
-def most_admitted(scheduler: Any) -> int:
-    """Residents up to which a scheduler admits requests."""
-    return int(getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs))
-
-
 @contextlib.contextmanager
 def only_waiting(scheduler: Any, queue: Any) -> Iterator[None]:
     """During the call requests enter from ``queue`` alone. What it holds afterwards is the caller's to put back.

@@ -148,7 +148,7 @@ def run_engine(options: Engine, screen: Screen) -> Outcome:
     name = options.name or options.out.stem
     write(result, name, options.out)  # whatever becomes of the engine that the workload needs
     if time.monotonic() + result.build_seconds < deadline:
-        held_out = hold_out(result.models, engine, result.limits.num_blocks, deadline, screen.progress, options.held_out)
+        held_out = hold_out(result.models, result.options, result.limits.num_blocks, deadline, screen.progress, options.held_out)
         result = dataclasses.replace(result, held_out=held_out)
         write(result, name, options.out)
     for line in report(result, options.out, options.points, time.monotonic() - started):

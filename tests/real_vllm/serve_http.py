@@ -175,15 +175,21 @@ class HttpServer:
             time.sleep(0.1)
         raise AssertionError(f"{name} is {seen}, not {value}")
 
-    def ask(self, requests: Sequence[Mapping[str, Any]], *, spacing: float = 0.0) -> list[Answer]:
-        """Stream all requests at once (``spacing`` seconds apart)."""
+    def ask(self, requests: Sequence[Mapping[str, Any]], *, spacing: float = 0.0, at_once: int = 1_000_000) -> list[Answer]:
+        """Stream all requests at once (``spacing`` seconds apart), at most ``at_once`` at a time."""
 
         async def all_of_them() -> list[Answer]:
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
+            places = asyncio.Semaphore(at_once)
+
+            async def one(request: Mapping[str, Any]) -> Answer:
+                async with places:
+                    return await self._stream(session, dict(request))
+
             async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
                 tasks = []
                 for request in requests:
-                    tasks.append(asyncio.create_task(self._stream(session, dict(request))))
+                    tasks.append(asyncio.create_task(one(request)))
                     await asyncio.sleep(spacing)
                 return list(await asyncio.gather(*tasks))
 

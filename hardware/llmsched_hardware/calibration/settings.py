@@ -74,7 +74,7 @@ def engine_config(options: EngineOptions, model: IterationTimeModel, num_blocks:
     """
     own = {f.name for f in dataclasses.fields(EngineConfig)} - {"num_blocks"}
     shared = {f.name: getattr(options, f.name) for f in dataclasses.fields(EngineOptions) if f.name in own}
-    return EngineConfig.vllm(time_model=model, num_blocks=num_blocks, **shared)
+    return EngineConfig.vllm(time_model=model, num_blocks=num_blocks, **{name: v for name, v in shared.items() if v is not None})
 
 
 def backend_settings(options: EngineOptions) -> dict[str, Any]:
