@@ -126,8 +126,8 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     kept, whole = read_points(points_path)
     before = points_path.read_bytes()[:whole]
     assert not out.exists() and len(kept) >= 20
-    # A few seconds are far too few for 400 sweeps: the rest is left out, and a result is written all the same.
-    assert calibrate.main(words(out, "--sweeps", 400, "--held-out", 20, "--budget-seconds", 10, "--resume")) == 0
+    # Half a minute is far too little for 400 sweeps: the rest is left out, and a result is written all the same.
+    assert calibrate.main(words(out, "--sweeps", 400, "--held-out", 20, "--budget-seconds", 25, "--resume")) == 0
     points, _ = read_points(points_path)
     assert points_path.read_bytes().startswith(before) and points[: len(kept)] == kept and len(points) > len(kept)
     assert len({(p.sweep, p.probe) for p in points}) == len(points)
