@@ -417,6 +417,23 @@ class LiveMirror:
 
     # --- losing track -----------------------------------------------------------------------------------
 
+    def take_over(self, old: LiveMirror) -> None:
+        """Know the requests of another mirror, with their arrivals and how long they have waited; `resync` must follow.
+
+        The other is only read: a policy that was given up may still be reading it, and writing what its record lets it write.
+        """
+        mine, theirs = self.record, old.record
+        mine.clock, mine.last_iteration, mine.iterations = theirs.clock, theirs.last_iteration, theirs.iterations
+        mine.evictions, mine.forced_evictions = theirs.evictions, theirs.forced_evictions
+        self._episode_end = old._episode_end
+        keys = theirs.requests.key
+        for name, i in sorted(old._index.items(), key=lambda item: int(keys[item[1]])):
+            hidden, stays = theirs.hidden, old.stays
+            self.arrive(name, int(hidden.prompt[i]), float(hidden.arrival[i]), float(stays.since[i]), int(hidden.output[i]))
+            self.stays.released[self._index[name]] = stays.released[i]
+        if old.layout == self.layout:
+            self.record.queues.arrivals[:] = theirs.queues.arrivals
+
     def resync(self, now: float, running: Sequence[LiveRequest], waiting: Iterable[LiveRequest]) -> None:
         """Rebuild the queues from the scheduler's own lists.
 

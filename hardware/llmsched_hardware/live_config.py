@@ -28,6 +28,8 @@ DEFAULT_SCENARIO = "azure-conv"
 DEFAULT_LOAD = 0.8
 RATE_LIMIT = 1e9
 """requests/s"""
+SHORTEST_TIMEOUT = 0.001
+"""seconds; Python hands its lock from one busy thread to another no sooner than after 5 ms"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class LiveConfig:
         overload: accept a rate at which conditions of the theory fail; None: only where no ``rate`` is given.
         assume_max_tokens: take ``max_tokens`` of each request for its output length and show it to the policy.
         max_wait_seconds: the guard: longest stay in one queue, or held, before a request is released.
-        retry_after_iterations: iterations after which a policy that raised is tried again; None: never.
+        retry_after_iterations: iterations after which a policy that failed is tried again; None: never.
+        policy_timeout_seconds: time one decision may take before vLLM's own admission takes over; None: it is waited for.
         report_path, report_interval_seconds: JSON report; None for none.
     """
 
@@ -64,6 +67,7 @@ class LiveConfig:
     assume_max_tokens: bool = False
     max_wait_seconds: float = 10.0
     retry_after_iterations: int | None = None
+    policy_timeout_seconds: float | None = None
     report_path: str | None = None
     report_interval_seconds: float = 10.0
 
@@ -90,6 +94,8 @@ class LiveConfig:
         ):  # fmt: skip
             if name != "rate" or self.rate is not None:
                 checks.number(name, getattr(self, name), high=high, open_low=True)
+        if self.policy_timeout_seconds is not None:
+            checks.number("policy_timeout_seconds", self.policy_timeout_seconds, low=SHORTEST_TIMEOUT, high=3600.0)
         if self.retry_after_iterations is not None:
             checks.integer("retry_after_iterations", self.retry_after_iterations, low=1, high=2**62)
         if self.report_path is not None and not _is_folder(Path(self.report_path).absolute().parent):

@@ -1,178 +1,191 @@
 """What a policy does on a live server, counted: for Prometheus and for a JSON report.
 
-vLLM's scheduler runs in a process of its own, and ``/metrics`` is answered by another. Counts pass
-from one to the other through the multiprocess mode of ``prometheus_client``: the folder named in
-``PROMETHEUS_MULTIPROC_DIR``, which vLLM itself uses for more than one API server
-(``vllm/v1/metrics/prometheus.py``, 0.28.0).
+The scheduler's loop only adds to plain numbers. Two threads carry them out of the process: one to ``prometheus_client`` once a
+second (``live_prometheus``), one to the report (``live_report``). Whatever goes wrong there is logged and tried again, and neither
+ends nor holds up an iteration.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import os
+import contextlib
+import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmsched_env.errors import require
+from llmsched_hardware import live_thread
+from llmsched_hardware.live_background import Background
 from llmsched_hardware.live_gate import RELEASE_KINDS
+from llmsched_hardware.live_prometheus import DECIDED_BY, MULTIPROCESS_FOLDER, PLACES, Exporter, Timings, Totals, is_full
+from llmsched_hardware.live_report import ReportWriter
 
-MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-_BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 1.0)
+logger = logging.getLogger("vllm.llmsched")
+
+STUCK_SECONDS = 1.0
+"""A decision that takes longer is reported while it lasts."""
+_EXPORT_SECONDS = 1.0
 _RECENT = 10_000
-_GAUGE_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Families:
-    policy_seconds: Any
-    gate_seconds: Any
-    iterations: Any
-    errors: Any
-    releases: Any
-    evictions: Any
-    requests: Any
-    fallback: Any
-
-
-@functools.cache  # one registry a process takes a name once
-def _families() -> _Families:
-    prometheus: Any = require("prometheus_client", "vllm")
-    histogram = functools.partial(prometheus.Histogram, buckets=_BUCKETS)
-    gauge = functools.partial(prometheus.Gauge, multiprocess_mode="mostrecent")
-    counter = prometheus.Counter
-    return _Families(
-        policy_seconds=histogram("llmsched:policy_seconds", "Time the policy took to decide, per iteration it was asked in.", ["policy"]),
-        gate_seconds=histogram("llmsched:gate_seconds", "Time to show the policy the queues and to carry its decision out.", ["policy"]),
-        iterations=counter(
-            "llmsched:iterations", "Iterations: decided by the policy, repeated as nothing had changed, or vLLM's own.", ["policy", "by"]
-        ),
-        errors=counter("llmsched:policy_errors", "Times the policy raised and vLLM's own admission took over.", ["policy"]),
-        releases=counter("llmsched:guard_releases", "Requests released because they had waited too long.", ["policy", "queue"]),
-        evictions=counter("llmsched:policy_evictions", "Requests evicted because the policy asked for it.", ["policy"]),
-        requests=gauge(
-            "llmsched:requests", "Requests outside, standing at a boundary, or held in the last iteration.", ["policy", "where"]
-        ),
-        fallback=gauge("llmsched:fallback", "1 while vLLM's own admission is in force because the policy raised.", ["policy"]),
-    )
 
 
 class PolicyMetrics:
     """Counts of one scheduler, exported and reported.
 
+    Attributes:
+        counts: iterations by who decided (``DECIDED_BY``).
+        errors, overdue: how often the policy failed, and how often of these because it took too long.
+        releases: of the guard, by where the request stood.
+        requests: present ones by place (``PLACES``) in the last iteration.
+        exported: whether ``prometheus_client`` has the counts.
+
     Args:
         policy: label of every metric.
-        report_path: JSON file rewritten every ``report_seconds`` and at the end; None for none.
+        report_path: JSON file rewritten every ``report_seconds``; None for none.
     """
 
     def __init__(self, policy: str, report_path: Path | None = None, report_seconds: float = 10.0) -> None:
-        families = _families()
         self.policy = policy
-        self._policy_seconds = families.policy_seconds.labels(policy)
-        self._gate_seconds = families.gate_seconds.labels(policy)
-        self._iterations = {by: families.iterations.labels(policy, by) for by in ("policy", "repeat", "vllm")}
-        self._errors = families.errors.labels(policy)
-        self._releases = {kind: families.releases.labels(policy, kind) for kind in RELEASE_KINDS}
-        self._evictions = families.evictions.labels(policy)
-        self._requests = {where: families.requests.labels(policy, where) for where in ("outside", "boundary", "held")}
-        self._fallback = families.fallback.labels(policy)
-        self._fallback.set(0)
-        self.counts = {"policy": 0, "repeat": 0, "vllm": 0}
-        self.errors = self.evictions = 0
+        self.counts = dict.fromkeys(DECIDED_BY, 0)
+        self.errors = self.overdue = self.evictions = 0
         self.releases = dict.fromkeys(RELEASE_KINDS, 0)
+        self.requests = dict.fromkeys(PLACES, 0)
         self.in_fallback = False
-        self._recent = {"policy_seconds": np.zeros(_RECENT), "gate_seconds": np.zeros(_RECENT)}
+        self._asked_at: float | None = None
+        self._told_stuck = False
+        self._timings = {"policy_seconds": Timings(), "gate_seconds": Timings()}
+        self._recent = {name: np.zeros(_RECENT) for name in self._timings}
         self._at = dict.fromkeys(self._recent, 0)
-        self._report_path, self._report_seconds = report_path, report_seconds
-        self._started = time.time()
-        self._next_gauge = self._next_report = 0.0
+        self._started, self._since = time.time(), time.monotonic()
+        self._exporter = _exporter(policy)
+        self.exported = self._exporter is not None
+        self._export = Background("export of metrics", self._push, _EXPORT_SECONDS)
+        self._report = None if report_path is None else ReportWriter(report_path, report_seconds, self.summary, self._progress)
+
+    # --- what the scheduler's loop calls: no lock, no file, no library ---------------------------------------
 
     def iteration(self, by: str) -> None:
         """One iteration, decided ``by`` the policy, by a repeat of nothing, or by vLLM."""
         self.counts[by] += 1
-        self._iterations[by].inc()
+
+    def asked(self, at: float) -> None:
+        """The policy is asked at a time of ``time.perf_counter``; `took` or `error` follows."""
+        self._asked_at = at
 
     def took(self, policy_seconds: float | None, gate_seconds: float) -> None:
         """Seconds of one iteration; None where the policy was not asked."""
-        self._gate_seconds.observe(gate_seconds)
+        self._asked_at = None
         self._keep("gate_seconds", gate_seconds)
         if policy_seconds is not None:
-            self._policy_seconds.observe(policy_seconds)
             self._keep("policy_seconds", policy_seconds)
 
     def _keep(self, name: str, seconds: float) -> None:
-        self._recent[name][self._at[name] % _RECENT] = seconds
-        self._at[name] += 1
+        self._timings[name].add(seconds)
+        at = self._at[name]
+        self._recent[name][at % _RECENT] = seconds
+        self._at[name] = at + 1
 
-    def error(self) -> None:
-        """The policy raised."""
+    def error(self, overdue: bool = False) -> None:
+        """The policy failed, or did not decide in time."""
+        self._asked_at = None
         self.errors += 1
-        self._errors.inc()
-        self.set_fallback(True)
+        self.overdue += overdue
+        self.in_fallback = True
 
     def set_fallback(self, on: bool) -> None:
         """Whether vLLM's own admission is in force."""
         self.in_fallback = on
-        self._fallback.set(int(on))
 
     def evicted(self, count: int) -> None:
         """Requests evicted at the policy's wish."""
-        if count:
-            self.evictions += count
-            self._evictions.inc(count)
+        self.evictions += count
 
     def released(self, totals: dict[str, int]) -> None:
         """Totals of the guard so far."""
-        for kind, total in totals.items():
-            if total != self.releases[kind]:
-                self._releases[kind].inc(total - self.releases[kind])
-                self.releases[kind] = total
+        self.releases.update(totals)
 
-    def present(self, now: float, outside: int, boundary: int, held: int) -> None:
-        """Requests by where they are; exported at most once a second. Writes the report when it is due."""
-        if now >= self._next_gauge:
-            self._next_gauge = now + _GAUGE_SECONDS
-            self._set_requests(outside, boundary, held)
-        if self._report_path is not None and now >= self._next_report:
-            self._next_report = now + self._report_seconds
-            self.write_report()
+    def present(self, outside: int, boundary: int, held: int) -> None:
+        """Requests by where they are."""
+        requests = self.requests
+        requests["outside"], requests["boundary"], requests["held"] = outside, boundary, held
 
     def empty(self) -> None:
         """The last request has left: no iteration will follow that could say so."""
-        self._next_gauge = 0.0
-        self._set_requests(0, 0, 0)
+        self.present(0, 0, 0)
 
-    def _set_requests(self, outside: int, boundary: int, held: int) -> None:
-        for where, count in (("outside", outside), ("boundary", boundary), ("held", held)):
-            self._requests[where].set(count)
+    # --- threads ------------------------------------------------------------------------------------------------
+
+    def _progress(self) -> tuple[object, ...]:
+        return (*self.counts.values(), *self.requests.values(), self.errors, self.in_fallback, self.stuck())
+
+    def stuck(self) -> bool:
+        """Whether a decision has taken longer than ``STUCK_SECONDS`` so far, or one that was given up still runs."""
+        asked = self._asked_at
+        return (asked is not None and time.perf_counter() - asked > STUCK_SECONDS) or live_thread.left_behind() > 0
+
+    def totals(self) -> Totals:
+        """A copy of all counts. The loop may go on meanwhile: a count may be an iteration behind another."""
+        timings = {name: (list(t.counts), t.total) for name, t in self._timings.items()}
+        return Totals(
+            policy_seconds=timings["policy_seconds"],
+            gate_seconds=timings["gate_seconds"],
+            iterations=dict(self.counts),
+            releases=dict(self.releases),
+            requests=dict(self.requests),
+            errors=self.errors,
+            overdue=self.overdue,
+            evictions=self.evictions,
+            fallback=self.in_fallback,
+            stuck=self.stuck(),
+        )
+
+    def _push(self) -> None:
+        self._tell_stuck()
+        if self._exporter is not None:
+            self._exporter.push(self.totals())
+
+    def _tell_stuck(self) -> None:
+        stuck = self.stuck()
+        if stuck and not self._told_stuck:
+            with contextlib.suppress(Exception):
+                logger.error("policy %s has not decided for more than %g s", self.policy, STUCK_SECONDS)
+        self._told_stuck = stuck
 
     def summary(self) -> dict[str, Any]:
         """Totals since the start; seconds as mean and quantiles of the last 10,000 iterations."""
         result: dict[str, Any] = {
             "policy": self.policy,
             "started": self._started,
-            "uptime_seconds": time.time() - self._started,
+            "uptime_seconds": time.monotonic() - self._since,
             "iterations": dict(self.counts),
+            "requests": dict(self.requests),
             "policy_errors": self.errors,
+            "policy_overdue": self.overdue,
+            "policy_stuck": self.stuck(),
             "in_fallback": self.in_fallback,
             "guard_releases": dict(self.releases),
             "policy_evictions": self.evictions,
         }
         for name, values in self._recent.items():
-            known = values[: min(self._at[name], _RECENT)]
+            count = self._at[name]
+            known = values[: min(count, _RECENT)].copy()
             quantiles = np.quantile(known, [0.5, 0.95, 0.99, 1.0]).tolist() if known.size else [None] * 4
             mean = float(known.mean()) if known.size else None
-            result[name] = {"count": self._at[name], "mean": mean, **dict(zip(("p50", "p95", "p99", "max"), quantiles, strict=True))}
+            result[name] = {"count": count, "mean": mean, **dict(zip(("p50", "p95", "p99", "max"), quantiles, strict=True))}
         return result
 
-    def write_report(self) -> None:
-        """Replace the report file in one go; a reader never sees half of it."""
-        if self._report_path is None:
-            return
-        part = self._report_path.with_name(self._report_path.name + ".part")
-        part.write_text(json.dumps(self.summary(), indent=1) + "\n", encoding="utf-8")
-        os.replace(part, self._report_path)
+    def close(self) -> None:
+        """Export and report a last time; a disk that hangs is waited for two seconds at most."""
+        for thread in (self._export, self._report):
+            if thread is not None:
+                thread.close(1.0)
+
+
+def _exporter(policy: str) -> Exporter | None:
+    """None, and a warning, where the metrics have nowhere to go: a server is not refused for that."""
+    try:
+        return Exporter(policy)
+    except OSError as error:
+        hint = "; give it a disk with room" if is_full(error) else ""
+        logger.warning("%s cannot be used, the policy's metrics stay in the report: %s%s", MULTIPROCESS_FOLDER, error, hint)
+        return None

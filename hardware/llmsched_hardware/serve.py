@@ -15,6 +15,8 @@ tokens in flight as generated, as vLLM's scheduler does; that one of them was a 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import os
 import time
@@ -30,10 +32,13 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.types import EngineConfig
 from llmsched_hardware import versions
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
+from llmsched_hardware.live_caller import PolicyCaller
 from llmsched_hardware.live_config import LiveConfig
 from llmsched_hardware.live_gate import Gatekeeper
-from llmsched_hardware.live_metrics import MULTIPROCESS_FOLDER, PolicyMetrics
+from llmsched_hardware.live_metrics import PolicyMetrics
+from llmsched_hardware.live_prometheus import MULTIPROCESS_FOLDER
 from llmsched_hardware.live_start import announcement, start
+from llmsched_hardware.live_thread import Overdue
 from llmsched_hardware.options import SCHEDULER_CLASS, settings_of
 
 logger = logging.getLogger("vllm.llmsched")  # below vLLM's logger: its format, its level
@@ -68,7 +73,9 @@ class PolicyScheduler(GatedScheduler):
         self.sleep: Callable[[float], None] = time.sleep
         self._epoch = self.monotonic()
         self.live_config = LiveConfig.from_environment(os.environ)
-        self.live, self.mirror = start(self.live_config, self._engine())
+        engine = self._engine()
+        self.caller = PolicyCaller(functools.partial(start, self.live_config, engine), self.live_config.policy_timeout_seconds)
+        self.live, self.mirror = self.caller.live, self.caller.mirror
         self.gatekeeper = Gatekeeper(self.mirror, self.live_config.max_wait_seconds)
         self.policy_metrics = PolicyMetrics(
             self.live.policy.name,
@@ -151,7 +158,7 @@ class PolicyScheduler(GatedScheduler):
             self._stale = True
             self._idle = False  # vLLM's own admission never leaves work undone
             self.policy_metrics.iteration("vllm")
-            self.policy_metrics.present(self._now(), versions.num_waiting(self), 0, 0)
+            self.policy_metrics.present(versions.num_waiting(self), 0, 0)
         else:
             self._try(self._note, output.total_num_scheduled_tokens)
         return output
@@ -179,7 +186,8 @@ class PolicyScheduler(GatedScheduler):
         decided: float | None = None
         if self._changed:
             before = time.perf_counter()
-            decision = self.live.policy.decide(mirror.view)
+            self.policy_metrics.asked(before)
+            decision = self.caller.decide(mirror.view)
             decided = time.perf_counter() - before
             allowed = self.gatekeeper.allow(decision, now)
             self._changed = False
@@ -206,7 +214,7 @@ class PolicyScheduler(GatedScheduler):
             self._idle = True
         metrics.evicted(len(gate.evict))
         metrics.released(self.gatekeeper.releases)
-        metrics.present(now, mirror.record.num_waiting, mirror.record.num_boundary, len(gate.hold))
+        metrics.present(mirror.record.num_waiting, mirror.record.num_boundary, len(gate.hold))
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
@@ -242,30 +250,48 @@ class PolicyScheduler(GatedScheduler):
             return None
         try:
             return action(*args)
-        except Exception as error:
+        except KeyboardInterrupt:  # of a program that holds the engine itself
+            raise
+        except BaseException as error:  # SystemExit, too: a policy that calls sys.exit() must not end the server
             self._fail(error)
             return None
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         retry = self.live_config.retry_after_iterations
         self._fallback, self._stale = True, True
         self._retry_in = retry or 0
-        self.policy_metrics.error()
+        overdue = isinstance(error, Overdue)
+        self.policy_metrics.error(overdue)
         if not self._logged:
             self._logged = True
             until = "from now on" if retry is None else f"for {retry} iterations (further errors are counted, not logged)"
-            logger.error("policy %s raised; vLLM's own admission is in force %s", self.live.policy.name, until, exc_info=error)
+            what = f"did not decide within {self.live_config.policy_timeout_seconds:g} s" if overdue else "raised"
+            trace = None if overdue else error
+            with contextlib.suppress(Exception):
+                logger.error("policy %s %s; vLLM's own admission is in force %s", self.live.policy.name, what, until, exc_info=trace)
 
     def _resume(self) -> None:
         self._fallback = False
-        self.policy_metrics.set_fallback(False)
-        self._try(self.live.policy.reset)
+        if self.caller.lost:
+            self._try(self._renew)
+        else:
+            self._try(self.caller.reset)
+        self.policy_metrics.set_fallback(self._fallback)
+
+    def _renew(self) -> None:
+        """A new policy in place of one that did not return, whose mirror is left to it; until it is there vLLM's own admission stays."""
+        if not self.caller.renew():
+            self._fallback, self._retry_in = True, 1
+            return
+        self.live = self.caller.live
+        self.caller.mirror.take_over(self.mirror)
+        self.mirror = self.caller.mirror
+        releases = self.gatekeeper.releases
+        self.gatekeeper = Gatekeeper(self.mirror, self.live_config.max_wait_seconds)
+        self.gatekeeper.releases.update(releases)
 
     def shutdown(self) -> None:
-        try:
-            self.policy_metrics.write_report()
-        except OSError as error:
-            logger.warning("report: %s", error)
+        self.policy_metrics.close()
         super().shutdown()
 
 
