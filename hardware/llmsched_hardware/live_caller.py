@@ -8,7 +8,7 @@ from llmsched_env.backend import View
 from llmsched_env.types import Decision
 from llmsched_hardware.live import LiveMirror
 from llmsched_hardware.live_config import LivePolicy
-from llmsched_hardware.live_thread import CallThread, Overdue, left_behind
+from llmsched_hardware.live_thread import CallThread, left_behind
 
 MOST_LEFT_BEHIND = 3
 """Threads that may run on after they were given up before a policy that hangs is not started again."""
@@ -77,12 +77,12 @@ class PolicyCaller:
         Its mirror is empty. Call again until True.
 
         Raises:
-            Overdue: too many threads that were given up still run.
+            RuntimeError: too many threads that were given up still run.
             Exception: whatever building the policy raises.
         """
         if self._building is None:
             if (running := left_behind()) >= MOST_LEFT_BEHIND:
-                raise Overdue(f"{running} threads that were given up still run")
+                raise RuntimeError(f"{running} threads that were given up still run, no further one is started")
             self._building = _thread()
             self._building.begin(self._start)
         thread = self._building

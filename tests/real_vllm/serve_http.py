@@ -97,7 +97,8 @@ class HttpServer:
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "NO_PROXY": "127.0.0.1,localhost",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+            "TORCHDYNAMO_DISABLE": "1",  # the first request for prompt_logprobs would have the CPU worker compile for minutes
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "baselines", "agents", "hardware", "tests/real_vllm")),
         }
         env.pop("PYTHONDONTWRITEBYTECODE", None)
         if self.faked_seconds is not None:
