@@ -52,7 +52,7 @@ class PolicyMetrics:
         self.requests = dict.fromkeys(PLACES, 0)
         self.in_fallback = False
         self._asked_at: float | None = None
-        self._told_stuck = False
+        self._told = False
         self._timings = {"policy_seconds": Timings(), "gate_seconds": Timings()}
         self._recent = {name: np.zeros(_RECENT) for name in self._timings}
         self._at = dict.fromkeys(self._recent, 0)
@@ -120,8 +120,11 @@ class PolicyMetrics:
 
     def stuck(self) -> bool:
         """Whether a decision has taken longer than ``STUCK_SECONDS`` so far, or one that was given up still runs."""
+        return self._waits() or live_thread.left_behind() > 0
+
+    def _waits(self) -> bool:
         asked = self._asked_at
-        return (asked is not None and time.perf_counter() - asked > STUCK_SECONDS) or live_thread.left_behind() > 0
+        return asked is not None and time.perf_counter() - asked > STUCK_SECONDS
 
     def totals(self) -> Totals:
         """A copy of all counts. The loop may go on meanwhile: a count may be an iteration behind another."""
@@ -140,16 +143,17 @@ class PolicyMetrics:
         )
 
     def _push(self) -> None:
-        self._tell_stuck()
+        self._tell()
         if self._exporter is not None:
             self._exporter.push(self.totals())
 
-    def _tell_stuck(self) -> None:
-        stuck = self.stuck()
-        if stuck and not self._told_stuck:
+    def _tell(self) -> None:
+        """Of a policy that the engine waits for, once each time."""
+        waits = self._waits()
+        if waits and not self._told:
             with contextlib.suppress(Exception):
-                logger.error("policy %s has not decided for more than %g s", self.policy, STUCK_SECONDS)
-        self._told_stuck = stuck
+                logger.error("policy %s has not decided for more than %g s; the engine waits for it", self.policy, STUCK_SECONDS)
+        self._told = waits
 
     def summary(self) -> dict[str, Any]:
         """Totals since the start; seconds as mean and quantiles of the last 10,000 iterations."""
