@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from llmsched_env.backend import View
 from llmsched_env.types import Decision
 from llmsched_hardware.live import LiveMirror
 from llmsched_hardware.live_config import LivePolicy
-from llmsched_hardware.live_thread import CallThread, left_behind
+from llmsched_hardware.live_thread import CallThread, Overdue, left_behind
 
 MOST_LEFT_BEHIND = 3
 """Threads that may run on after they were given up before a policy that hangs is not started again."""
+
+MOST_SECONDS_TO_BUILD = 60.0
+"""For a new policy in place of one that was given up: rehearsal included, which may compile."""
 
 Started = tuple[LivePolicy, LiveMirror]
 Start = Callable[[], Started]
@@ -34,13 +38,14 @@ class PolicyCaller:
         seconds: limit of one call; None for none.
 
     Raises:
-        ConfigError: what ``start`` raises; building a policy and its rehearsal have no limit.
+        ConfigError: what ``start`` raises; it has no limit while a server starts.
     """
 
     def __init__(self, start: Start, seconds: float | None = None) -> None:
         self._start, self._seconds = start, seconds
         self._thread = None if seconds is None else _thread()
         self._building: CallThread | None = None
+        self._began = 0.0
         started: Started = start() if self._thread is None else self._thread.call(start)
         self.live, self.mirror = started
 
@@ -77,16 +82,21 @@ class PolicyCaller:
         Its mirror is empty. Call again until True.
 
         Raises:
+            Overdue: it was not there after ``MOST_SECONDS_TO_BUILD``.
             RuntimeError: too many threads that were given up still run.
             Exception: whatever building the policy raises.
         """
         if self._building is None:
             if (running := left_behind()) >= MOST_LEFT_BEHIND:
                 raise RuntimeError(f"{running} threads that were given up still run, no further one is started")
-            self._building = _thread()
+            self._building, self._began = _thread(), time.monotonic()
             self._building.begin(self._start)
         thread = self._building
         if not thread.wait(0.0):
+            if time.monotonic() - self._began > MOST_SECONDS_TO_BUILD:
+                self._building = None
+                thread.leave()
+                raise Overdue(f"no new policy within {MOST_SECONDS_TO_BUILD:g} s")
             return False
         self._building = None
         self.live, self.mirror = thread.result()

@@ -152,18 +152,43 @@ def test_a_policy_that_hangs_again_and_again_is_not_started_for_ever(
     make: Make, hanging: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_caller, "MOST_LEFT_BEHIND", 2)
-    script = Moody(**{f"_{i}": lambda: hanging.wait(SOON) for i in range(2, 50)})
+    hung: list[int] = []
+
+    def script(view: Any) -> Decision:
+        if view.num_waiting + int(view.residents.sum()) > 5:  # more than a rehearsal shows
+            hung.append(1)
+            hanging.wait(SOON)
+        return Decision.greedy(2)
+
     server = make(ENGINE, HALVES, script, retry_after_iterations=1, policy_timeout_seconds=0.02)
     scheduler = server.scheduler
 
     def failed_six_times() -> bool:
         if not scheduler.has_unfinished_requests():
-            server.add(f"{time.monotonic()}", 10, 60)
+            for i in range(16):
+                server.add(f"{time.monotonic()} {i}", 10, 60)
         server.step()
         return scheduler.policy_metrics.errors >= 6
 
     wait_until(failed_six_times)
-    assert scheduler.policy_metrics.overdue == 2 and left_behind() == 2 and script.calls == 3
+    assert scheduler.policy_metrics.overdue == 2 and left_behind() == 2 and len(hung) == 2
+    server.run_until_empty()
+
+
+def test_a_new_policy_that_is_never_ready_is_given_up(make: Make, hanging: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_caller, "MOST_SECONDS_TO_BUILD", 0.05)
+    script = Moody(**{f"_{i}": lambda: hanging.wait(SOON) for i in range(2, 50)})  # its rehearsal hangs, too
+    server = make(ENGINE, HALVES, script, retry_after_iterations=1, policy_timeout_seconds=0.02)
+    scheduler = server.scheduler
+
+    def failed_four_times() -> bool:
+        if not scheduler.has_unfinished_requests():
+            server.add(f"{time.monotonic()}", 10, 60)
+        server.step()
+        return scheduler.policy_metrics.errors >= 4
+
+    wait_until(failed_four_times)
+    assert left_behind() == live_caller.MOST_LEFT_BEHIND == scheduler.policy_metrics.overdue
     server.run_until_empty()
 
 
