@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,6 +56,45 @@ class Stubborn:
         if RAISING_PROMPT in view.waiting_requests(0, 64).prompt_tokens:
             raise ArithmeticError("a mistake in the policy")
         return Decision(2)
+
+
+class Moody:
+    """Admits and lets run a few requests at a time, and does as a prompt's length says (``MOODS``) while that request waits."""
+
+    name = "moody"
+    known_lengths = False
+    notes = ""
+
+    def __init__(self, setting: Setting) -> None:
+        self.layout, self.engine, self.calls = QueueLayout(segment_ends=(8,)), setting.engine, 0
+
+    def reset(self) -> None:
+        self.calls = 0
+
+    def decide(self, view: View) -> Decision:
+        self.calls += 1
+        for length in view.waiting_requests(0, 1_000).prompt_tokens.tolist():
+            if length in MOODS:
+                return _follow(MOODS[length])
+        return Decision.of([1, 1], [3, 4], [0, int(self.calls % 20 == 0)])
+
+
+MOODS = {201: "raise", 202: "nonsense", 203: "take a while", 204: "hang", 205: "spin", 206: "exit"}
+"""What `Moody` does at the sight of a prompt of so many tokens."""
+
+
+def _follow(mood: str) -> Any:
+    if mood == "raise":
+        raise ArithmeticError("a mistake in the policy")
+    if mood == "take a while":
+        time.sleep(0.2)
+    elif mood == "hang":
+        time.sleep(3.0)
+    elif mood == "exit":
+        sys.exit(1)
+    while mood == "spin":
+        pass
+    return "admit all" if mood == "nonsense" else Decision.greedy(2)
 
 
 def random_agent(folder: Path, **recipe: Any) -> Path:
