@@ -265,6 +265,23 @@ def with_block_size(options: EngineOptions) -> EngineOptions:
     return options
 
 
+def check_sampling(options: EngineOptions) -> None:
+    """Refuse random sampling where it ends the engine.
+
+    Where a prompt is computed in parts, vLLM turns the random numbers of a request with a seed back after every part but the last
+    (``vllm/v1/worker/gpu_model_runner.py``, ``_bookkeeping_sync``, 0.28.0 to 0.33.0), which a CPU's generator cannot do.
+
+    Raises:
+        ConfigError: on a CPU with chunked prefill.
+    """
+    load_vllm()
+    if _on_cpu() and options.enable_chunked_prefill:
+        raise ConfigError(
+            "backend_config.temperature: must be 0 for vLLM on a CPU with engine.enable_chunked_prefill=True: a seeded request whose "
+            "prompt is computed in parts ends its engine; with engine.enable_chunked_prefill=False, or on a GPU, it may be above"
+        )
+
+
 def _check_agreement(engine: Any, options: EngineOptions) -> None:
     """vLLM adjusts settings for some models and platforms; a simulator told otherwise would be wrong.
 

@@ -25,6 +25,7 @@ from llmsched_hardware.real_engine import (
     StepSeconds,
     add_request,
     build_engine,
+    check_sampling,
     describe_machine,
     engine_scheduler,
     free_engine,
@@ -61,7 +62,8 @@ class VllmEngineBackend(ExternalBackend):
             output lengths are then only the ``max_tokens`` of each request, and the log holds the
             lengths found. Otherwise every request generates exactly its output length.
         stop_token_ids: with ``real_stopping``, further token ids that end a request.
-        temperature: of the sampling; 0 is greedy.
+        temperature: of the sampling; 0 is greedy. Each request has a seed of its own. Above 0 it is refused on a CPU with chunked
+            prefill, where vLLM 0.28.0 to 0.33.0 end their engine at a seeded request whose prompt is computed in parts.
         prompt_seed: of the random prompts. The i-th request of every episode has the same ids.
         keep_tokens: keep the generated token ids of finished requests in ``tokens``.
         record: a file to which every iteration and every finished request is appended at once, one
@@ -156,6 +158,8 @@ class VllmEngineBackend(ExternalBackend):
 
     def start(self, engine: EngineConfig) -> None:
         options = EngineOptions.of(engine, **self._settings)
+        if self._temperature > 0.0:
+            check_sampling(options)
         self._episode += 1
         if self._engine is not None and (self._cause or options != self._built or not self._cleared()):
             self._free()

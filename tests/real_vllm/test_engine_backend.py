@@ -471,6 +471,20 @@ def test_requests_that_do_not_fit_are_refused_before_any_engine_is_built(monkeyp
         backend.reset(together((5, 5)), QueueLayout(), EngineConfig.paper(100, 1.0, 0.0), EpisodeLimits())
 
 
+def test_sampling_that_ends_a_cpu_engine_is_refused_before_any_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = VllmEngineBackend(temperature=0.7)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmsched_hardware.vllm_engine.build_engine", lambda options: pytest.fail("an engine was built"))
+        with pytest.raises(ConfigError, match=r"temperature: must be 0 for vLLM on a CPU with engine\.enable_chunked_prefill=True"):
+            backend.reset(together((100, 20)), QueueLayout(), ENGINE, EpisodeLimits())
+    # Whole prompts are sampled as anywhere else.
+    policy = RandomPolicy(9)
+    policy.engine = ENGINE.replace(enable_chunked_prefill=False, max_num_batched_tokens=512)
+    work = together(*[(100, 20)] * 12)
+    assert np.isfinite(run_episode(policy, work, backend=backend).log.completed).all()
+    backend.close()
+
+
 # --- the environment ----------------------------------------------------------------------------------------
 SMALL = {"num_blocks": 4160 // BLOCK, "block_size": BLOCK, "max_num_seqs": 16, "max_num_batched_tokens": 512}
 

@@ -100,7 +100,8 @@ def requests_of_all_kinds(seed: int) -> list[dict[str, Any]]:
         *plain(50, n=3, temperature=1.0),
         *plain(60, hang_up=2, max_tokens=300, ignore_eos=True),
         *[{"prompt": prompt(), "max_tokens": 1} for _ in range(60)],
-        *[{"prompt": prompt(), "max_tokens": 20, "structured_outputs": {"choice": [f"w{10 + i}", f"w{500 + i}"]}} for i in range(40)],
+        # w1 and w2 are no tokens, so that no beginning of a choice is one
+        *[{"prompt": prompt(), "max_tokens": 20, "structured_outputs": {"choice": [f"w{10 + i}", f"w{20 + i}"]}} for i in range(10)] * 4,
         *[{"prompt": prompt(int(g.integers(512, 700))), "max_tokens": 5} for _ in range(40)],  # longer than the model takes
         *[{"prompt": prompt(400), "max_tokens": 112, "ignore_eos": True} for _ in range(10)],  # as long as it takes
         *[{"prompt": prompt(length), "max_tokens": 12, "ignore_eos": True} for length in MOODS for _ in range(5)],
