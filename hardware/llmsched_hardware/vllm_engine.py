@@ -63,7 +63,7 @@ class VllmEngineBackend(ExternalBackend):
             lengths found. Otherwise every request generates exactly its output length.
         stop_token_ids: with ``real_stopping``, further token ids that end a request.
         temperature: of the sampling; 0 is greedy. Each request has a seed of its own. Above 0 it is refused on a CPU with chunked
-            prefill, where vLLM 0.28.0 to 0.33.0 end their engine at a seeded request whose prompt is computed in parts.
+            prefill, where vLLM 0.28.0 to 0.32.0 end their engine at a seeded request whose prompt is computed in parts.
         prompt_seed: of the random prompts. The i-th request of every episode has the same ids.
         keep_tokens: keep the generated token ids of finished requests in ``tokens``.
         record: a file to which every iteration and every finished request is appended at once, one
