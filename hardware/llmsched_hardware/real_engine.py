@@ -269,7 +269,8 @@ def check_sampling(options: EngineOptions) -> None:
     """Refuse random sampling where it ends the engine.
 
     Where a prompt is computed in parts, vLLM turns the random numbers of a request with a seed back after every part but the last
-    (``vllm/v1/worker/gpu_model_runner.py``, ``_bookkeeping_sync``, 0.28.0 to 0.33.0), which a CPU's generator cannot do (tried with 0.28.0 to 0.32.0).
+    (``vllm/v1/worker/gpu_model_runner.py``, ``_bookkeeping_sync``, 0.28.0 to 0.33.0), which a CPU's generator cannot do (tried with
+    0.28.0 to 0.32.0).
 
     Raises:
         ConfigError: on a CPU with chunked prefill.

@@ -4,12 +4,13 @@
     OMP_NUM_THREADS=1 VLLM_TARGET_DEVICE=cpu python tests/real_vllm/serve_async.py server
 
 ``engine``: vLLM's engine core in this process, so many requests that decode, seconds from one iteration to the next. ``server``: the whole
-server asked over HTTP by streaming clients, a closed loop of ``CLIENTS``. In each row the unmodified server, the policy and the policy without
-asynchronous scheduling take turns; medians over the rounds.
+server asked over HTTP by streaming clients, a closed loop of ``CLIENTS``. The unmodified server, the policy and both without asynchronous
+scheduling follow each other; medians over the rounds.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -84,7 +85,7 @@ def periods(core: Any, running: int) -> list[float]:
             if core.step_fn()[0]:  # tokens have come back
                 times.append(time.perf_counter())
         if done:
-            found.append(statistics.median(b - a for a, b in zip(times, times[1:], strict=False)))
+            found.append(statistics.median(b - a for a, b in itertools.pairwise(times)))
     core.abort_requests(names)
     while core.scheduler.has_requests() or core.batch_queue:
         core.step_fn()
