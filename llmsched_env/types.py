@@ -348,6 +348,10 @@ class EngineConfig:
             rebuilt (``recompute``, vLLM), or nothing (``lose_progress``, as always in the ``paper`` preset).
         enable_prefix_caching: freed blocks keep their contents until they are taken again, and whoever enters takes
             over those that hold the head of its tokens (vLLM's default; off here as in the paper's model).
+        async_scheduling: the next iteration is scheduled while one runs (vLLM's default on a GPU; ``vllm`` preset, without prefix
+            caching): it sees what the running one computes in number, not in value. So a request is scheduled once more
+            after its last token, as one that ends by an end-of-sequence token is; one that ends by its ``max_tokens``, which
+            vLLM knows beforehand, would be spared that token. See ``docs/engine-rules.md``, rule 19.
         oversize: requests above ``max_model_len`` (``paper``: above ``capacity_tokens``) are an
             ``error`` before the episode or are ``reject``-ed on arrival, as a server answers 400.
     """
@@ -371,6 +375,7 @@ class EngineConfig:
     decode_needs_free_block: bool = False
     eviction: Literal["recompute", "lose_progress"] = "recompute"
     enable_prefix_caching: bool = False
+    async_scheduling: bool = False
     oversize: Literal["error", "reject"] = "error"
 
     @classmethod
@@ -404,7 +409,7 @@ class EngineConfig:
             put(name, checks.integer(f"engine.{name}", getattr(self, name), low=1))
         for name in (
             "boundary_slot", "enable_chunked_prefill", "scheduler_reserve_full_isl", "padded_prefill", "decode_needs_free_block",
-            "enable_prefix_caching",
+            "enable_prefix_caching", "async_scheduling",
         ):  # fmt: skip
             put(name, checks.flag(f"engine.{name}", getattr(self, name)))
         if self.block_size > MAX_BLOCK_SIZE:
@@ -412,7 +417,7 @@ class EngineConfig:
         if checks.number("engine.watermark", self.watermark, high=1.0) == 1.0:
             raise ConfigError(f"engine.watermark: {self.watermark}, must be in [0, 1)")
         if self.preset == "paper":
-            for name in ("padded_prefill", "decode_needs_free_block", "enable_prefix_caching"):
+            for name in ("padded_prefill", "decode_needs_free_block", "enable_prefix_caching", "async_scheduling"):
                 if getattr(self, name):
                     raise ConfigError(f"engine.{name}: True, but it is an option of the vllm preset")
             return
@@ -420,6 +425,12 @@ class EngineConfig:
             for name in ("padded_prefill", "decode_needs_free_block"):
                 if getattr(self, name):
                     raise ConfigError(f"engine.{name}: True, must be False with prefix caching (not a rule of vLLM)")
+        if self.async_scheduling:
+            if self.enable_prefix_caching:
+                raise ConfigError("engine.enable_prefix_caching: True, must be False with async_scheduling (not simulated together)")
+            for name in ("padded_prefill", "decode_needs_free_block"):
+                if getattr(self, name):
+                    raise ConfigError(f"engine.{name}: True, must be False with async_scheduling (not a rule of vLLM)")
         if self.boundary_slot:
             raise ConfigError("engine.boundary_slot: True, but it is an option of the paper preset")
         if self.max_num_batched_tokens < self.max_num_seqs:

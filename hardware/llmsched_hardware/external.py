@@ -87,11 +87,14 @@ class ExternalBackend(RecordBackend):
     """Everything of a backend but the scheduling of one iteration, which ``iterate`` asks of an engine.
 
     Attributes:
+        overlaps: the engine can schedule an iteration while one runs (``EngineConfig.async_scheduling``): ``iterate`` then schedules one
+            and says who ended by the tokens of the one before.
         discovers_lengths: the engine may finish a request before the workload's output length, which
             is then only an upper limit; the log holds the lengths found.
     """
 
     external = True
+    overlaps = False
     discovers_lengths = False
 
     def __init__(self, trace: bool = False) -> None:
@@ -132,6 +135,8 @@ class ExternalBackend(RecordBackend):
         for option, why in _REFUSED.items():
             if getattr(engine, option):
                 raise ConfigError(f"engine.{option}: True, must be False on backend {name} ({why})")
+        if engine.async_scheduling and not self.overlaps:
+            raise ConfigError(f"engine.async_scheduling: True, must be False on backend {name} (one step is one whole iteration)")
         if engine.eviction != "recompute":
             raise ConfigError(f"engine.eviction: {engine.eviction!r}, must be 'recompute' on backend {name} (vLLM's rule)")
         check_served(workload, engine)  # before an engine is built for it

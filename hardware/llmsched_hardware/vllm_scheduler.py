@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ prepare_environment()  # before vLLM is imported
 
 import torch
 from vllm import EngineArgs, SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -26,6 +28,7 @@ from llmsched_hardware.options import engine_arguments
 from llmsched_hardware.real_engine import write_tiny_llama
 
 _FAKE_TOKEN = 7
+_STOP_TOKEN = 8
 
 
 def faked_config(model: Path, engine: EngineConfig, arguments: dict[str, Any]) -> Any:
@@ -47,12 +50,28 @@ def faked_scheduler(scheduler_cls: type[Scheduler], config: Any, engine: EngineC
     )
 
 
+class AsyncGatedScheduler(GatedScheduler, AsyncScheduler):  # type: ignore[misc]
+    """``GatedScheduler`` over vLLM's ``AsyncScheduler``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A batch that has been scheduled: what vLLM said, who is in it, and who of them gets a token."""
+
+    output: Any
+    ids: list[str]
+    sampled: list[bool]
+
+
 class VllmSchedulerBackend(ExternalBackend):
     """vLLM 0.28's ``Scheduler`` and ``KVCacheManager`` under our decisions; every sampled token is faked.
 
     Iteration times come from the engine's time model, so an episode is deterministic and comparable
-    with ``sim`` step by step.
+    with ``sim`` step by step. With ``async_scheduling`` it is vLLM's ``AsyncScheduler``, which gets the tokens of a batch after
+    it has scheduled the next one; requests then end by a stop token, not by ``max_tokens``, which it would know beforehand.
     """
+
+    overlaps = True
 
     def __init__(self, trace: bool = False) -> None:
         super().__init__(trace)
@@ -61,7 +80,10 @@ class VllmSchedulerBackend(ExternalBackend):
 
     def start(self, engine: EngineConfig) -> None:
         config = self.vllm_config(engine)
-        self._scheduler = faked_scheduler(GatedScheduler, config, engine)
+        self._overlaps = engine.async_scheduling
+        self._longest = engine.max_model_len
+        self._in_flight: _Batch | None = None
+        self._scheduler = faked_scheduler(AsyncGatedScheduler if self._overlaps else GatedScheduler, config, engine)
 
     def vllm_config(self, engine: EngineConfig) -> Any:
         """vLLM's configuration for these settings, built once."""
@@ -77,7 +99,11 @@ class VllmSchedulerBackend(ExternalBackend):
             Request(
                 request_id=str(request),
                 prompt_token_ids=[_FAKE_TOKEN] * prompt_tokens,
-                sampling_params=SamplingParams(max_tokens=output_tokens, ignore_eos=True),
+                sampling_params=SamplingParams(
+                    max_tokens=self._longest - prompt_tokens if self._overlaps else output_tokens,
+                    ignore_eos=True,
+                    stop_token_ids=[_STOP_TOKEN],
+                ),
                 pooling_params=None,
                 arrival_time=arrival,
             )
@@ -98,25 +124,40 @@ class VllmSchedulerBackend(ExternalBackend):
         if used != sum(admission.blocks.values()):
             raise RuntimeError(f"vLLM's block pool has {used} blocks in use, its requests hold {sum(admission.blocks.values())}")
         # One token for every request whose tokens are now all computed, none for an unfinished prefill.
-        caught_up = [scheduler.requests[i].num_computed_tokens >= scheduler.requests[i].num_tokens for i in ids]
-        scheduler.update_from_output(
-            output,
-            ModelRunnerOutput(
-                req_ids=ids,
-                req_id_to_index={request_id: i for i, request_id in enumerate(ids)},
-                sampled_token_ids=[[_FAKE_TOKEN] if done else [] for done in caught_up],
-                logprobs=None,
-                prompt_logprobs_dict={},
-                pooler_output=[],
-            ),
-        )
+        batch = _Batch(output, ids, [not scheduler.requests[i].is_prefill_chunk for i in ids])
+        ended = self._in_flight if self._overlaps else batch
+        self._in_flight = batch
         return Executed(
             tokens={int(r): k for r, k in admission.tokens.items()},
             admitted=[int(r) for r in admission.admitted],
             preempted=[int(r) for r in admission.preempted],
             blocks={int(r): k for r, k in admission.blocks.items()},
-            finished={int(r) for r in ids if r not in scheduler.requests},
+            finished=set() if ended is None else self._update(ended),
         )
+
+    def _update(self, batch: _Batch) -> set[int]:
+        """The tokens of a batch reach the scheduler. Returns the requests that end by them."""
+        requests = self._scheduler.requests
+        there = [i for i in batch.ids if i in requests]
+        self._scheduler.update_from_output(
+            batch.output,
+            ModelRunnerOutput(
+                req_ids=batch.ids,
+                req_id_to_index={request_id: i for i, request_id in enumerate(batch.ids)},
+                sampled_token_ids=[[self._token(i)] if sampled else [] for i, sampled in zip(batch.ids, batch.sampled, strict=True)],
+                logprobs=None,
+                prompt_logprobs_dict={},
+                pooler_output=[],
+            ),
+        )
+        return {int(i) for i in there if i not in requests}
+
+    def _token(self, request_id: str) -> int:
+        """The next token of a request: a stop token where it is the last."""
+        request = self._scheduler.requests.get(request_id)
+        if request is None:  # it has ended, the token is thrown away
+            return _FAKE_TOKEN
+        return _STOP_TOKEN if request.num_output_tokens + 1 == self.record.hidden.output[int(request_id)] else _FAKE_TOKEN
 
     def close(self) -> None:
         super().close()

@@ -9,6 +9,7 @@ import numba
 
 from llmsched_env.compiled import compile_elsewhere
 from llmsched_env.engine import prefix_cache, segments
+from llmsched_env.engine.async_step import async_step
 from llmsched_env.engine.schedule_paper import schedule_paper
 from llmsched_env.engine.schedule_vllm import schedule_vllm
 from llmsched_env.engine.state import Code, Engine, Pool
@@ -61,7 +62,7 @@ def link(code: Code, engine: EngineConfig, layout: QueueLayout, schedule: int | 
     """
     if schedule is None:
         _share_compiling(engine)
-    code.step = address_of(step, (Engine, Decision))
+    code.step = address_of(async_step if engine.async_scheduling else step, (Engine, Decision))
     code.seconds = engine.time_model.address()
     if layout.num_segments > 1:
         for name, (function, arguments) in _BOUNDARIES.items():

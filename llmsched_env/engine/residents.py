@@ -35,6 +35,16 @@ def blocks_for(engine: Engine, tokens: int) -> int:
 
 
 @compiled
+def reaches_length_limit(engine: Engine, r: int) -> bool:
+    """Whether decode r, which advances by itself, has computed all that the longest request computes.
+
+    No further token is then scheduled for it (vLLM 0.28 ``v1/core/sched/scheduler.py``: ``max_model_len - num_computed_tokens - 1``).
+    Only a request that has its last token gets there: ``llmsched_env.engine.async_step``.
+    """
+    return engine.requests.base_computed[r] >= engine.settings.longest_request - 1
+
+
+@compiled
 def place_in_block(engine: Engine, tokens: int) -> int:
     """``tokens`` modulo the block size."""
     if engine.settings.block_shift >= 0:
@@ -283,8 +293,14 @@ def requeue(engine: Engine, evicted: int, preempted: int) -> None:
 @compiled
 def complete(engine: Engine, r: int, tokens: int) -> None:
     """Resident r has its last token."""
-    report = engine.report
     release(engine, r)
+    note_completion(engine, r, tokens)
+
+
+@compiled
+def note_completion(engine: Engine, r: int, tokens: int) -> None:
+    """Request r, in no list any more, has ended with so many output tokens."""
+    report = engine.report
     engine.hidden.completed[r] = engine.clock
     engine.requests.status[r] = FINISHED
     engine.events.finished[report.completed] = r

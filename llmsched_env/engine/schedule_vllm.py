@@ -17,7 +17,16 @@ from __future__ import annotations
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_outside
-from llmsched_env.engine.residents import admit, blocks_for, computed, insert_peer, leave_group, preempt, running_members
+from llmsched_env.engine.residents import (
+    admit,
+    blocks_for,
+    computed,
+    insert_peer,
+    leave_group,
+    preempt,
+    reaches_length_limit,
+    running_members,
+)
 from llmsched_env.engine.state import BOUNDARY, ENTERING, PREFILL, Engine
 from llmsched_env.pointers import call, call_int
 
@@ -93,9 +102,10 @@ def serve_together(engine: Engine) -> int:
         if requests.status[r] != PREFILL:
             if first_prefill >= 0:
                 return NOT_TOGETHER
-            requests.tokens[r] = 1
-            decodes += 1
-            need += blocks_to_take(engine, r, 1)
+            if not reaches_length_limit(engine, r):
+                requests.tokens[r] = 1
+                decodes += 1
+                need += blocks_to_take(engine, r, 1)
         elif first_prefill < 0 and is_running(engine, r):
             first_prefill = r
         r = requests.next_peer[r]
@@ -165,6 +175,9 @@ def serve_in_order(engine: Engine) -> int:
             continue
         held = computed(engine, r)
         decodes = requests.status[r] != PREFILL
+        if decodes and not member and reaches_length_limit(engine, r):
+            r = following
+            continue
         tokens = 1 if decodes else min(requests.target[r] - held, budget)
         need = blocks_to_take(engine, r, tokens)
         must_be_free = need

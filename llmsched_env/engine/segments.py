@@ -7,7 +7,7 @@ A boundary queue is a list of peers by admission: those who entered the engine f
 from __future__ import annotations
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.residents import evict, insert_peer, join_group, kv_of, remove_peer
+from llmsched_env.engine.residents import evict, insert_peer, join_group, kv_of, reaches_length_limit, remove_peer
 from llmsched_env.engine.state import BOUNDARY, ENTERING, Engine
 from llmsched_env.types import Decision
 
@@ -61,7 +61,8 @@ def enter_boundaries(engine: Engine, decision: Decision) -> None:
             queues.resident_kv[q] += kv
             engine.num_boundary -= 1
             engine.report.entered += 1
-            if queues.runs[q] != 0 and settings.boundary_slot == 0:
+            together = queues.runs[q] != 0 and settings.boundary_slot == 0
+            if together and (settings.paper != 0 or not reaches_length_limit(engine, r)):
                 join_group(engine, r)
             else:  # it advances in this iteration although its segment is held, or takes the slot without a token
                 requests.status[r] = ENTERING

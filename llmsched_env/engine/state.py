@@ -167,6 +167,8 @@ class Events(Rows):
     preempted: Ints  # by the engine, in order
     finished: Ints
     due: Annotated[Ints, Level.HIDDEN]  # scratch
+    first_tokens: Annotated[Ints, Level.HIDDEN]  # whose first output token is in the batch in flight (asynchronous scheduling)
+    last_tokens: Annotated[Ints, Level.HIDDEN]  # whose last one is
     traced: Ints  # scheduled, in order of admission; with ``settings.trace``
     traced_tokens: Ints
 
@@ -312,6 +314,12 @@ class Engine(Record):
     kv_peak: int  # highest KV reserved, KV units
     total_tokens: int  # output tokens of completed requests
     out_of_range: int
+    # the batch in flight, where the next one is scheduled meanwhile (``llmsched_env.engine.async_step``)
+    flight_seconds: Annotated[float, Level.HIDDEN]  # 0: there is none
+    flight_tokens: Annotated[int, Level.HIDDEN]  # output tokens
+    flight_out_of_range: Annotated[int, Level.HIDDEN]
+    num_first_tokens: Annotated[int, Level.HIDDEN]
+    num_last_tokens: Annotated[int, Level.HIDDEN]
     # what policies do not see
     num_requests: Annotated[int, Level.HIDDEN]
     next_arrival: Annotated[int, Level.HIDDEN]

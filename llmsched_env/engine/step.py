@@ -155,6 +155,11 @@ def reset(engine: Engine) -> None:
     engine.kv_peak = 0
     engine.total_tokens = 0
     engine.out_of_range = 0
+    engine.flight_seconds = 0.0
+    engine.flight_tokens = 0
+    engine.flight_out_of_range = 0
+    engine.num_first_tokens = 0
+    engine.num_last_tokens = 0
     engine.next_arrival = 0
     engine.batch.batch_size = 0.0
     clear_report(engine)
@@ -355,14 +360,21 @@ def sort_by_admission(engine: Engine, count: int) -> None:
 @compiled
 def settle(engine: Engine, r: int) -> None:
     """Resident r has just got the token at which something happens: it completes, ends its segment, or decodes on."""
-    requests, hidden, settings = engine.requests, engine.hidden, engine.settings
-    member = requests.group[r] != settings.num_queues
+    requests, hidden = engine.requests, engine.hidden
     tokens = requests.base_generated[r] + engine.queues.steps[requests.group[r]]
     if tokens == 1 and not (hidden.first_token[r] >= 0.0):  # NaN: not yet
         hidden.first_token[r] = engine.clock
     if tokens == hidden.output[r]:
         complete(engine, r, tokens)
-        return
+    else:
+        move_on(engine, r, tokens)
+
+
+@compiled
+def move_on(engine: Engine, r: int, tokens: int) -> None:
+    """Resident r has generated ``tokens``: it stands at the end of its segment now, or decodes on."""
+    requests, settings = engine.requests, engine.settings
+    member = requests.group[r] != settings.num_queues
     q = requests.queue[r]
     back = requests.status[r] == PREFILLED and tokens > 1  # computed again after an eviction: to where it was
     if back or tokens == engine.queues.segment_end[q]:
@@ -413,22 +425,37 @@ def finish_step(engine: Engine, seconds: float) -> None:
                 trace_batch(engine)
             give_tokens(engine)
     else:
-        report.idle = 1
-        engine.idle_steps += 1
-        following = start
-        if report.evicted + report.preempted == 0:
-            if engine.next_arrival < engine.num_requests:
-                following = engine.hidden.arrival[engine.next_arrival]
-                if following > settings.horizon:
-                    engine.end = END_HORIZON
-                    following = settings.horizon
-            elif engine.end == RUNNING:
-                engine.end = END_STRANDED
-        advance_clock(engine, following)
+        advance_clock(engine, idle_until(engine))
+    close_step(engine)
+
+
+@compiled
+def idle_until(engine: Engine) -> float:
+    """Nothing is scheduled and nothing runs: the clock's next value (rule 13)."""
+    report = engine.report
+    report.idle = 1
+    engine.idle_steps += 1
+    if report.evicted + report.preempted > 0:
+        return report.start
+    if engine.next_arrival < engine.num_requests:
+        following = engine.hidden.arrival[engine.next_arrival]
+        if following <= engine.settings.horizon:
+            return following
+        engine.end = END_HORIZON
+        return engine.settings.horizon
+    if engine.end == RUNNING:
+        engine.end = END_STRANDED
+    return report.start
+
+
+@compiled
+def close_step(engine: Engine) -> None:
+    """After clock, tokens and completions: totals, arrivals, and whether the episode goes on."""
+    settings, report = engine.settings, engine.report
     engine.finished += report.completed
     engine.total_tokens += report.completed_tokens
     if engine.next_arrival < engine.num_requests:
-        report.system_seconds += receive_arrivals(engine, start)
+        report.system_seconds += receive_arrivals(engine, report.start)
     engine.system_seconds += report.system_seconds
     if settings.late_after > 0.0:
         mark_late(engine)
