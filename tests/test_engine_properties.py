@@ -394,9 +394,9 @@ def test_same_inputs_give_the_same_bytes(episode: Episode, other: Episode) -> No
 
 
 def fixed_episodes() -> list[Episode]:
-    """A fixed set for both presets: holds, boundary queues, evictions of both kinds, rejections."""
+    """A fixed set for both presets, some with asynchronous scheduling: holds, boundary queues, evictions of both kinds, rejections."""
     found = []
-    for seed in range(24):
+    for seed in range(30):
         rng = np.random.default_rng(seed)
         n = 20
         workload = Workload.of(np.cumsum(rng.exponential(0.2, n)), rng.integers(1, 20, n), rng.integers(1, 30, n), rng.integers(0, 2, n))
@@ -413,6 +413,7 @@ def fixed_episodes() -> list[Episode]:
                 enable_chunked_prefill=seed % 4 == 0,
                 oversize="reject",
                 scheduler_reserve_full_isl=seed % 8 == 0,
+                async_scheduling=seed >= 24,
             )
         q = layout.num_queues
         script = tuple(

@@ -42,6 +42,7 @@ SMALL = EngineConfig.vllm(num_blocks=40, block_size=4, max_num_batched_tokens=48
 ENGINES = [
     SMALL,
     SMALL.replace(enable_prefix_caching=True),
+    SMALL.replace(async_scheduling=True),
     EngineConfig.paper(160, 0.05, 1e-3),
 ]
 

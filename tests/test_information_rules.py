@@ -278,7 +278,9 @@ def uses_scratch(engine, policy, decision):  # type: ignore[no-untyped-def]
         decision.evict[q] = 0
 
 
-@pytest.mark.parametrize("config", [SMALL, PAPER], ids=lambda c: c.preset)
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, PAPER], ids=lambda c: c.preset)
 def test_scratch_may_be_written_and_changes_nothing(config: EngineConfig) -> None:
     rule = Rule(uses_scratch, LAYOUT.num_queues)
     backend, _ = started(config=config)
@@ -308,7 +310,11 @@ def adds_up_requests_to_come(engine, policy, decision):  # type: ignore[no-untyp
 
 
 @pytest.mark.parametrize("reveal", [False, True])
-@pytest.mark.parametrize("config", [SMALL, SMALL.replace(enable_prefix_caching=True), PAPER], ids=["vllm", "caching", "paper"])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, SMALL.replace(enable_prefix_caching=True), SMALL.replace(async_scheduling=True), PAPER],
+    ids=["vllm", "caching", "async", "paper"],
+)
 def test_requests_that_have_not_arrived_read_as_zeros(config: EngineConfig, reveal: bool) -> None:
     """In the first episode, and in later ones of the same size, whose tables are used again."""
     n = 30
