@@ -13,7 +13,6 @@ prepare_environment()  # before vLLM is imported
 
 import torch
 from vllm import EngineArgs, SamplingParams
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -50,10 +49,6 @@ def faked_scheduler(scheduler_cls: type[Scheduler], config: Any, engine: EngineC
     )
 
 
-class AsyncGatedScheduler(GatedScheduler, AsyncScheduler):  # type: ignore[misc]
-    """``GatedScheduler`` over vLLM's ``AsyncScheduler``."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Batch:
     """A batch that has been scheduled: what vLLM said, who is in it, and who of them gets a token."""
@@ -64,7 +59,7 @@ class _Batch:
 
 
 class VllmSchedulerBackend(ExternalBackend):
-    """vLLM 0.28's ``Scheduler`` and ``KVCacheManager`` under our decisions; every sampled token is faked.
+    """vLLM's ``Scheduler`` and ``KVCacheManager`` under our decisions; every sampled token is faked.
 
     Iteration times come from the engine's time model, so an episode is deterministic and comparable
     with ``sim`` step by step. With ``async_scheduling`` it is vLLM's ``AsyncScheduler``, which gets the tokens of a batch after
@@ -83,15 +78,16 @@ class VllmSchedulerBackend(ExternalBackend):
         self._overlaps = engine.async_scheduling
         self._longest = engine.max_model_len
         self._in_flight: _Batch | None = None
-        self._scheduler = faked_scheduler(AsyncGatedScheduler if self._overlaps else GatedScheduler, config, engine)
+        self._scheduler = faked_scheduler(GatedScheduler, config, engine)
 
     def vllm_config(self, engine: EngineConfig) -> Any:
         """vLLM's configuration for these settings, built once."""
         arguments = engine_arguments(engine)
-        key = tuple(arguments.values())
+        key = (*arguments.values(), engine.async_scheduling)
         if key not in self._configs:
             folder = write_tiny_llama(Path(self._folder.name) / str(engine.max_model_len), engine.max_model_len)
-            self._configs[key] = faked_config(folder, engine, arguments)
+            config = self._configs[key] = faked_config(folder, engine, arguments)
+            config.scheduler_config.async_scheduling = engine.async_scheduling  # as an argument it is switched off without a GPU
         return self._configs[key]
 
     def submit(self, request: int, prompt_tokens: int, output_tokens: int, arrival: float) -> None:
