@@ -49,7 +49,7 @@ class ResidentRequests:
         id, queue: request index; segment index q = j * K + k.
         at_boundary: bool, stands in the boundary queue of its segment.
         prompt_tokens, generated, computed, prefill_target: tokens. ``computed`` < ``prefill_target``
-            while prefill is unfinished.
+            while prefill is unfinished. Tokens of an iteration in flight count (``EngineConfig.async_scheduling``).
         output_tokens: the true output length where the scenario reveals it, else None.
     """
 
@@ -128,6 +128,7 @@ class Counters:
 
     Attributes:
         clock, busy_seconds: seconds; busy = inside engine iterations.
+        iterations: engine iterations that have ended.
         kv_seconds: integral of the KV reserved (KV units x seconds).
         kv_peak: highest KV reserved in a step (KV units).
         system_seconds: integral of the number of requests in system (request-seconds).

@@ -504,6 +504,9 @@ class EpisodeLimits:
 class IterationReport:
     """What one step really did.
 
+    With ``EngineConfig.async_scheduling`` the batch, KV, admissions and evictions are those of the iteration scheduled in the step;
+    duration, completions and tokens those of the one that ran meanwhile, if any.
+
     Attributes:
         start, duration: seconds; ``duration`` of an idle step is the jump of the clock.
         idle: nothing was scheduled: not an engine iteration.

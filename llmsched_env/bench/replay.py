@@ -173,16 +173,21 @@ def check_lengths(trace: Trace | None, workload: Workload, limit: int, limited_b
 
 
 class IterationRows:
-    """Collects the rows of ``--iterations``; idle steps are no iterations."""
+    """Collects the rows of ``--iterations``; idle steps are no iterations. One scheduled ahead runs during the next step."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, float, int, int, int, int, int]] = []
+        self._ahead: IterationReport | None = None
 
     def __call__(self, report: IterationReport, view: View) -> None:
-        if report.idle:
-            return
-        r = report
-        self.rows.append((r.start, r.duration, r.batch_size, r.prefill_tokens, r.total_tokens, r.kv_used, r.waiting))
+        batch: IterationReport | None = report
+        if view.engine.async_scheduling:
+            batch, self._ahead = self._ahead, None if report.idle else report
+        elif report.idle:
+            batch = None
+        if batch is not None:
+            r = batch
+            self.rows.append((report.start, report.duration, r.batch_size, r.prefill_tokens, r.total_tokens, r.kv_used, r.waiting))
 
 
 def request_rows(log: RequestLog, types: Sequence[str] = ()) -> Iterable[tuple[object, ...]]:
