@@ -234,3 +234,16 @@ def test_a_replay_can_be_read_by_other_programs(tmp_path: Path, run: Replay) -> 
     assert record["found"]["summary"]["latency_mean"] == pytest.approx(mean)
     code, text, err = run(trace, "vllm", tmp_path / "out.csv", "--quiet")
     assert (code, text, err) == (0, "", "")
+
+
+def test_rows_of_iterations_scheduled_ahead_hold_the_time_in_which_they_ran(tmp_path: Path, run: Replay) -> None:
+    """Where requests come one by one, iterations and their seconds are those of the synchronous engine, but for superfluous tokens."""
+    trace = write(tmp_path / "t.csv", [(10.0 * i, 300 + i, 20) for i in range(4)])
+    found = {}
+    for name, words in (("sync", ()), ("async", ("--set", "engine.async_scheduling=true"))):
+        out, steps = tmp_path / f"{name}.csv", tmp_path / f"{name}-iterations.csv"
+        assert run(trace, "vllm", out, "--iterations", steps, *words)[0] == 0
+        found[name] = [(float(r["start"]), float(r["duration"]), int(r["total_tokens"])) for r in rows_of(steps)]
+        assert all(start + seconds <= later[0] + 1e-9 for (start, seconds, _), later in zip(found[name], found[name][1:], strict=False))
+    assert len(found["sync"]) == 4 * 20 and len(found["async"]) == 4 * 20 + 3  # the last superfluous token ends after the episode
+    assert set(found["sync"]) <= set(found["async"])
