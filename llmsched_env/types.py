@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -338,6 +339,14 @@ class EngineConfig:
         block_size: tokens per block.
         max_num_batched_tokens: token budget of an iteration.
         max_num_seqs: most residents at once, held and boundary requests included.
+        max_num_active_seqs: residents at which admission ends, at most ``max_num_seqs``; None: ``max_num_seqs`` (vLLM 0.31 on).
+        long_prefill_token_threshold: most prompt tokens of one request in an iteration, while more than one request may run
+            or enter; 0: no such limit (vLLM 0.31 on; 0.28 and 0.30 apply it to a request alone as well). vLLM 0.28 to 0.33 have
+            no ``max_num_partial_prefills`` any more, so there is none here.
+        prefill_schedule_interval: prefill waits until so many iterations have passed since the last one that carried prefill, while
+            somebody decodes; an interval whose release could not drain the queue ends at once. 1: never (vLLM 0.33).
+        prefill_interval_release: that early end. False: SGLang's ``--prefill-decode-interval`` N as an interval of N + 1,
+            which keeps prefill back however long the queue is.
         max_model_len: longest prompt + output.
         enable_chunked_prefill: a prompt longer than the budget left is split.
         scheduler_reserve_full_isl: admit a prompt only if all its blocks are free (vLLM 0.28 default).
@@ -367,6 +376,10 @@ class EngineConfig:
     block_size: int = 16
     max_num_batched_tokens: int = 2_048
     max_num_seqs: int = 256
+    max_num_active_seqs: int | None = None
+    long_prefill_token_threshold: int = 0
+    prefill_schedule_interval: int = 1
+    prefill_interval_release: bool = True
     max_model_len: int = 4_096
     enable_chunked_prefill: bool = True
     scheduler_reserve_full_isl: bool = True
@@ -407,6 +420,7 @@ class EngineConfig:
         check_model(self.time_model)
         for name in ("capacity_tokens", "num_blocks", "block_size", "max_num_batched_tokens", "max_num_seqs", "max_model_len"):
             put(name, checks.integer(f"engine.{name}", getattr(self, name), low=1))
+        self._check_prefill(put)
         for name in (
             "boundary_slot", "enable_chunked_prefill", "scheduler_reserve_full_isl", "padded_prefill", "decode_needs_free_block",
             "enable_prefix_caching", "async_scheduling",
@@ -449,6 +463,37 @@ class EngineConfig:
                 f"engine.max_model_len: {self.max_model_len}, must fit the KV cache: <= "
                 f"{(self.num_blocks - spare) * self.block_size} tokens ({self.num_blocks} blocks of {self.block_size})"
             )
+
+    def _check_prefill(self, put: Callable[[str, object], None]) -> None:
+        """The settings that keep requests or prompt tokens back."""
+        put("prefill_schedule_interval", checks.integer("engine.prefill_schedule_interval", self.prefill_schedule_interval, low=1))
+        threshold = checks.integer("engine.long_prefill_token_threshold", self.long_prefill_token_threshold)
+        put("long_prefill_token_threshold", threshold)
+        put("prefill_interval_release", checks.flag("engine.prefill_interval_release", self.prefill_interval_release))
+        if self.max_num_active_seqs is not None:
+            put("max_num_active_seqs", checks.integer("engine.max_num_active_seqs", self.max_num_active_seqs, low=1))
+        if not self.prefill_interval_release and self.prefill_schedule_interval == 1:
+            raise ConfigError("engine.prefill_interval_release: False, needs prefill_schedule_interval above 1")
+        given = {"prefill_schedule_interval": 1, "long_prefill_token_threshold": 0, "max_num_active_seqs": None}
+        for name, off in given.items():
+            if getattr(self, name) == off:
+                continue
+            if self.preset == "paper":
+                raise ConfigError(f"engine.{name}: {getattr(self, name)}, but it is an option of the vllm preset")
+            if self.padded_prefill or self.decode_needs_free_block:
+                rule = "padded_prefill" if self.padded_prefill else "decode_needs_free_block"
+                raise ConfigError(f"engine.{name}: {getattr(self, name)}, must be {off} with {rule} (not a rule of vLLM)")
+        if self.preset == "paper":
+            return
+        if self.max_num_active_seqs is not None and self.max_num_active_seqs > self.max_num_seqs:
+            raise ConfigError(f"engine.max_num_active_seqs: {self.max_num_active_seqs}, must be <= max_num_seqs = {self.max_num_seqs}")
+        if threshold > self.max_model_len:
+            raise ConfigError(f"engine.long_prefill_token_threshold: {threshold}, must be <= max_model_len = {self.max_model_len}")
+
+    @property
+    def most_active(self) -> int:
+        """Residents at which admission ends."""
+        return self.max_num_seqs if self.max_num_active_seqs is None else self.max_num_active_seqs
 
     @property
     def kv_capacity(self) -> int:

@@ -23,7 +23,7 @@ def prefill_first(engine: Engine, policy: Numbers, decision: Decision) -> None:
             fits = tokens <= kv_free(engine) - engine.num_residents
         else:
             blocks = (tokens + settings.block_size - 1) // settings.block_size
-            fits = blocks + settings.watermark_blocks <= kv_free(engine) and engine.num_residents < settings.max_num_seqs
+            fits = blocks + settings.watermark_blocks <= kv_free(engine) and engine.num_residents < settings.most_active
     decision.run[0] = 0 if fits else 1
     decision.admit[0] = ADMIT_ALL if fits else 0
     decision.evict[0] = 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_in_order, start_of_queues
-from llmsched_env.engine.schedule_vllm import is_running
+from llmsched_env.engine.residents import is_running
 from llmsched_env.engine.segments import enter_boundaries, evict_boundaries
 from llmsched_env.engine.state import Engine
 from llmsched_env.engine.step import budget_of, clear_report, decision_at, engine_at

@@ -46,6 +46,10 @@ def load_settings(
     settings.max_num_batched_tokens = engine.max_num_batched_tokens
     settings.least_token_budget = TILE_TOKENS
     settings.max_num_seqs = engine.max_num_seqs
+    settings.most_active = engine.most_active
+    settings.long_prefill = engine.long_prefill_token_threshold
+    settings.prefill_interval = engine.prefill_schedule_interval
+    settings.interval_release = engine.prefill_interval_release
     settings.longest_request = engine.longest_request
     settings.chunked_prefill = engine.enable_chunked_prefill
     settings.reserve_full = engine.scheduler_reserve_full_isl

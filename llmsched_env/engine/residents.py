@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import pop_front, push_front
-from llmsched_env.engine.state import BOUNDARY, DECODE, FINISHED, NO_EVENT, PREFILL, WAITING, Engine
+from llmsched_env.engine.state import BOUNDARY, DECODE, ENTERING, FINISHED, NO_EVENT, PREFILL, WAITING, Engine
 from llmsched_env.pointers import call
 
 
@@ -58,6 +58,30 @@ def kv_of(engine: Engine, tokens: int) -> int:
     if engine.settings.paper != 0:
         return tokens
     return blocks_for(engine, tokens)
+
+
+@compiled
+def is_running(engine: Engine, r: int) -> bool:
+    """Whether resident r is neither held nor at a boundary."""
+    status = engine.requests.status[r]
+    if status == BOUNDARY:
+        return False
+    return status == ENTERING or engine.queues.runs[engine.requests.queue[r]] != 0
+
+
+@compiled
+def num_running(engine: Engine) -> int:
+    """Residents that are neither held nor at a boundary."""
+    requests, queues, settings = engine.requests, engine.queues, engine.settings
+    running = 0
+    for q in range(settings.num_queues):
+        if queues.runs[q] != 0:
+            running += queues.members[q]
+    r = queues.first_peer[settings.num_queues]
+    while r >= 0:
+        running += is_running(engine, r)
+        r = requests.next_peer[r]
+    return running
 
 
 # --- lists -------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def first_head_fits(engine: Engine, decision: Decision) -> bool:
     if settings.reserve_full == 0:
         tokens = min(tokens, settings.max_num_batched_tokens)
     blocks = (tokens + settings.block_size - 1) // settings.block_size
-    return blocks <= free and engine.num_residents < settings.max_num_seqs
+    return blocks <= free and engine.num_residents < settings.most_active
 
 
 @compiled

@@ -1,4 +1,4 @@
-"""KV, admissions and the batch of one iteration, ``vllm`` preset (rules 5, 6, 12 and 17; compiled).
+"""KV, admissions and the batch of one iteration, ``vllm`` preset (rules 5, 6, 12, 17 and 19 to 21; compiled).
 
 The rules are those of vLLM 0.28.0, ``v1/core/sched/scheduler.py`` (``schedule``) and
 ``v1/core/kv_cache_manager.py`` (``allocate_slots``), seen through run, admit and evict: held and
@@ -11,23 +11,29 @@ sums (``serve_together``): decodes fit the token budget, unless a decision asks 
 victims are the fewest newest ones without whom everybody's blocks are free. The walk one by one
 (``serve_in_order``) is for what is left: a held prefill that goes on before others, Vidur's accounting when memory
 runs short, and prefix caching, where it matters who takes which block.
+
+Two settings of later versions keep prefill back (``engine/prefill_gates.py``): whether it waits in this iteration altogether, and
+how many tokens one request may prefill.
 """
 
 from __future__ import annotations
 
 from llmsched_env.compiled import compiled
+from llmsched_env.engine.prefill_gates import defers_prefill, most_prefill, note_prefill, note_release
 from llmsched_env.engine.queues import next_outside
 from llmsched_env.engine.residents import (
     admit,
     blocks_for,
     computed,
     insert_peer,
+    is_running,
     leave_group,
+    num_running,
     preempt,
     reaches_length_limit,
     running_members,
 )
-from llmsched_env.engine.state import BOUNDARY, ENTERING, PREFILL, Engine
+from llmsched_env.engine.state import PREFILL, Engine
 from llmsched_env.pointers import call, call_int
 
 NOT_TOGETHER = -1
@@ -38,24 +44,22 @@ def schedule_vllm(engine: Engine) -> None:
     """Blocks for residents with preemptions, admissions, and the batch."""
     settings, report = engine.settings, engine.report
     before = report.preempted
+    first_new = engine.next_sequence
+    deferred = settings.prefill_interval > 1 and defers_prefill(engine)
+    most = most_prefill(engine)
     budget = NOT_TOGETHER
     if settings.prefix_caching == 0:
-        budget = serve_together(engine)
+        budget = serve_together(engine, deferred, most)
     if budget == NOT_TOGETHER:
-        budget = serve_in_order(engine)
+        budget = serve_in_order(engine, deferred, most)
     if report.preempted == before:
-        admit_outside(engine, budget)
+        admit_outside(engine, budget, deferred, most)
+        if settings.prefill_interval > 1 and not deferred:
+            note_release(engine)
     report.kv_reserved = engine.kv_blocks if settings.prefix_caching == 0 else settings.capacity - engine.pool.free
     describe_batch(engine)
-
-
-@compiled
-def is_running(engine: Engine, r: int) -> bool:
-    """Whether resident r is neither held nor at a boundary."""
-    status = engine.requests.status[r]
-    if status == BOUNDARY:
-        return False
-    return status == ENTERING or engine.queues.runs[engine.requests.queue[r]] != 0
+    if settings.prefill_interval > 1 and engine.batch.batch_size > 0.0:
+        note_prefill(engine, first_new)
 
 
 @compiled
@@ -85,8 +89,11 @@ def newest_decode(engine: Engine) -> int:
 
 
 @compiled
-def serve_together(engine: Engine) -> int:
-    """Tokens and blocks for all residents by sums. Returns the token budget left, or ``NOT_TOGETHER`` with nothing done."""
+def serve_together(engine: Engine, deferred: bool, most: int) -> int:
+    """Tokens and blocks for all residents by sums. Returns the token budget left, or ``NOT_TOGETHER`` with nothing done.
+
+    Prefills are passed over where ``deferred``, and take at most ``most`` tokens each.
+    """
     requests, queues, settings = engine.requests, engine.queues, engine.settings
     alone = settings.num_queues
     decodes = 0
@@ -106,7 +113,7 @@ def serve_together(engine: Engine) -> int:
                 requests.tokens[r] = 1
                 decodes += 1
                 need += blocks_to_take(engine, r, 1)
-        elif first_prefill < 0 and is_running(engine, r):
+        elif first_prefill < 0 and not deferred and is_running(engine, r):
             first_prefill = r
         r = requests.next_peer[r]
     free = settings.capacity - engine.kv_blocks
@@ -120,7 +127,7 @@ def serve_together(engine: Engine) -> int:
     r = first_prefill
     while r >= 0:
         if is_running(engine, r):
-            tokens = min(requests.target[r] - requests.base_computed[r], budget)
+            tokens = min(requests.target[r] - requests.base_computed[r], budget, most)
             requests.tokens[r] = tokens
             budget -= tokens
             need += blocks_to_take(engine, r, tokens)
@@ -148,8 +155,8 @@ def serve_together(engine: Engine) -> int:
 
 
 @compiled
-def serve_in_order(engine: Engine) -> int:
-    """Tokens and blocks for the residents one by one, as vLLM's loop does. Returns the token budget left."""
+def serve_in_order(engine: Engine, deferred: bool, most: int) -> int:
+    """Tokens and blocks for the residents one by one, as vLLM's loop does; prefills as in ``serve_together``. Returns the budget left."""
     requests, settings, pool = engine.requests, engine.settings, engine.pool
     alone = settings.num_queues
     caching = settings.prefix_caching != 0
@@ -173,12 +180,15 @@ def serve_in_order(engine: Engine) -> int:
                 insert_peer(engine, alone, r)
             r = following
             continue
-        held = computed(engine, r)
         decodes = requests.status[r] != PREFILL
         if decodes and not member and reaches_length_limit(engine, r):
             r = following
             continue
-        tokens = 1 if decodes else min(requests.target[r] - held, budget)
+        if deferred and not decodes:  # it may be preempted all the same
+            r = following
+            continue
+        held = computed(engine, r)
+        tokens = 1 if decodes else min(requests.target[r] - held, budget, most)
         need = blocks_to_take(engine, r, tokens)
         must_be_free = need
         if decodes and settings.decode_needs_free_block != 0:
@@ -205,23 +215,8 @@ def serve_in_order(engine: Engine) -> int:
 
 
 @compiled
-def num_running(engine: Engine) -> int:
-    """Residents that are neither held nor at a boundary."""
-    requests, queues, settings = engine.requests, engine.queues, engine.settings
-    running = 0
-    for q in range(settings.num_queues):
-        if queues.runs[q] != 0:
-            running += queues.members[q]
-    r = queues.first_peer[settings.num_queues]
-    while r >= 0:
-        running += is_running(engine, r)
-        r = requests.next_peer[r]
-    return running
-
-
-@compiled
-def admit_outside(engine: Engine, budget: int) -> None:
-    """Requests from outside while token budget, sequence slots and blocks last (rule 12)."""
+def admit_outside(engine: Engine, budget: int, deferred: bool, most: int) -> None:
+    """Requests from outside while token budget, sequence slots and blocks last (rule 12); prefills as in ``serve_together``."""
     requests, queues, settings, report = engine.requests, engine.queues, engine.settings, engine.report
     if engine.num_waiting == 0:
         return
@@ -232,7 +227,7 @@ def admit_outside(engine: Engine, budget: int) -> None:
         reserve = 0
     longest = 0
     count = 0
-    while (budget > 0 or padded) and engine.num_residents < settings.max_num_seqs:
+    while (budget > 0 or padded) and engine.num_residents < settings.most_active:
         q = next_outside(engine)
         if q < 0:
             break
@@ -244,6 +239,9 @@ def admit_outside(engine: Engine, budget: int) -> None:
             hits = call_int(engine.code.cached_blocks, engine.pool, r, (total - 1) // settings.block_size)
             taken = call_int(engine.code.free_among, engine.pool, r, hits)
         tokens = total - hits * settings.block_size
+        if deferred and tokens > 1:  # one token left is no prefill: it enters
+            break
+        tokens = min(tokens, most)
         if padded:  # Vidur's accounting replaces the token budget
             if (count + 1) * max(longest, total) > engine.token_budget:
                 break

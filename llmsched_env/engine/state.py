@@ -60,6 +60,10 @@ class Settings(Record):
     max_num_batched_tokens: int
     least_token_budget: int  # of a decision
     max_num_seqs: int
+    most_active: int  # residents at which admission ends
+    long_prefill: int  # prompt tokens of one request in an iteration; 0: no limit
+    prefill_interval: int  # iterations from one that carried prefill to the next; 1: none is held back
+    interval_release: bool  # an interval ends early once prefill is bound by capacity
     longest_request: int  # tokens
     chunked_prefill: bool
     reserve_full: bool  # blocks of the whole request must be free to admit it
@@ -271,6 +275,13 @@ class Code(Record):
     close_seat: int  # (pool, r)
 
 
+class Cadence(Record):
+    """When prefill was last computed, for ``prefill_schedule_interval``; 0 in an engine without one."""
+
+    since_prefill: int  # iterations executed since the last one that carried prefill; at first the interval
+    capacity_bound: bool  # at the last release somebody who might have entered was left outside
+
+
 class Engine(Record):
     """One engine and the requests of its episode."""
 
@@ -327,6 +338,7 @@ class Engine(Record):
     phases: Annotated[Phases, Level.HIDDEN]
     wheel: Annotated[Wheel, Level.HIDDEN]
     pool: Annotated[Pool, Level.HIDDEN]
+    cadence: Annotated[Cadence, Level.HIDDEN]  # kept by the compiled schedule alone, not where another engine schedules
 
 
 def wheel_size(num_queues: int) -> int:

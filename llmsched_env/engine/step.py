@@ -160,6 +160,8 @@ def reset(engine: Engine) -> None:
     engine.flight_out_of_range = 0
     engine.num_first_tokens = 0
     engine.num_last_tokens = 0
+    engine.cadence.since_prefill = engine.settings.prefill_interval  # the first iteration is never held back
+    engine.cadence.capacity_bound = 0
     engine.next_arrival = 0
     engine.batch.batch_size = 0.0
     clear_report(engine)
