@@ -124,7 +124,7 @@ def encode(engine, forecast, out):  # type: ignore[no-untyped-def]
     out[kv + 1] = _share(held / capacity)
     out[kv + 2] = _share((capacity - used - float(settings.watermark_blocks)) / capacity)
     out[kv + 3] = _share(final / (2.0 * forecast.capacity_tokens))
-    cap = float(settings.max_num_seqs)
+    cap = float(settings.most_active)
     out[at + 3 * num_queues] = 1.0 if paper else _share((cap - float(engine.num_residents)) / cap)
 
 

@@ -33,6 +33,10 @@ _ENGINE_OPTIONS = (
     "max_num_seqs",
     "enable_chunked_prefill",
     "watermark",
+    "max_num_active_seqs",
+    "long_prefill_token_threshold",
+    "prefill_schedule_interval",
+    "prefill_interval_release",
 )
 
 
@@ -79,7 +83,7 @@ class Demonstrations:
 
 def expert_recipe(expert: Policy, max_admit: int, features: bool = False) -> Recipe:
     """The action set ``admit`` on the expert's own queues and engine."""
-    changes = {name: getattr(expert.engine, name) for name in _ENGINE_OPTIONS if getattr(expert.engine, name) != ()}
+    changes = {name: getattr(expert.engine, name) for name in _ENGINE_OPTIONS if getattr(expert.engine, name) not in ((), None)}
     return Recipe(
         action_set="admit",
         max_admit=max_admit,

@@ -15,6 +15,7 @@ from llmsched_baselines.nested_wait import NestedWait
 from llmsched_baselines.oracle import OracleSjf
 from llmsched_baselines.policy import Policy, Setting
 from llmsched_baselines.reserve import Reserve, ShortestPrompt
+from llmsched_baselines.rivals import ActiveCap, PrefillCadence, PrefillDecodeInterval, PrefillThreshold
 from llmsched_baselines.vllm_v0 import VllmV0
 from llmsched_baselines.wait import Wait
 from llmsched_baselines.wait_cp import WaitCp
@@ -27,6 +28,10 @@ SHIPPED: tuple[type[Policy], ...] = (
     Vllm,
     VllmV0,
     Sarathi,
+    PrefillCadence,
+    PrefillDecodeInterval,
+    ActiveCap,
+    PrefillThreshold,
     Wait,
     NestedWait,
     ShortestPrompt,

@@ -32,7 +32,7 @@ class Vllm(Fcfs):
     name: ClassVar[str] = "vllm"
 
     def __init__(self, setting: Setting) -> None:
-        need_vllm(self.name, setting.engine)
+        need_vllm(type(self).name, setting.engine)
         super().__init__(setting)
 
 

@@ -132,6 +132,8 @@ class ExternalBackend(RecordBackend):
         name = type(self).__name__
         if engine.preset != "vllm":
             raise ConfigError(f"engine.preset: {engine.preset!r}, must be 'vllm' on backend {name}")
+        if not engine.prefill_interval_release:
+            raise ConfigError(f"engine.prefill_interval_release: False, must be True on backend {name} (not a rule of vLLM)")
         for option, why in _REFUSED.items():
             if getattr(engine, option):
                 raise ConfigError(f"engine.{option}: True, must be False on backend {name} ({why})")

@@ -26,7 +26,7 @@ class Gate:
     """What an engine may do in one iteration; requests by index, (n,) int32.
 
     Attributes:
-        admit: waiting requests that may enter, in this order.
+        admit: waiting requests that may enter, in this order, at most ``shown_places``.
         hold: residents that may not advance; their KV stays and they cannot be preempted.
         evict: residents that give up their KV first, newest admission first.
         token_budget: tokens that the iteration may compute.
@@ -95,10 +95,19 @@ def list_held(engine: Any, out: Any) -> int:
     return n
 
 
+def shown_places(record: Engine) -> int:
+    """How many requests an engine has to be shown: those that there are places for.
+
+    Where prefill is kept back the engine asks, too, whether anybody else might enter: one more, for whom there is no place, says so.
+    """
+    settings = record.settings
+    asks = settings.prefill_interval > 1 or settings.long_prefill > 0
+    return max(settings.most_active - record.num_residents, 0) + int(asks)
+
+
 def allowed(record: Engine) -> Gate:
     """What the decision that stands opened in a record allows."""
-    places = max(record.settings.max_num_seqs - record.num_residents, 0)
-    admit = np.empty(min(places, record.num_waiting), dtype=np.int32)
+    admit = np.empty(min(shown_places(record), record.num_waiting), dtype=np.int32)
     hold = np.empty(record.num_residents, dtype=np.int32)
     admit = admit[: list_admissible(record.handle, admit)]
     hold = hold[: list_held(record.handle, hold)]

@@ -237,7 +237,7 @@ def _named(config: LiveConfig, setting: Setting) -> Policy:
 
 def _check_engine(policy: Policy, engine: EngineConfig) -> None:
     wanted = policy.engine
-    if wanted.preset != "vllm" or wanted.padded_prefill or wanted.decode_needs_free_block:
+    if wanted.preset != "vllm" or wanted.padded_prefill or wanted.decode_needs_free_block or not wanted.prefill_interval_release:
         raise ConfigError(f"policy {policy.name!r}: its engine is not vLLM's (preset {wanted.preset!r})")
     others = list(differing(wanted, engine))
     if others:  # settings that vLLM's flags fix: a policy that stands for others cannot run on this server

@@ -10,7 +10,7 @@ import numpy as np
 from llmsched_env.engine.state import BOUNDARY, WAITING
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Decision, IntArray
-from llmsched_hardware.gate import allowed, open_decision
+from llmsched_hardware.gate import allowed, open_decision, shown_places
 from llmsched_hardware.live import LiveMirror
 
 RELEASE_KINDS = ("outside", "boundary", "held")
@@ -117,7 +117,7 @@ class Gatekeeper:
     def _outside(self, admit: IntArray, now: float) -> list[int]:
         """Requests that may enter: those released, then the policy's in the engine's admission order."""
         mirror = self.mirror
-        places = mirror.engine.max_num_seqs - mirror.record.num_residents
+        places = shown_places(mirror.record)
         if places <= 0:
             return []
         self._release_outside(now)

@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from llmsched_env.errors import ConfigError
+from llmsched_hardware.versions import release
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulingSetting:
@@ -17,12 +20,30 @@ class SchedulingSetting:
         found: its value in a running vLLM scheduler, in our terms.
         argument: of ``vllm.EngineArgs``; the flag of ``vllm serve`` is the same with dashes.
         added: what vLLM's value counts more than ours.
+        since: first version of vLLM that does what ours does; () for every one that is supported.
+        off: our value where it is not used, which is all that earlier versions have.
     """
 
     name: str
     found: Callable[[Any], Any]
     argument: str
     added: int = 0
+    since: tuple[int, ...] = ()
+    off: Any = None
+
+    def known(self) -> bool:
+        """Whether the installed vLLM has it."""
+        return not self.since or release() >= self.since
+
+    def check(self, value: Any) -> None:
+        """Refuse a value that the installed vLLM cannot have.
+
+        Raises:
+            ConfigError: naming the setting, the value and the version it needs.
+        """
+        if value != self.off and not self.known():
+            need, have = (".".join(map(str, version)) for version in (self.since, release()))
+            raise ConfigError(f"engine.{self.name}: {value}, must be {self.off} with vLLM {have} (needs {need} or later)")
 
     def to_vllm(self, value: Any) -> Any:
         """A value of ours as vLLM takes it; None leaves it to vLLM."""
@@ -31,6 +52,8 @@ class SchedulingSetting:
     def flag(self, value: Any) -> str:
         """The words of ``vllm serve`` that set it."""
         word = self.argument.replace("_", "-")
+        if value is None:
+            return f"(without --{word})"
         if isinstance(value, bool):
             return f"--{'' if value else 'no-'}{word}"
         return f"--{word} {self.to_vllm(value)}"
@@ -52,6 +75,17 @@ SETTINGS = (
     SchedulingSetting("max_model_len", lambda s: s.max_model_len, "max_model_len"),
     # vLLM counts one null block that no request can use.
     SchedulingSetting("num_blocks", lambda s: s.kv_cache_manager.block_pool.num_gpu_blocks - 1, "num_gpu_blocks_override", added=1),
+    SchedulingSetting("max_num_active_seqs", lambda s: s.scheduler_config.max_num_active_seqs, "max_num_active_seqs", since=(0, 31)),
+    # Before 0.31 the limit holds for a request alone, too, which ours does not.
+    SchedulingSetting(
+        "long_prefill_token_threshold",
+        lambda s: s.scheduler_config.long_prefill_token_threshold,
+        "long_prefill_token_threshold",
+        since=(0, 31),
+        off=0,
+    ),
+    # Earlier versions have the argument, and use it between data-parallel ranks alone.
+    SchedulingSetting("prefill_schedule_interval", lambda s: s.local_prefill_interval, "prefill_schedule_interval", since=(0, 33), off=1),
 )
 
 FIXED: dict[str, Any] = {
@@ -74,18 +108,24 @@ def setting_names() -> tuple[str, ...]:
 
 
 def engine_arguments(settings: Any) -> dict[str, Any]:
-    """``vllm.EngineArgs`` by name for an object with the fields of ``SETTINGS``, with ``FIXED``."""
-    return {s.argument: s.to_vllm(getattr(settings, s.name)) for s in SETTINGS} | FIXED
+    """``vllm.EngineArgs`` by name for an object with the fields of ``SETTINGS``, with ``FIXED``.
+
+    Raises:
+        ConfigError: a value that the installed vLLM cannot have.
+    """
+    for setting in SETTINGS:
+        setting.check(getattr(settings, setting.name))
+    return {s.argument: s.to_vllm(getattr(settings, s.name)) for s in SETTINGS if s.known()} | FIXED
 
 
 def settings_of(scheduler: Any) -> dict[str, Any]:
     """What a running vLLM scheduler really has, by our names."""
-    return {setting.name: setting.found(scheduler) for setting in SETTINGS}
+    return {setting.name: setting.found(scheduler) if setting.known() else setting.off for setting in SETTINGS}
 
 
 def differing(wanted: Any, found: Any) -> Iterable[tuple[SchedulingSetting, Any, Any]]:
     """(setting, wanted, found) where two objects with the fields of ``SETTINGS`` differ; None is wanted where it does not matter."""
     for setting in SETTINGS:
         a, b = getattr(wanted, setting.name), getattr(found, setting.name)
-        if a is not None and setting.differs(a, b):
+        if (a is not None or setting.since) and setting.differs(a, b):
             yield setting, a, b

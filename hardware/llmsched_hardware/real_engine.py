@@ -51,7 +51,8 @@ class EngineOptions:
         max_num_batched_tokens: token budget of an iteration.
         num_blocks: usable KV blocks; None: as many as vLLM finds room for.
         block_size: tokens per block; None: 16, or on a CPU the fewest that vLLM's attention takes there.
-        enable_chunked_prefill, scheduler_reserve_full_isl, watermark: as in ``EngineConfig``.
+        enable_chunked_prefill, scheduler_reserve_full_isl, watermark, max_num_active_seqs, long_prefill_token_threshold,
+            prefill_schedule_interval: as in ``EngineConfig``; the last three need a vLLM that has them (``options.SETTINGS``).
         gpu_memory_utilization: share of the GPU's memory that vLLM may take (CUDA).
         enforce_eager: no CUDA graphs, no compilation; always so on a CPU.
         seed: of vLLM and of the weights of ``tiny``.
@@ -69,6 +70,9 @@ class EngineOptions:
     enable_chunked_prefill: bool = True
     scheduler_reserve_full_isl: bool = True
     watermark: float = 0.0
+    max_num_active_seqs: int | None = None
+    long_prefill_token_threshold: int = 0
+    prefill_schedule_interval: int = 1
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     seed: int = 0

@@ -43,6 +43,16 @@ def installed() -> tuple[str, str]:
     raise MissingExtraError(f"vllm is not installed; run: {install_command('vllm')}{_without_gpu()}")
 
 
+def release() -> tuple[int, int]:
+    """(major, minor) of the vLLM that is installed.
+
+    Raises:
+        MissingExtraError: there is none.
+    """
+    major, minor = installed()[1].split(".")[:2]
+    return int(major), int(minor)
+
+
 def check_version() -> str:
     """The installed vLLM version; warns of one that is not quite as it was tested (``llmsched_hardware.fingerprints.judge``).
 
@@ -87,8 +97,7 @@ def shield_llvmlite() -> None:
 
 def cpu_block_size() -> int:
     """Block sizes that attention takes in a CPU build are multiples of this many tokens: 32 from 0.29 on, 16 before."""
-    major, minor = installed()[1].split(".")[:2]
-    return 32 if (int(major), int(minor)) >= (0, 29) else 16
+    return 32 if release() >= (0, 29) else 16
 
 
 # --- the scheduler's names -----------------------------------------------------------------------------

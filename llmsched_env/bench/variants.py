@@ -18,12 +18,12 @@ SUFFIXES: dict[Kind, str] = {"default": " (default)", "tuned": " (tuned)", "toge
 """What follows a variant's name in its label."""
 
 POLICIES = (
-    "fcfs", "vllm", "vllm-v0", "sarathi", "wait", "nested-wait", "shortest-prompt", "reserve", "expected-work", "late-last", "mc-sf",
-    "oracle-sjf",
+    "fcfs", "vllm", "vllm-v0", "sarathi", "prefill-cadence", "prefill-decode-interval", "active-cap", "prefill-threshold", "wait",
+    "nested-wait", "shortest-prompt", "reserve", "expected-work", "late-last", "mc-sf", "oracle-sjf",
 )  # fmt: skip
 """Baselines of the suite; ``fcfs`` is greedy FIFO in the ``paper`` preset, ``vllm`` in the other."""
 
-VLLM_ONLY = ("vllm", "vllm-v0", "sarathi")
+VLLM_ONLY = ("vllm", "vllm-v0", "sarathi", "prefill-cadence", "prefill-decode-interval", "active-cap", "prefill-threshold")
 
 
 @dataclass(frozen=True, slots=True)
