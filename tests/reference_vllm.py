@@ -1,9 +1,9 @@
-"""Object-level restatement of vLLM 0.28's scheduler under our `Decision` (run / admit / evict per queue).
+"""Object-level restatement of vLLM's scheduler under our `Decision` (run / admit / evict per queue).
 
 An oracle for the engine's ``vllm`` preset: request objects in plain lists, nothing shared with the
 compiled kernel. What it restates of vLLM is ``vllm/v1/core/sched/scheduler.py`` ``schedule`` and
 ``vllm/v1/core/kv_cache_manager.py`` ``allocate_slots`` (0.28.0), without prefix caching, speculation or
-connectors. On top come queues, segments, holds and evictions:
+connectors; of 0.33.0 the interval between prefills, the cap on active requests and the limit on long prompts. On top come queues, segments, holds and evictions:
 
 * a step evicts what the decision asks for, lets boundary requests enter, serves the running residents,
   admits from outside, moves the clock, hands out tokens and queues the arrivals, in this order;
@@ -96,6 +96,8 @@ class ReferenceVLLM:
         self.done = False
         self.preemptions = 0
         self._next_key, self._low_key = 0, 0
+        self._since_prefill = config.prefill_schedule_interval
+        self._capacity_bound = False
         self._arrivals(Step(0.0))
 
     # --- one step ---------------------------------------------------------------------------------
@@ -143,9 +145,30 @@ class ReferenceVLLM:
         most = self.config.max_num_batched_tokens
         budget = min(max(asked, self.least_budget), most) if asked else most
         room = budget
+        self._begin_prefill(decision, running, barred)
         budget, forced = self._serve(running, budget, step)
         if not forced:
             self._admit(decision, running, budget, room, step, barred)
+            if not self._deferred:
+                self._capacity_bound = any(self._left[r.klass] > 0 for r in self._standing(barred))
+        if step.scheduled:
+            self._since_prefill = 0 if self._carried else self._since_prefill + 1
+
+    def _standing(self, barred: set[int]) -> list[Request]:
+        return [r for requests in self.outside for r in requests if r.ident not in barred]
+
+    def _begin_prefill(self, decision: Decision, running: list[Request], barred: set[int]) -> None:
+        """Whether prefills wait in this iteration, and the most tokens of one of them."""
+        config = self.config
+        self._left = [int(decision.admit[self.layout.queue(j)]) for j in range(self.layout.num_classes)]
+        early = self._since_prefill + 1 < config.prefill_schedule_interval
+        released = self._capacity_bound and config.prefill_interval_release
+        self._deferred = early and not released and any(r.decoding for r in running)
+        self._carried = False
+        standing = self._standing(barred)
+        may_enter = sum(min(self._left[j], sum(r.klass == j for r in standing)) for j in range(self.layout.num_classes))
+        alone = len(running) + may_enter <= 1
+        self._most = config.max_model_len if alone or not config.long_prefill_token_threshold else config.long_prefill_token_threshold
 
     def _enter(self, decision: Decision) -> set[int]:
         entering: set[int] = set()
@@ -164,7 +187,10 @@ class ReferenceVLLM:
         forced, index = False, 0
         while index < len(running) and budget > 0:
             request = running[index]
-            tokens = min(request.tokens - request.computed, budget)
+            if self._deferred and not request.decoding:
+                index += 1
+                continue
+            tokens = min(request.tokens - request.computed, budget, self._most)
             more = math.ceil((request.computed + tokens) / config.block_size) - request.blocks
             wanted = max(1, more) if config.decode_needs_free_block and request.decoding else more
             while wanted > self.free:
@@ -176,6 +202,7 @@ class ReferenceVLLM:
                 forced = True
                 if victim is request:
                     return budget, forced
+            self._carried |= not request.decoding
             self._schedule(request, tokens, more, step)
             budget -= tokens
             index += 1
@@ -184,24 +211,25 @@ class ReferenceVLLM:
     def _admit(self, decision: Decision, running: list[Request], budget: int, room: int, step: Step, barred: set[int]) -> None:
         """``budget``: tokens left; ``room``: those of the whole iteration."""
         config = self.config
-        queue = [r for requests in self.outside for r in requests if r.ident not in barred]
+        queue = self._standing(barred)
         by_class = config.admission_order == "class"
         queue.sort(key=lambda r: (r.klass if by_class else 0, r.key))
-        left = [int(decision.admit[self.layout.queue(j)]) for j in range(self.layout.num_classes)]
+        left = self._left
         count = longest = 0
         for request in queue:
             if left[request.klass] <= 0:
                 continue
-            if len(self.residents) >= config.max_num_seqs:
+            if len(self.residents) >= (config.max_num_active_seqs or config.max_num_seqs):
                 return
             if config.padded_prefill:
                 if (count + 1) * max(longest, request.tokens) > room:
                     return
                 tokens = request.tokens
             else:
-                if budget <= 0 or (not config.enable_chunked_prefill and request.tokens > budget):
+                tokens = min(request.tokens, self._most)
+                if budget <= 0 or (not config.enable_chunked_prefill and tokens > budget) or (self._deferred and request.tokens > 1):
                     return
-                tokens = min(request.tokens, budget)
+                tokens = min(tokens, budget)
             spare = config.watermark_blocks if running else 0
             blocks = math.ceil(tokens / config.block_size)
             whole = math.ceil(request.tokens / config.block_size) if config.scheduler_reserve_full_isl else 0
@@ -212,6 +240,7 @@ class ReferenceVLLM:
             left[request.klass] -= 1
             count, longest = count + 1, max(longest, request.tokens)
             budget -= tokens
+            self._carried |= request.tokens > 1
             self._schedule(request, tokens, blocks, step)
 
     def _enter_from_outside(self, request: Request, step: Step) -> None:
