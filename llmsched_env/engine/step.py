@@ -214,7 +214,8 @@ def needs_drain(engine: Engine) -> bool:
 def note_drain(engine: Engine) -> None:
     engine.report.forced_drain = 1
     engine.drain_iterations += 1
-    if engine.batch.batch_size == 0.0:
+    # Where prefill waits for its interval the only decode may preempt itself: the next iteration then computes prefill.
+    if engine.batch.batch_size == 0.0 and engine.report.preempted == 0:
         engine.end = END_STUCK
 
 
