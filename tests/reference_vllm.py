@@ -3,7 +3,8 @@
 An oracle for the engine's ``vllm`` preset: request objects in plain lists, nothing shared with the
 compiled kernel. What it restates of vLLM is ``vllm/v1/core/sched/scheduler.py`` ``schedule`` and
 ``vllm/v1/core/kv_cache_manager.py`` ``allocate_slots`` (0.28.0), without prefix caching, speculation or
-connectors; of 0.33.0 the interval between prefills, the cap on active requests and the limit on long prompts. On top come queues, segments, holds and evictions:
+connectors; of 0.33.0 the interval between prefills, the cap on active requests and the limit on long prompts. On top come
+queues, segments, holds and evictions:
 
 * a step evicts what the decision asks for, lets boundary requests enter, serves the running residents,
   admits from outside, moves the clock, hands out tokens and queues the arrivals, in this order;

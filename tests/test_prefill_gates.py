@@ -27,7 +27,9 @@ def small(**options: Any) -> EngineConfig:
     return EngineConfig.vllm(time_model=LinearTime(1.0, 0.0), **{**settings, **options})
 
 
-def scheduled(engine: EngineConfig, requests: list[tuple[float, int, int]], decisions: list[Decision] | None = None) -> list[dict[int, int]]:
+def scheduled(
+    engine: EngineConfig, requests: list[tuple[float, int, int]], decisions: list[Decision] | None = None
+) -> list[dict[int, int]]:
     """Tokens by request in each step; requests are (arrival, prompt, output), an iteration takes a second."""
     backend = make_backend("sim", trace=True)
     arrival, prompt, output = zip(*requests, strict=True)
@@ -175,7 +177,7 @@ def test_many_random_episodes_equal_the_reference() -> None:
         ({"max_num_active_seqs": 9}, r"engine\.max_num_active_seqs: 9, must be <= max_num_seqs = 8"),
         ({"prefill_interval_release": 0}, r"engine\.prefill_interval_release: 0, must be true or false"),
         ({"prefill_interval_release": False}, r"engine\.prefill_interval_release: False, needs prefill_schedule_interval above 1"),
-        ({"prefill_schedule_interval": 4, "decode_needs_free_block": True}, r"engine\.prefill_schedule_interval: 4, must be 1 with decode_n"),
+        ({"prefill_schedule_interval": 4, "decode_needs_free_block": True}, r"_interval: 4, must be 1 with decode_needs_free_block"),
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
@@ -194,7 +196,8 @@ def test_values_come_from_words_and_files(tmp_path: Any) -> None:
     assert parse_overrides(words, {}).engine == {NAMES[0]: 8, NAMES[1]: 64, NAMES[2]: 256}
     file = tmp_path / "night.toml"
     file.write_text(
-        'description = "x"\n[lengths]\ntable = "azure-conv"\n[arrivals]\nprocess = "poisson"\nrate = 5.0\n[engine]\nprefill_schedule_interval = 8\n'
+        'description = "x"\n[lengths]\ntable = "azure-conv"\n[arrivals]\nprocess = "poisson"\nrate = 5.0\n'
+        "[engine]\nprefill_schedule_interval = 8\n"
     )
     assert read_scenario(file).engine.prefill_schedule_interval == 8
 

@@ -32,8 +32,8 @@ def decodes_run(engine: Engine) -> bool:
 def defers_prefill(engine: Engine) -> bool:
     """Whether prefill waits in this iteration, whose settings have an interval.
 
-    It does until as many iterations as the interval have passed since the last that carried prefill, as long as somebody decodes, and unless
-    the last release was bound by capacity.
+    It does until as many iterations as the interval have passed since the last that carried prefill, as long as somebody decodes,
+    and unless the last release was bound by capacity.
     """
     settings, cadence = engine.settings, engine.cadence
     if cadence.capacity_bound != 0 and settings.interval_release != 0:
@@ -58,10 +58,10 @@ def note_prefill(engine: Engine, first_new: int) -> None:
     cadence.since_prefill += 1
     r = engine.queues.first_peer[settings.num_queues]
     while r >= 0:
-        if requests.status[r] == PREFILL and requests.tokens[r] > 0:
-            if requests.sequence[r] < first_new or requests.target[r] - requests.base_computed[r] > 1:
-                cadence.since_prefill = 0
-                return
+        computes = requests.status[r] == PREFILL and requests.tokens[r] > 0
+        if computes and (requests.sequence[r] < first_new or requests.target[r] - requests.base_computed[r] > 1):
+            cadence.since_prefill = 0
+            return
         r = requests.next_peer[r]
 
 

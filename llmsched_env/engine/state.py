@@ -279,7 +279,7 @@ class Cadence(Record):
     """When prefill was last computed, for ``prefill_schedule_interval``; 0 in an engine without one."""
 
     since_prefill: int  # iterations executed since the last one that carried prefill; at first the interval
-    capacity_bound: bool  # at the last release somebody who might have entered was left outside
+    capacity_bound: int  # 1: at the last release somebody who might have entered was left outside
 
 
 class Engine(Record):
