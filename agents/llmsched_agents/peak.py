@@ -86,7 +86,7 @@ def _statics(statistics: LengthStatistics, engine: EngineConfig) -> npt.NDArray[
     prompt, output = statistics.mean_prompt, statistics.mean_output
     fits = engine.kv_capacity_tokens / (prompt + output)
     spread = math.sqrt(max(float(statistics.weight @ statistics.output**2) - output**2, 0.0)) / output
-    slots = 1.0 if engine.preset == "paper" else engine.max_num_seqs / fits / 4
+    slots = 1.0 if engine.preset == "paper" else engine.most_active / fits / 4
     load = Fluid.of(statistics.prompt, statistics.output, statistics.weight, engine).load
     full = engine.kv_capacity_tokens / load.kv_tokens
 

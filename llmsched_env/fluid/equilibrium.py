@@ -148,7 +148,7 @@ class CycleLoad:
             return float(self.engine.kv_capacity_tokens)
         if self.engine.preset == "paper":
             return math.inf
-        return float(getattr(self.engine, constraint))
+        return float(self.engine.most_active if constraint == "max_num_seqs" else getattr(self.engine, constraint))
 
     def usage(self, constraint: Constraint) -> float:
         """Amount / limit."""
@@ -156,10 +156,11 @@ class CycleLoad:
 
     def violations(self) -> list[str]:
         """The engine limits this iteration breaks, each as a sentence with its numbers."""
+        active = "max_num_seqs" if self.engine.max_num_active_seqs is None else "max_num_active_seqs"
         names = {
             "kv_capacity": ("KV memory", "KV tokens", f"C = {self.engine.kv_capacity_tokens}"),
             "max_num_batched_tokens": ("token budget", "tokens", f"engine.max_num_batched_tokens = {self.engine.max_num_batched_tokens}"),
-            "max_num_seqs": ("residents", "requests", f"engine.max_num_seqs = {self.engine.max_num_seqs}"),
+            "max_num_seqs": ("residents", "requests", f"engine.{active} = {self.engine.most_active}"),
         }
         found = []
         for constraint in CONSTRAINTS:
