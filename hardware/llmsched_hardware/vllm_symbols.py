@@ -205,7 +205,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     *_of(
         "config/scheduler.py",
         "called and mirrored",
-        "settings of the scheduler; rule 18",
+        "settings of the scheduler; rules 18 to 21",
         "SchedulerConfig SchedulerConfig.get_scheduler_cls SchedulerConfig.__post_init__ SchedulerConfig.verify_max_model_len",
     ),
     *_of("config/cache.py", "called", "number of KV blocks", "num_gpu_blocks num_gpu_blocks_override enable_prefix_caching", "CacheConfig"),
@@ -236,7 +236,8 @@ SYMBOLS: tuple[Symbol, ...] = (
         "arguments that the adapters give",
         "model load_format dtype seed enforce_eager gpu_memory_utilization use_tqdm_on_load scheduler_cls scheduling_policy "
         "max_num_batched_tokens max_num_seqs enable_chunked_prefill watermark scheduler_reserve_full_isl block_size max_model_len "
-        "num_gpu_blocks_override enable_prefix_caching async_scheduling skip_tokenizer_init disable_log_stats speculative_config",
+        "num_gpu_blocks_override enable_prefix_caching async_scheduling skip_tokenizer_init disable_log_stats speculative_config "
+        "max_num_active_seqs long_prefill_token_threshold prefill_schedule_interval",
         "EngineArgs",
     ),
     *_of(
