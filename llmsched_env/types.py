@@ -360,7 +360,7 @@ class EngineConfig:
         async_scheduling: the next iteration is scheduled while one runs (vLLM's default on a GPU; ``vllm`` preset, without prefix
             caching): it sees what the running one computes in number, not in value. So a request is scheduled once more
             after its last token, as one that ends by an end-of-sequence token is; one that ends by its ``max_tokens``, which
-            vLLM knows beforehand, would be spared that token. See ``docs/engine-rules.md``, rule 19.
+            vLLM knows beforehand, would be spared that token. See ``docs/engine-rules.md``, rule 22.
         oversize: requests above ``max_model_len`` (``paper``: above ``capacity_tokens``) are an
             ``error`` before the episode or are ``reject``-ed on arrival, as a server answers 400.
     """

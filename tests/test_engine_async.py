@@ -1,4 +1,4 @@
-"""Asynchronous scheduling (rule 19): hand-worked traces, invariants, and what a request's time costs more than without."""
+"""Asynchronous scheduling (rule 22): hand-worked traces, invariants, and what a request's time costs more than without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of asynchronous scheduling (rule 19; compiled): an iteration is scheduled while the one before it runs.
+"""One step of asynchronous scheduling (rule 22; compiled): an iteration is scheduled while the one before it runs.
 
 vLLM 0.28.0 ``v1/engine/core.py`` ``step_with_batch_queue`` (a queue of two batches) over ``v1/core/sched/async_scheduler.py``.
 A step schedules batch k + 1 at the time at which batch k begins, then waits for the end of batch k. The tokens of a batch
