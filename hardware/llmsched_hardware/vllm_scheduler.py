@@ -74,11 +74,14 @@ class VllmSchedulerBackend(ExternalBackend):
         self._configs: dict[tuple[Any, ...], Any] = {}
 
     def start(self, engine: EngineConfig) -> None:
-        config = self.vllm_config(engine)
         self._overlaps = engine.async_scheduling
         self._longest = engine.max_model_len
         self._in_flight: _Batch | None = None
-        self._scheduler = faked_scheduler(GatedScheduler, config, engine)
+        self._scheduler = self.scheduler_of(engine)
+
+    def scheduler_of(self, engine: EngineConfig) -> Any:
+        """vLLM's scheduler with these settings, empty."""
+        return faked_scheduler(GatedScheduler, self.vllm_config(engine), engine)
 
     def vllm_config(self, engine: EngineConfig) -> Any:
         """vLLM's configuration for these settings, built once."""

@@ -61,9 +61,9 @@ class CountingScheduler(GatedScheduler):
 class IntervalBackend(hw.VllmSchedulerBackend):
     """``vllm-scheduler`` with intervals on a vLLM that has none of its own."""
 
-    def start(self, engine: EngineConfig) -> None:
+    def scheduler_of(self, engine: EngineConfig) -> Any:
         counting = type("Counting", (CountingScheduler,), {"interval": engine.prefill_schedule_interval})
-        self._scheduler = hw.faked_scheduler(counting, self.vllm_config(engine.replace(prefill_schedule_interval=1)), engine)
+        return hw.faked_scheduler(counting, self.vllm_config(engine.replace(prefill_schedule_interval=1)), engine)
 
 
 def since_prefill(scheduler: Any) -> tuple[int, bool]:
@@ -75,7 +75,7 @@ def since_prefill(scheduler: Any) -> tuple[int, bool]:
 
 @dataclass(frozen=True)
 class RivalCase(Case):
-    """A random episode with these settings."""
+    """A random episode with these settings; every third under asynchronous scheduling."""
 
     @classmethod
     def of(cls, seed: int, names: tuple[str, ...] = ()) -> RivalCase:
@@ -92,7 +92,8 @@ class RivalCase(Case):
         chosen = names or tuple(name for name in drawn if KNOWN[name] or name == "prefill_schedule_interval")
         # Half of the prompts are short, some of one token, which no gate keeps back.
         prompt = np.where(g.random(case.prompt.size) < 0.15, 1, case.prompt)
-        return replace(case, engine=engine.replace(**{name: drawn[name] for name in chosen}), prompt=prompt)
+        changes = {name: drawn[name] for name in chosen} | {"async_scheduling": seed % 3 == 2}
+        return replace(case, engine=engine.replace(**changes), prompt=prompt)
 
 
 @pytest.fixture
