@@ -157,16 +157,16 @@ class HttpServer:
 
     def metrics(self) -> dict[str, float]:
         """Every sample of ``/metrics`` by name and labels, once the policy's, which are a second late, stand still."""
-        seen = self._samples()
+        seen = self.samples()
         while self.policy is not None:
             time.sleep(1.5)
-            before, seen = seen, self._samples()
+            before, seen = seen, self.samples()
             if all(value == before.get(name) for name, value in seen.items() if name.startswith("llmsched:")):
                 break
         return seen
 
-    def _samples(self) -> dict[str, float]:
-        """The model's and the engine's label left out."""
+    def samples(self) -> dict[str, float]:
+        """What ``/metrics`` says now."""
         with _DIRECT.open(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as response:
             text = response.read().decode()
         found = {}
@@ -180,7 +180,7 @@ class HttpServer:
     def wait_for_metric(self, name: str, value: float) -> None:
         """Metrics are a moment late; one that never comes is an error."""
         for _ in range(200):
-            seen = self._samples().get(name)
+            seen = self.samples().get(name)
             if seen == value:
                 return
             time.sleep(0.1)

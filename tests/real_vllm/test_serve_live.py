@@ -170,7 +170,7 @@ def test_after_any_failure_the_policy_is_back(servers: Servers, mode: str, lengt
     def failed_and_back() -> bool:
         """Iterations go by until the policy is asked again, and one that was given up has ended."""
         stream(server.port, [{"prompt": [9] * 20, "max_tokens": 30, "ignore_eos": True}])
-        now = server.metrics()
+        now = server.samples()
         return now['llmsched:fallback{policy="moody"}'] == now['llmsched:policy_stuck{policy="moody"}'] == 0 and (
             mood == "take a while" or now[grown] > before[grown]
         )
