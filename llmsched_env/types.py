@@ -357,10 +357,10 @@ class EngineConfig:
             rebuilt (``recompute``, vLLM), or nothing (``lose_progress``, as always in the ``paper`` preset).
         enable_prefix_caching: freed blocks keep their contents until they are taken again, and whoever enters takes
             over those that hold the head of its tokens (vLLM's default; off here as in the paper's model).
-        async_scheduling: the next iteration is scheduled while one runs (vLLM's default on a GPU; ``vllm`` preset, without prefix
-            caching): it sees what the running one computes in number, not in value. So a request is scheduled once more
-            after its last token, as one that ends by an end-of-sequence token is; one that ends by its ``max_tokens``, which
-            vLLM knows beforehand, would be spared that token. See ``docs/engine-rules.md``, rule 22.
+        async_scheduling: the next iteration is scheduled while one runs (vLLM's default on a GPU; ``vllm`` preset): it sees what the
+            running one computes in number, not in value. So a request is scheduled once more after its last token, as one that ends by
+            an end-of-sequence token is; one that ends by its ``max_tokens``, which vLLM knows beforehand, would be spared that token.
+            See ``docs/engine-rules.md``, rule 22.
         oversize: requests above ``max_model_len`` (``paper``: above ``capacity_tokens``) are an
             ``error`` before the episode or are ``reject``-ed on arrival, as a server answers 400.
     """
@@ -440,8 +440,6 @@ class EngineConfig:
                 if getattr(self, name):
                     raise ConfigError(f"engine.{name}: True, must be False with prefix caching (not a rule of vLLM)")
         if self.async_scheduling:
-            if self.enable_prefix_caching:
-                raise ConfigError("engine.enable_prefix_caching: True, must be False with async_scheduling (not simulated together)")
             for name in ("padded_prefill", "decode_needs_free_block"):
                 if getattr(self, name):
                     raise ConfigError(f"engine.{name}: True, must be False with async_scheduling (not a rule of vLLM)")

@@ -181,13 +181,11 @@ def test_an_iteration_that_ends_after_the_horizon_does_not_count(horizon: float,
 def test_what_cannot_be_simulated_together_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"engine\.async_scheduling: True, but it is an option of the vllm preset"):
         EngineConfig.paper(100, 1.0, 0.0, async_scheduling=True)
-    for name in ("enable_prefix_caching", "padded_prefill", "decode_needs_free_block"):
+    for name in ("padded_prefill", "decode_needs_free_block"):
         with pytest.raises(ConfigError, match=rf"engine\.{name}: True, must be False with async_scheduling"):
             EngineConfig.vllm(async_scheduling=True, **{name: True})
     with pytest.raises(ConfigError, match=r"engine\.async_scheduling: 3, must be"):
         EngineConfig.vllm(async_scheduling=3)
-    with pytest.raises(ConfigError, match=r"engine\.enable_prefix_caching: True, must be False with async_scheduling"):
-        llmsched_env.LLMSchedEnv(engine={"async_scheduling": True}, backend="sim-prefix-cache").reset(seed=0)
 
 
 # --- invariants under arbitrary decisions -----------------------------------------------------------------
@@ -207,6 +205,7 @@ def overlapped(draw: hs.DrawFn, drain: bool | None = None, horizon: bool = True)
         max_num_seqs=seqs,
         max_num_batched_tokens=max(seqs, longest + 1, draw(hs.integers(1, 40))),
         watermark=draw(hs.sampled_from([0.0, 0.1])),
+        enable_prefix_caching=draw(hs.booleans()),
         eviction=draw(hs.sampled_from(["recompute", "recompute", "lose_progress"])),
         async_scheduling=True,
     )

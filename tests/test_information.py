@@ -43,6 +43,7 @@ ENGINES = [
     SMALL,
     SMALL.replace(enable_prefix_caching=True),
     SMALL.replace(async_scheduling=True),
+    SMALL.replace(async_scheduling=True, enable_prefix_caching=True),
     EngineConfig.paper(160, 0.05, 1e-3),
 ]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import remove
-from llmsched_env.engine.residents import insert_peer, leave_group, note_completion, release, requeue
+from llmsched_env.engine.residents import computed, insert_peer, leave_group, note_completion, release, requeue
 from llmsched_env.engine.schedule_vllm import blocks_to_take
 from llmsched_env.engine.state import BOUNDARY, END_HORIZON, WAITING, Engine
 from llmsched_env.engine.step import (
@@ -35,24 +35,48 @@ from llmsched_env.types import Decision
 
 
 @compiled
+def tokens_of(engine: Engine, r: int) -> int:
+    """Tokens of resident r in the batch just scheduled."""
+    requests = engine.requests
+    if requests.group[r] != engine.settings.num_queues:
+        return 1 if engine.queues.runs[requests.queue[r]] != 0 else 0
+    return 0 if requests.status[r] == BOUNDARY else requests.tokens[r]
+
+
+@compiled
 def retire(engine: Engine, r: int) -> None:
     """The last token of request r has come out. What the batch just scheduled would compute for it is thrown away."""
     requests, queues = engine.requests, engine.queues
-    status = requests.status[r]
-    if status == WAITING:  # evicted since: the token was in flight
+    if requests.status[r] == WAITING:  # evicted since: the token was in flight
         remove(engine, r)
     else:
         q = requests.queue[r]
-        tokens = 0
-        if requests.group[r] != engine.settings.num_queues:
-            tokens = 1 if queues.runs[q] != 0 else 0
-        elif status != BOUNDARY:
-            tokens = requests.tokens[r]
-        need = blocks_to_take(engine, r, tokens)  # taken for a token that ``release`` does not know of
+        need = blocks_to_take(engine, r, tokens_of(engine, r))  # taken for a token that ``release`` does not know of
         queues.resident_kv[q] -= need
         engine.kv_blocks -= need
         release(engine, r)
     note_completion(engine, r, engine.hidden.output[r])
+
+
+@compiled
+def fill_blocks(engine: Engine) -> None:
+    """The tokens of the batch that has ended are known: blocks that they fill have contents (prefix caching)."""
+    r = engine.oldest
+    while r >= 0:
+        if engine.pool.files.in_flight[r] != 0:
+            call(engine.code.grow, engine.pool, r, 0, computed(engine, r) // engine.settings.block_size)
+        r = engine.requests.next[r]
+
+
+@compiled
+def note_in_flight(engine: Engine) -> None:
+    """Write down who gets an output token from the batch just scheduled (prefix caching)."""
+    r = engine.oldest
+    while r >= 0:
+        tokens = tokens_of(engine, r)
+        samples = tokens > 0 and computed(engine, r) + tokens >= engine.requests.target[r]
+        engine.pool.files.in_flight[r] = 1 if samples else 0
+        r = engine.requests.next[r]
 
 
 @compiled
@@ -66,6 +90,8 @@ def land(engine: Engine) -> None:
     engine.report.duration = engine.flight_seconds  # exact, where the difference of the clocks is rounded
     for i in range(engine.num_first_tokens):
         hidden.first_token[events.first_tokens[i]] = engine.clock
+    if engine.settings.prefix_caching != 0:
+        fill_blocks(engine)
     for i in range(engine.num_last_tokens):
         retire(engine, events.last_tokens[i])
 
@@ -94,6 +120,8 @@ def take_off(engine: Engine, seconds: float) -> None:
     engine.num_first_tokens = 0
     engine.num_last_tokens = 0
     count = 0
+    if engine.settings.prefix_caching != 0:
+        note_in_flight(engine)
     if engine.batch.batch_size > 0.0:
         count = advance_alone(engine, advance_members(engine))
     if count > 1:

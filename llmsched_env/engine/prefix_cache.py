@@ -103,6 +103,7 @@ def reset_pool(pool: Pool, num_blocks: int, uncached_first: bool) -> None:
     blocks.users[:] = 0
     blocks.contents[:] = blocks.twin[:] = -1
     pool.files.seat[:] = -1
+    pool.files.in_flight[:] = 0
     pool.holder.block[:] = -1
     pool.seats.spare[:] = np.arange(len(pool.seats))
     pool.num_blocks, pool.free, pool.spare = num_blocks, num_blocks, len(pool.seats)
@@ -181,6 +182,7 @@ def open_seat(pool: Pool, r: int, hits: int) -> None:
     pool.spare -= 1
     seat = pool.seats.spare[pool.spare]
     pool.files.seat[r] = seat
+    pool.files.in_flight[r] = 0
     for b in range(hits):
         block = pool.holder.block[contents_of(pool, r, b)]
         if pool.blocks.users[block] == 0:

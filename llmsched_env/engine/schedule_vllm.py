@@ -75,7 +75,8 @@ def take_blocks(engine: Engine, r: int, tokens: int, need: int) -> None:
     engine.queues.resident_kv[q] += need
     engine.kv_blocks += need
     if engine.settings.prefix_caching != 0:
-        call(engine.code.grow, engine.pool, r, need, (computed(engine, r) + tokens) // engine.settings.block_size)
+        known = computed(engine, r) + tokens - engine.pool.files.in_flight[r]
+        call(engine.code.grow, engine.pool, r, need, known // engine.settings.block_size)
 
 
 @compiled

@@ -216,6 +216,7 @@ class Files(Rows):
     donor: Ints  # request it shares the head of its prompt with
     shared: Ints  # blocks of that head
     seat: Ints  # row of ``Seats`` while resident, -1
+    in_flight: Ints  # 1 where an output token is in the batch in flight: known in number, it does not fill a block with contents yet
 
 
 class Seats(Rows):
