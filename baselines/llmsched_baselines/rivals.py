@@ -59,31 +59,33 @@ class ActiveCap(Vllm):
     """vLLM's ``--max-num-active-seqs`` (0.31): admission ends below the sequence cap. On the simulator that is a smaller ``max_num_seqs``.
 
     Args:
-        cap: residents at which admission ends, at most ``max_num_seqs``.
+        cap: residents at which admission ends; one above ``max_num_seqs`` is none.
 
     Raises:
-        ConfigError: a cap below 1 or above ``max_num_seqs``.
+        ConfigError: a cap below 1.
     """
 
     name: ClassVar[str] = "active-cap"
 
     def __init__(self, setting: Setting, cap: int = 192) -> None:
         super().__init__(setting)
-        self.engine = setting.engine_for(max_num_active_seqs=checks.integer("policy.cap", cap, low=1))
+        cap = checks.integer("policy.cap", cap, low=1)
+        self.engine = setting.engine_for(max_num_active_seqs=min(cap, self.engine.max_num_seqs))
 
 
 class PrefillThreshold(Vllm):
     """vLLM's ``--long-prefill-token-threshold``: at most so many prompt tokens of one request in an iteration.
 
     Args:
-        threshold: tokens; 0 is ``vllm``.
+        threshold: tokens; 0 is ``vllm``, as is one above ``max_model_len``.
 
     Raises:
-        ConfigError: a threshold below 0 or above ``max_model_len``.
+        ConfigError: a threshold below 0.
     """
 
     name: ClassVar[str] = "prefill-threshold"
 
     def __init__(self, setting: Setting, threshold: int = 1_024) -> None:
         super().__init__(setting)
-        self.engine = setting.engine_for(long_prefill_token_threshold=checks.integer("policy.threshold", threshold))
+        threshold = checks.integer("policy.threshold", threshold)
+        self.engine = setting.engine_for(long_prefill_token_threshold=min(threshold, self.engine.max_model_len))
