@@ -46,7 +46,7 @@ GRIDS: dict[str, Grid] = {
     "prefill-decode-interval": {"rounds": (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32), **ENGINE},
     "active-cap": {"cap": (16, 24, 32, 48, 64, 96, 128, 160, 192, 256), **ENGINE},
     # 0 stands last: no limit.
-    "prefill-threshold": {"threshold": (32, 64, 128, 192, 256, 384, 512, 768, 1_024, 1_536, 0), **ENGINE},
+    "prefill-threshold": {"threshold": (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1_024, 1_536, 0), **ENGINE},
     "wait": {"slack": tuple(round(1.05 + 0.1 * i, 2) for i in range(20)), "num_classes": (1, 2, 4, 8, 16), **ENGINE},
     "nested-wait": {
         "slack": tuple(round(1.05 + 0.1 * i, 2) for i in range(20)),
