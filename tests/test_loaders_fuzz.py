@@ -56,6 +56,7 @@ SERVER = {
     "options": {"theta": 0.9},
     "overload": True,
     "max_wait_seconds": 5,
+    "policy_timeout_seconds": 1,
     "retry_after_iterations": 3,
     "report_interval_seconds": 1.0,
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_env.errors import MissingExtraError
 from llmsched_hardware import live_thread
 from llmsched_hardware.live_background import Background
 from llmsched_hardware.live_gate import RELEASE_KINDS
@@ -189,7 +190,9 @@ def _exporter(policy: str) -> Exporter | None:
     """None, and a warning, where the metrics have nowhere to go: a server is not refused for that."""
     try:
         return Exporter(policy)
-    except OSError as error:
-        hint = "; give it a disk with room" if is_full(error) else ""
+    except MissingExtraError:
+        raise
+    except Exception as error:  # an old file of another process may hold anything
+        hint = "; give it a disk with room" if isinstance(error, OSError) and is_full(error) else ""
         logger.warning("%s cannot be used, the policy's metrics stay in the report: %s%s", MULTIPROCESS_FOLDER, error, hint)
         return None

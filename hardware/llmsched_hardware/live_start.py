@@ -49,10 +49,11 @@ def start(config: LiveConfig, engine: EngineConfig) -> tuple[LivePolicy, LiveMir
 
 def announcement(config: LiveConfig, live: LivePolicy) -> list[str]:
     """What an operator should read when the server starts: queues and rate, then what was assumed."""
-    layout = live.policy.layout
+    layout, limit = live.policy.layout, config.policy_timeout_seconds
     return [
         f"{layout.num_classes} classes by {layout.by}, segments end at {list(layout.segment_ends) or 'completion'}; "
         f"{live.setting.rate:.4g} requests/s planned for; a request waits at most {config.max_wait_seconds:g} s in one queue",
+        *([] if limit is None else [f"a decision may take at most {limit:g} s"]),
         *live.notes,
     ]
 

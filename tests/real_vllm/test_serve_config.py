@@ -87,6 +87,8 @@ def test_types_of_a_workload_mean_nothing_to_a_server(tmp_path: Path) -> None:
         ("nested-wait", {"options": [2]}, "options: .* must be an object"),
         ("nested-wait", {"overload": "yes"}, "overload: 'yes', must be true or false"),
         ("nested-wait", {"retry_after_iterations": 0}, "retry_after_iterations: 0"),
+        ("nested-wait", {"policy_timeout_seconds": 0}, r"policy_timeout_seconds: 0, must be a number >= 0\.001 and <= 3600"),
+        ("nested-wait", {"policy_timeout_seconds": "1"}, "policy_timeout_seconds: '1'"),
         ("nested-wait", {"report_path": "/no/such/folder/report.json"}, "its folder does not exist"),
         ("nested-wait", {"horizon_seconds": float("inf")}, "horizon_seconds"),
     ],

@@ -24,6 +24,7 @@ COUNT = """
     import json, logging, sys
     from llmsched_hardware.live_metrics import PolicyMetrics
     logging.basicConfig(stream=sys.stderr)
+    BEFORE
     metrics = PolicyMetrics("mine")
     for i, seconds in enumerate(json.loads(sys.argv[1])):
         metrics.asked(0.0)
@@ -43,12 +44,12 @@ COUNT = """
 """
 
 
-def run(folder: Path | None, between: str = "") -> tuple[dict[str, Any], str]:
+def run(folder: Path | None, before: str = "", between: str = "") -> tuple[dict[str, Any], str]:
     """What a process that counts says of itself, and what it logs; a process that dies is an error."""
     env = {k: v for k, v in os.environ.items() if k != "PROMETHEUS_MULTIPROC_DIR"}
     if folder is not None:
         env["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    code = textwrap.dedent(COUNT).replace("BETWEEN", between)
+    code = textwrap.dedent(COUNT).replace("BETWEEN", between).replace("BEFORE", before)
     ended = subprocess.run([sys.executable, "-c", code, json.dumps(SECONDS)], env=env, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout), ended.stderr
@@ -92,6 +93,13 @@ def test_without_a_folder_the_counts_are_there_all_the_same() -> None:
 def test_a_folder_that_is_not_there_costs_the_metrics_and_nothing_else(tmp_path: Path) -> None:
     said, log = run(tmp_path / "missing")
     assert not said["exported"] and "PROMETHEUS_MULTIPROC_DIR cannot be used" in log and "No such file" in log
+
+
+def test_a_file_that_holds_nonsense_costs_the_metrics_and_nothing_else(tmp_path: Path) -> None:
+    """As an older process of the same number may have left one: the folder was to be empty."""
+    path = f"pathlib.Path({str(tmp_path)!r}, f'counter_{{os.getpid()}}.db')"
+    said, log = run(tmp_path, before=f"import os, pathlib; {path}.write_bytes(bytes([77] * 9000))")
+    assert not said["exported"] and "PROMETHEUS_MULTIPROC_DIR cannot be used" in log
 
 
 def test_a_full_disk_at_the_start_costs_the_metrics_and_nothing_else(tmp_path: Path) -> None:
