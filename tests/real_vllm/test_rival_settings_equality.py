@@ -128,15 +128,12 @@ class Watch:
         return report
 
 
-def run_cases(backends: Any, names: tuple[str, ...], count: int, *, overlap: bool = False) -> Tally:
-    """Compare in random cases; ``overlap``: with asynchronous scheduling."""
+def run_cases(backends: Any, names: tuple[str, ...], count: int) -> Tally:
     sim, vllm = backends
     total = Tally()
     with Watch(sim, vllm) as watch:
         for seed in range(count):
             case = RivalCase.of(seed, names)
-            if overlap:
-                case = replace(case, engine=case.engine.replace(async_scheduling=True))
             tally = compare(case, sim, vllm)
             if tally.difference:
                 small, difference = shrink(case, sim, vllm)
@@ -164,13 +161,6 @@ def test_simulator_equals_vllm_with_one_of_them(backends: Any, name: str) -> Non
     if name != "prefill_schedule_interval" and not KNOWN[name]:
         pytest.skip(f"vLLM {'.'.join(map(str, release()))} has no such {name}")
     run_cases(backends, (name,), max(WORKLOADS // 6, 1))
-
-
-@pytest.mark.parametrize("name", ["prefill_schedule_interval", "max_num_active_seqs", "long_prefill_token_threshold"])
-def test_simulator_equals_vllm_with_asynchronous_scheduling(backends: Any, name: str) -> None:
-    if not KNOWN[name]:
-        pytest.skip(f"vLLM {'.'.join(map(str, release()))} has no such {name}")
-    run_cases(backends, (name,), max(WORKLOADS // 3, 1), overlap=True)
 
 
 @pytest.mark.parametrize("name", ["prefill_schedule_interval", "max_num_active_seqs", "long_prefill_token_threshold"])
