@@ -100,6 +100,8 @@ class PolicyScheduler(GatedScheduler):
     def _announce(self) -> None:
         for line in announcement(self.live_config, self.live):
             logger.info("policy %s: %s", self.live.policy.name, line)
+        mode = "asynchronous" if self.scheduler_config.async_scheduling else "synchronous"
+        logger.info("policy %s: %s scheduling, vLLM %s", self.live.policy.name, mode, versions.installed()[1])
         if MULTIPROCESS_FOLDER not in os.environ:
             logger.warning(
                 "%s is not set: the policy's metrics cannot reach /metrics, which another process answers; set it to an empty folder",

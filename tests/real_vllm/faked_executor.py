@@ -4,8 +4,8 @@
 (environment variable, default 0.005) in a thread of its own, as a GPU would; a token follows from the prompt and its position alone, so
 whatever order requests are scheduled in, the text of a request is the same. A choice that a grammar allows is made where there is one.
 
-``python faked_executor.py [--async-scheduling ...]`` runs vLLM's API server on it. vLLM switches asynchronous scheduling off on a CPU,
-whose model runner computes while it is called; this one does not, so what was asked for is put back.
+``python faked_executor.py [--async-scheduling ...]`` runs vLLM's API server, with this executor or with the real one. vLLM switches
+asynchronous scheduling off on a CPU, whose model runner computes while it is called; what was asked for is put back.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class HttpServer:
         config: of the policy.
         flags: further words of the command; the last one of a kind counts.
         faked_seconds: of an iteration of a model that computes nothing (``faked_executor``); None for the real one.
-        asynchronous: scheduling, which needs the faked model on a CPU.
+        asynchronous: scheduling, which vLLM switches off on a CPU; here it is put back. The real model then computes while it is
+            called, so nothing overlaps, but the scheduler, its outputs and their order are those of a GPU.
     """
 
     model: Path
@@ -76,12 +77,10 @@ class HttpServer:
 
     @property
     def program(self) -> list[str]:
-        if self.faked_seconds is None:
-            return ["-m", "vllm.entrypoints.openai.api_server"]
-        return [
-            *(str(FAKED), "--distributed-executor-backend", "faked_executor.FakedExecutor", "--load-format", "dummy"),
-            "--async-scheduling" if self.asynchronous else "--no-async-scheduling",
-        ]
+        words = [str(FAKED), "--async-scheduling" if self.asynchronous else "--no-async-scheduling"]
+        if self.faked_seconds is not None:
+            return [*words, "--distributed-executor-backend", "faked_executor.FakedExecutor", "--load-format", "dummy"]
+        return words if self.asynchronous else ["-m", "vllm.entrypoints.openai.api_server"]
 
     def __enter__(self) -> HttpServer:
         self.folder.mkdir(parents=True)

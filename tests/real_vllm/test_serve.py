@@ -1,4 +1,4 @@
-"""A production vLLM server under a policy, asked over HTTP by concurrent streaming clients."""
+"""A production vLLM server under a policy, asked over HTTP by concurrent streaming clients: under asynchronous scheduling and without."""
 
 from __future__ import annotations
 
@@ -85,6 +85,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
                 "report_path": str(root / "report.json"),
                 "report_interval_seconds": 0.2,
             },
+            asynchronous=True,
         )
         stubborn = HttpServer(model, root / "stubborn", "serve_policies:Stubborn", {"max_wait_seconds": 1.5})
         refused = HttpServer(model, root / "refused", "wait", {"lengths": LENGTHS})
@@ -112,6 +113,7 @@ def test_every_request_completes_with_the_tokens_it_would_have_without_a_policy(
     metrics = server.metrics()
     assert metrics['vllm:request_success_total{finished_reason="length"}'] == 2 * len(REQUESTS)
     assert metrics["vllm:prefix_cache_hits_total"] > 0
+    assert "policy nested-wait: asynchronous scheduling" in server.log
     # The policy did something: it held requests at its boundary, and was asked in every iteration that computed.
     assert metrics['llmsched:iterations_total{by="repeat",policy="nested-wait"}'] > 0
     assert metrics['llmsched:iterations_total{by="vllm",policy="nested-wait"}'] == 0
