@@ -157,25 +157,31 @@ def test_every_request_is_answered_once_whatever_the_policy_does(servers: Server
     assert server.process.poll() is None
 
 
+def wait_until_the_policy_decides(server: HttpServer) -> None:
+    """Iterations go by until it is asked again, and one that was given up has ended."""
+
+    def decides() -> bool:
+        stream(server.port, [{"prompt": [9] * 20, "max_tokens": 30, "ignore_eos": True}])
+        now = server.samples()
+        return now['llmsched:fallback{policy="moody"}'] == now['llmsched:policy_stuck{policy="moody"}'] == 0
+
+    wait_until(decides)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("length", "mood"), list(MOODS.items()))
 def test_after_any_failure_the_policy_is_back(servers: Servers, mode: str, length: int, mood: str) -> None:
     server = servers.by_mode[mode]
+    wait_until_the_policy_decides(server)
     before = server.metrics()
     prompts = [[7 + length] * length, *([50 + i] * 30 for i in range(12))]
     requests = [{"prompt": p, "max_tokens": 60, "ignore_eos": True} for p in prompts]
     assert_same(stream(server.port, requests), stream(servers.plain.port, requests), requests)
-    grown = 'llmsched:policy_overdue_total{policy="moody"}' if mood in ("hang", "spin") else 'llmsched:policy_errors_total{policy="moody"}'
-
-    def failed_and_back() -> bool:
-        """Iterations go by until the policy is asked again, and one that was given up has ended."""
-        stream(server.port, [{"prompt": [9] * 20, "max_tokens": 30, "ignore_eos": True}])
-        now = server.samples()
-        return now['llmsched:fallback{policy="moody"}'] == now['llmsched:policy_stuck{policy="moody"}'] == 0 and (
-            mood == "take a while" or now[grown] > before[grown]
-        )
-
-    wait_until(failed_and_back)
+    after = server.metrics()
+    grown = {kind: after[f'llmsched:policy_{kind}_total{{policy="moody"}}'] - before[f'llmsched:policy_{kind}_total{{policy="moody"}}']
+             for kind in ("errors", "overdue")}  # fmt: skip
+    assert (grown["errors"] > 0) == (mood != "take a while") and (grown["overdue"] > 0) == (mood in ("hang", "spin"))
+    wait_until_the_policy_decides(server)
     wait_until_empty(server)
 
 
