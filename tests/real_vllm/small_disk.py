@@ -1,32 +1,58 @@
-"""A disk of a few kilobytes, where this system lets us have one."""
+"""A disk of a few kilobytes that can be filled, where this system lets us have one; elsewhere a folder that can go away."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+
+@dataclass(frozen=True)
+class Disk:
+    """Attributes: folder: where it is; mounted: whether it has a size of its own."""
+
+    folder: Path
+    mounted: bool
+
+    def fail(self) -> None:
+        """Nothing more can be written."""
+        if self.mounted:
+            fill(self.folder)
+        else:
+            self.folder.rename(self._away)
+
+    def heal(self) -> None:
+        """As before."""
+        if self.mounted:
+            (self.folder / "filling").unlink()
+        else:
+            self._away.rename(self.folder)
+
+    @property
+    def _away(self) -> Path:
+        return self.folder.with_name(self.folder.name + ".away")
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
-    """``folder``, made here, as a disk in memory with so much room; skips the test where mounting is not allowed."""
+def small_disk(folder: Path, kilobytes: int) -> Iterator[Disk]:
+    """``folder``, made here, as a disk in memory with so much room, if mounting is allowed."""
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)], capture_output=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"no disk can be mounted here: {mounted.stderr.decode().strip()}")
     try:
-        yield folder
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], capture_output=True, check=False)
+        disk = Disk(folder, mounted.returncode == 0)
+    except FileNotFoundError:
+        disk = Disk(folder, False)
+    try:
+        yield disk
     finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+        if disk.mounted:
+            subprocess.run(["umount", "-l", folder], check=True)
 
 
-def fill(folder: Path) -> Path:
-    """Take all the room there is; returns the file that does."""
-    path = folder / "filling"
-    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+def fill(folder: Path) -> None:
+    """Take all the room there is, with a file ``filling``."""
+    with (folder / "filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)):
             pass
-    return path

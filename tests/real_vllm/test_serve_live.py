@@ -26,7 +26,7 @@ if importlib.util.find_spec("vllm") is None:
 from serve_clients import Reply, stream
 from serve_http import HttpServer, write_tokenizer
 from serve_policies import MOODS
-from small_disk import fill, small_disk
+from small_disk import Disk, small_disk
 
 from llmsched_hardware.real_engine import write_tiny_llama
 from llmsched_hardware.versions import prepare_environment
@@ -51,7 +51,7 @@ class Servers:
 
     plain: HttpServer
     by_mode: dict[str, HttpServer] = field(default_factory=dict)
-    disks: dict[str, Path] = field(default_factory=dict)
+    disks: dict[str, Disk] = field(default_factory=dict)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
                     model,
                     root / mode,
                     "serve_policies:Moody",
-                    {**SETTINGS, "report_path": str(made.disks[mode] / "report.json")},
+                    {**SETTINGS, "report_path": str(made.disks[mode].folder / "report.json")},
                     flags=("--shutdown-timeout", "60"),
                     faked_seconds=ITERATION_SECONDS,
                     asynchronous=asynchronous,
@@ -168,37 +168,45 @@ def wait_until_the_policy_decides(server: HttpServer) -> None:
     wait_until(decides)
 
 
+def counts(server: HttpServer) -> dict[str, float]:
+    found = server.samples()
+    return {kind: found[f'llmsched:policy_{kind}_total{{policy="moody"}}'] for kind in ("errors", "overdue")}
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("length", "mood"), list(MOODS.items()))
 def test_after_any_failure_the_policy_is_back(servers: Servers, mode: str, length: int, mood: str) -> None:
     server = servers.by_mode[mode]
     wait_until_the_policy_decides(server)
-    before = server.metrics()
+    before = counts(server)
     prompts = [[7 + length] * length, *([50 + i] * 30 for i in range(12))]
     requests = [{"prompt": p, "max_tokens": 60, "ignore_eos": True} for p in prompts]
     assert_same(stream(server.port, requests), stream(servers.plain.port, requests), requests)
-    after = server.metrics()
-    grown = {kind: after[f'llmsched:policy_{kind}_total{{policy="moody"}}'] - before[f'llmsched:policy_{kind}_total{{policy="moody"}}']
-             for kind in ("errors", "overdue")}  # fmt: skip
-    assert (grown["errors"] > 0) == (mood != "take a while") and (grown["overdue"] > 0) == (mood in ("hang", "spin"))
+    if mood != "take a while":
+        kind = "overdue" if mood in ("hang", "spin") else "errors"
+        wait_until(lambda: counts(server)[kind] > before[kind])  # a second late
     wait_until_the_policy_decides(server)
     wait_until_empty(server)
+    after = counts(server)
+    assert (after["errors"] > before["errors"]) == (mood != "take a while")
+    assert (after["overdue"] > before["overdue"]) == (mood in ("hang", "spin"))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_full_disk_costs_the_report_and_nothing_else(servers: Servers, mode: str) -> None:
     server, disk = servers.by_mode[mode], servers.disks[mode]
-    wait_until((disk / "report.json").exists)
-    filling = fill(disk)
+    path = disk.folder / "report.json"
+    wait_until(path.exists)
+    disk.fail()
     requests = requests_of_all_kinds(seed=2)[:120]
     assert_same(stream(server.port, requests), stream(servers.plain.port, requests), requests)
     wait_until(lambda: "report.json failed and is tried again" in server.log)
-    filling.unlink()
+    disk.heal()
     wait_until_empty(server)
     iterations = server.metrics()['llmsched:iterations_total{by="policy",policy="moody"}']
-    wait_until(lambda: json.loads((disk / "report.json").read_text())["iterations"]["policy"] >= iterations)
+    wait_until(lambda: json.loads(path.read_text())["iterations"]["policy"] >= iterations)
     assert server.log.count("report.json failed and is tried again") == 1 and server.process.poll() is None
-    assert [path.name for path in disk.iterdir()] == ["report.json"]
+    assert list(disk.folder.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -214,6 +222,6 @@ def test_a_stop_with_a_timeout_lets_every_request_end(servers: Servers, mode: st
 
     assert_same(stream(server.port, requests, after=stop), expected, requests)
     assert server.wait_until_dead() == 0
-    report = json.loads((servers.disks[mode] / "report.json").read_text())
+    report = json.loads((servers.disks[mode].folder / "report.json").read_text())
     assert report["requests"] == {"outside": 0, "boundary": 0, "held": 0}
     assert report["iterations"]["policy"] > 0 and report["policy_overdue"] > 0
