@@ -127,6 +127,8 @@ def test_a_new_policy_with_a_mirror_of_its_own_takes_over(
         server.add(f"{i}", 10, 30)
     scheduler = server.scheduler
     first, caller = scheduler.mirror, scheduler.caller
+    start, built = caller._start, threading.Event()
+    caller._start = lambda: (start(), built.set())[0]
     for _ in range(4):
         server.step()
     assert scheduler.policy_metrics.overdue == 1 and caller.lost
@@ -136,6 +138,8 @@ def test_a_new_policy_with_a_mirror_of_its_own_takes_over(
     deadline = time.monotonic() + SOON
     while scheduler._fallback:  # the new policy is built beside the loop
         server.step()
+        assert caller._building is None or built.wait(SOON)  # else the requests may all be served before
+        time.sleep(0.01)
         assert time.monotonic() < deadline and scheduler.has_unfinished_requests()
     assert scheduler.mirror is not first and not caller.lost and len(set(map(id, made))) == 2
     assert [int(x) for x in first.record.requests.status[:40]] == seen  # the old mirror is left as it was
