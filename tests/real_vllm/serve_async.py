@@ -28,7 +28,7 @@ from llmsched_hardware.versions import cpu_block_size, installed, prepare_enviro
 EXECUTION = (0.005, 0.010, 0.020)
 ARMS = (("vLLM", None, True), ("policy", "vllm", True), ("policy, synchronous", "vllm", False), ("vLLM, synchronous", None, False))
 RUNNING = (1, 16, 64, 256)
-ROUNDS, ITERATIONS = 5, 100
+ROUNDS, ITERATIONS = 4, 100
 CLIENTS, REQUESTS, PROMPT, OUTPUT = 32, 192, 64, 64
 LENGTHS = {"prompt": [PROMPT], "output": [OUTPUT], "weight": [1]}
 
