@@ -30,7 +30,7 @@ from tests.engine_walk import check_engine
 from tests.env_settings import ADMIT
 
 WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_WORKLOADS", "260"))
-MIN_ITERATIONS = 200_000
+MIN_ITERATIONS = 300_000
 MAX_STEPS = 6_000
 WALK_EVERY = 50
 
