@@ -43,6 +43,8 @@ TILE_TOKENS = 128
 """Least token budget of an iteration: a smaller batch takes a GPU as long as a whole tile of its matrix products
 (the knee of ``llmsched_env.perf.models``)."""
 
+MOST_PRIORITY = 500
+"""Largest priority of a request, and least below 0: queue keys are numbers of 32 bits."""
 MAX_BLOCK_SIZE = 65_536
 """Tokens; vLLM's own block sizes end far below."""
 MOST_QUEUES = 65_536
@@ -50,6 +52,7 @@ MOST_QUEUES = 65_536
 
 Preset = Literal["paper", "vllm"]
 AdmissionOrder = Literal["arrival", "class"]
+SchedulingPolicy = Literal["fcfs", "priority"]
 ClassBy = Literal["single", "type", "prompt", "output"]
 
 
@@ -123,6 +126,8 @@ class Workload:
         output_tokens: (N,) int32, >= 1, the number of tokens the request generates.
         type_id: (N,) int32, the type a scenario or a trace's ``type`` column gives; zeros if none.
         request_id: names for the per-request log; empty means 0 .. N-1.
+        priority: (N,) int32 from -``MOST_PRIORITY`` to ``MOST_PRIORITY``, lower is served first; None: 0 for all. Read by engines with
+            ``scheduling_policy="priority"`` alone.
     """
 
     arrival: FloatArray
@@ -130,6 +135,7 @@ class Workload:
     output_tokens: IntArray
     type_id: IntArray
     request_id: tuple[str, ...] = ()
+    priority: IntArray | None = None
 
     @classmethod
     def of(
@@ -139,6 +145,7 @@ class Workload:
         output_tokens: npt.ArrayLike,
         type_id: npt.ArrayLike | None = None,
         request_id: tuple[str, ...] = (),
+        priority: npt.ArrayLike | None = None,
     ) -> Workload:
         """Check and convert; raises ``ConfigError`` naming the first offending row."""
         times = checks.numbers("workload.arrival", arrival)
@@ -153,6 +160,9 @@ class Workload:
             columns[name] = checks.counts(f"workload.{name}", values, 0 if name == "type_id" else 1)
             if columns[name].shape != (n,):
                 raise ConfigError(f"workload.{name}: shape {columns[name].shape}, must be ({n},) as arrival has")
+        urgency = None if priority is None else checks.counts("workload.priority", priority, -MOST_PRIORITY, MOST_PRIORITY)
+        if urgency is not None and urgency.shape != (n,):
+            raise ConfigError(f"workload.priority: shape {urgency.shape}, must be ({n},) as arrival has")
         bad = np.flatnonzero(~((times >= 0) & (times <= checks.MOST_SECONDS)))
         if bad.size:
             raise ConfigError(
@@ -166,7 +176,7 @@ class Workload:
             raise ConfigError(f"workload.request_id: {checks.shown(request_id)}, must be names (texts)")
         if request_id and len(request_id) != n:
             raise ConfigError(f"workload.request_id: {len(request_id)} names for {n} requests")
-        return cls(times, columns["prompt_tokens"], columns["output_tokens"], columns["type_id"], tuple(request_id))
+        return cls(times, columns["prompt_tokens"], columns["output_tokens"], columns["type_id"], tuple(request_id), urgency)
 
     def __len__(self) -> int:
         return int(self.arrival.shape[0])
@@ -177,7 +187,7 @@ class Workload:
         if count <= 0:
             return self
         arrival = np.maximum(self.arrival - self.arrival[count - 1], 0.0)
-        return Workload(arrival, self.prompt_tokens, self.output_tokens, self.type_id, self.request_id)
+        return dataclasses.replace(self, arrival=arrival)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +342,9 @@ class EngineConfig:
             equal rank by queue key. Empty: by index.
         late_after: seconds: a request that has waited longer for its first admission is admitted after
             all others. 0: no request is late.
+        scheduling_policy: ``priority``: vLLM's ``--scheduling-policy priority`` (0.33; ``vllm`` preset). Requests enter by
+            (``Workload.priority``, arrival), and where blocks lack the running one that is last in this order is preempted, whichever was
+            admitted first (``docs/engine-rules.md``, rule 23).
         capacity_tokens: KV capacity C of the ``paper`` preset.
         boundary_slot: variant A of Nested WAIT: entering from a boundary queue costs one iteration
             that yields no token (``paper`` only).
@@ -370,6 +383,7 @@ class EngineConfig:
     admission_order: AdmissionOrder = "arrival"
     class_rank: tuple[int, ...] = ()
     late_after: float = 0.0
+    scheduling_policy: SchedulingPolicy = "fcfs"
     capacity_tokens: int = 137_000
     boundary_slot: bool = False
     num_blocks: int = 7_424
@@ -411,6 +425,7 @@ class EngineConfig:
             ("admission_order", ("arrival", "class")),
             ("oversize", ("error", "reject")),
             ("eviction", ("recompute", "lose_progress")),
+            ("scheduling_policy", ("fcfs", "priority")),
         ):
             checks.one_of(f"engine.{name}", getattr(self, name), words)
         put("class_rank", checks.integers("engine.class_rank", self.class_rank, high=2**29 - 1, most=MOST_QUEUES))
@@ -426,6 +441,8 @@ class EngineConfig:
             "enable_prefix_caching", "async_scheduling",
         ):  # fmt: skip
             put(name, checks.flag(f"engine.{name}", getattr(self, name)))
+        if self.scheduling_policy == "priority":
+            self._check_priority()
         if self.block_size > MAX_BLOCK_SIZE:
             raise ConfigError(f"engine.block_size: {self.block_size}, must be from 1 to {MAX_BLOCK_SIZE} tokens")
         if checks.number("engine.watermark", self.watermark, high=1.0) == 1.0:
@@ -461,6 +478,16 @@ class EngineConfig:
                 f"engine.max_model_len: {self.max_model_len}, must fit the KV cache: <= "
                 f"{(self.num_blocks - spare) * self.block_size} tokens ({self.num_blocks} blocks of {self.block_size})"
             )
+
+    def _check_priority(self) -> None:
+        """Options that do not combine with requests in the order of their priority."""
+        if self.preset == "paper":
+            raise ConfigError("engine.scheduling_policy: 'priority', but it is an option of the vllm preset")
+        others = {"admission_order": "arrival", "late_after": 0.0, "padded_prefill": False, "decode_needs_free_block": False}
+        for name, off in others.items():
+            if getattr(self, name) != off:
+                why = f"engine.{name}: {getattr(self, name)!r}, must be {off!r} with scheduling_policy='priority'"
+                raise ConfigError(f"{why} (vLLM's order is by priority and arrival alone)" if name in ("admission_order", "late_after") else f"{why} (not a rule of vLLM)")
 
     def _check_prefill(self, put: Callable[[str, object], None]) -> None:
         """The settings that keep requests or prompt tokens back."""

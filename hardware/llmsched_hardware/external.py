@@ -89,12 +89,14 @@ class ExternalBackend(RecordBackend):
     Attributes:
         overlaps: the engine can schedule an iteration while one runs (``EngineConfig.async_scheduling``): ``iterate`` then schedules one
             and says who ended by the tokens of the one before.
+        prioritizes: the engine can schedule by priority (``EngineConfig.scheduling_policy``).
         discovers_lengths: the engine may finish a request before the workload's output length, which
             is then only an upper limit; the log holds the lengths found.
     """
 
     external = True
     overlaps = False
+    prioritizes = False
     discovers_lengths = False
 
     def __init__(self, trace: bool = False) -> None:
@@ -139,6 +141,8 @@ class ExternalBackend(RecordBackend):
                 raise ConfigError(f"engine.{option}: True, must be False on backend {name} ({why})")
         if engine.async_scheduling and not self.overlaps:
             raise ConfigError(f"engine.async_scheduling: True, must be False on backend {name} (one step is one whole iteration)")
+        if engine.scheduling_policy != "fcfs" and not self.prioritizes:
+            raise ConfigError(f"engine.scheduling_policy: {engine.scheduling_policy!r}, must be 'fcfs' on backend {name}")
         if engine.eviction != "recompute":
             raise ConfigError(f"engine.eviction: {engine.eviction!r}, must be 'recompute' on backend {name} (vLLM's rule)")
         check_served(workload, engine)  # before an engine is built for it
@@ -147,6 +151,11 @@ class ExternalBackend(RecordBackend):
         self._submitted = 0
         self._submit_arrivals()
         return view
+
+    def priority_of(self, request: int) -> int:
+        """Priority of a request of this episode, 0 where none is given."""
+        given = None if self._workload is None else self._workload.priority
+        return 0 if given is None else int(given[request])
 
     def _link(self) -> None:
         link(self.record.code, self.engine, self.layout, schedule=self._callback.address)

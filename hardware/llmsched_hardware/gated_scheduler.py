@@ -13,7 +13,6 @@ vLLM declares everything under ``vllm.v1.core`` not public, so versions this was
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 import time
 from dataclasses import dataclass, field
@@ -80,6 +79,7 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate = Admission()
+        self._victims: list[str] = []
         self.waiting: Any = self.waiting
         self.running: list[Any] = self.running
         self.max_num_scheduled_tokens: int = self.max_num_scheduled_tokens
@@ -107,6 +107,7 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
     def _schedule_gated(self, *args: Any, **kwargs: Any) -> Any:
         gate = self.gate
         self._evict(gate.evict)
+        self._victims.clear()
         if gate.admit is None and not (gate.hold or self.describes):
             return super().schedule(*args, **kwargs)
         queue = self.waiting
@@ -114,7 +115,6 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
             queue = create_request_queue(self.policy)
             for request_id in gate.admit:
                 queue.add_request(self.requests[request_id])
-        shown = {r.request_id for r in queue}
         before = self.running
         held = [r for r in before if r.request_id in gate.hold] if gate.hold else []
         if held:
@@ -132,14 +132,14 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
                 else:
                     with versions.only_waiting(self, queue):
                         output = super().schedule(*args, **kwargs)
-            entered = self.running[ran:]  # at the end; where vLLM preempts somebody it admits nobody
+            # At the end. Where vLLM preempts somebody, from whatever place, it admits nobody.
+            entered = [] if self._victims else self.running[ran:]
         finally:
             self.max_num_scheduled_tokens = most
             if held:
                 self.running = sorted(self.running + held, key=lambda r: order.get(r.request_id, len(order)))  # stable: new ones stay last
         gate.admitted = [r.request_id for r in entered]
-        # vLLM puts each victim at the head of the queue, so the last one stands first.
-        gate.preempted = [r.request_id for r in itertools.takewhile(lambda r: r.request_id not in shown, queue)][::-1]
+        gate.preempted = list(self._victims)
         if gate.admit is not None:
             self._remove(self.waiting, entered)
             for request_id in gate.preempted:
@@ -159,6 +159,11 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
             at += 1
         if at < len(entered):
             waiting.remove_requests(entered[at:])
+
+    def _preempt_request(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        """By priority victims come from any place of ``running`` and go to any place of ``waiting``: each is noted as it goes."""
+        super()._preempt_request(request, *args, **kwargs)
+        self._victims.append(request.request_id)
 
     def _evict(self, ids: list[str]) -> None:
         """Preempt with the primitive vLLM uses when memory runs out."""

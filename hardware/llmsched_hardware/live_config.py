@@ -239,6 +239,8 @@ def _check_engine(policy: Policy, engine: EngineConfig) -> None:
     wanted = policy.engine
     if wanted.preset != "vllm" or wanted.padded_prefill or wanted.decode_needs_free_block or not wanted.prefill_interval_release:
         raise ConfigError(f"policy {policy.name!r}: its engine is not vLLM's (preset {wanted.preset!r})")
+    if wanted.scheduling_policy != "fcfs":
+        raise ConfigError(f"policy {policy.name!r}: its engine schedules by priority, which no policy in a server does")
     others = list(differing(wanted, engine))
     if others:  # settings that vLLM's flags fix: a policy that stands for others cannot run on this server
         values = ", ".join(f"{setting.name} = {asked} (server: {found})" for setting, asked, found in others)

@@ -88,6 +88,10 @@ SETTINGS = (
     SchedulingSetting("prefill_schedule_interval", lambda s: s.local_prefill_interval, "prefill_schedule_interval", since=(0, 33), off=1),
 )
 
+# Of the backend ``vllm-scheduler`` alone: a server's priorities are not seen by the policies in it, and a real engine is given none.
+# Up to 0.32 a request that preempts itself ends the running loop.
+PRIORITY = SchedulingSetting("scheduling_policy", lambda s: s.policy.value, "scheduling_policy", since=(0, 33), off="fcfs")
+
 FIXED: dict[str, Any] = {
     "enable_prefix_caching": False,  # blocks that several requests share are not accounted for
     "async_scheduling": False,  # CUDA's default is a queue of two batches, where step() may return before its results

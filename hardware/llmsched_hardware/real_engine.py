@@ -108,6 +108,8 @@ class EngineOptions:
         """
         if engine.preset != "vllm":
             raise ConfigError(f"engine.preset: {engine.preset!r}, must be 'vllm' on a real engine")
+        if engine.scheduling_policy != "fcfs":
+            raise ConfigError(f"engine.scheduling_policy: {engine.scheduling_policy!r}, must be 'fcfs' on a real engine")
         of_engine = setting_names()
         allowed = [f.name for f in dataclasses.fields(cls) if f.name not in of_engine]
         for name in settings:

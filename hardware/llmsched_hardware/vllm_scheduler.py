@@ -23,7 +23,7 @@ from llmsched_env.types import EngineConfig
 from llmsched_hardware.external import Executed, ExternalBackend
 from llmsched_hardware.gate import Gate
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
-from llmsched_hardware.options import engine_arguments
+from llmsched_hardware.options import PRIORITY, engine_arguments
 from llmsched_hardware.real_engine import write_tiny_llama
 
 _FAKE_TOKEN = 7
@@ -58,6 +58,11 @@ class _Batch:
     sampled: list[bool]
 
 
+def _name(request: int) -> str:
+    """vLLM's id of a request; at equal priority and arrival ids decide, as texts."""
+    return f"{request:08d}"
+
+
 class VllmSchedulerBackend(ExternalBackend):
     """vLLM's ``Scheduler`` and ``KVCacheManager`` under our decisions; every sampled token is faked.
 
@@ -67,6 +72,7 @@ class VllmSchedulerBackend(ExternalBackend):
     """
 
     overlaps = True
+    prioritizes = True
 
     def __init__(self, trace: bool = False) -> None:
         super().__init__(trace)
@@ -86,6 +92,9 @@ class VllmSchedulerBackend(ExternalBackend):
     def vllm_config(self, engine: EngineConfig) -> Any:
         """vLLM's configuration for these settings, built once."""
         arguments = engine_arguments(engine)
+        if engine.scheduling_policy != PRIORITY.off:
+            PRIORITY.check(engine.scheduling_policy)
+            arguments[PRIORITY.argument] = engine.scheduling_policy
         key = (*arguments.values(), engine.async_scheduling)
         if key not in self._configs:
             folder = write_tiny_llama(Path(self._folder.name) / str(engine.max_model_len), engine.max_model_len)
@@ -96,7 +105,7 @@ class VllmSchedulerBackend(ExternalBackend):
     def submit(self, request: int, prompt_tokens: int, output_tokens: int, arrival: float) -> None:
         self._scheduler.add_request(
             Request(
-                request_id=str(request),
+                request_id=_name(request),
                 prompt_token_ids=[_FAKE_TOKEN] * prompt_tokens,
                 sampling_params=SamplingParams(
                     max_tokens=self._longest - prompt_tokens if self._overlaps else output_tokens,
@@ -105,15 +114,16 @@ class VllmSchedulerBackend(ExternalBackend):
                 ),
                 pooling_params=None,
                 arrival_time=arrival,
+                priority=self.priority_of(request),
             )
         )
 
     def iterate(self, gate: Gate) -> Executed:
         scheduler = self._scheduler
         scheduler.gate = admission = Admission(
-            admit=list(map(str, gate.admit.tolist())),
-            hold=frozenset(map(str, gate.hold.tolist())),
-            evict=list(map(str, gate.evict.tolist())),
+            admit=list(map(_name, gate.admit.tolist())),
+            hold=frozenset(map(_name, gate.hold.tolist())),
+            evict=list(map(_name, gate.evict.tolist())),
             token_budget=gate.token_budget,
         )
         output = scheduler.schedule()

@@ -87,8 +87,7 @@ def prepared(
 
 def from_first_arrival(workload: Workload) -> Workload:
     """The same requests, the first at time 0 (drawn arrivals come after a gap), as a replay of the output will have them."""
-    w = workload
-    return Workload(w.arrival - w.arrival[0], w.prompt_tokens, w.output_tokens, w.type_id, w.request_id)
+    return replace(workload, arrival=workload.arrival - workload.arrival[0])
 
 
 def enough_iterations(workload: Workload) -> int:

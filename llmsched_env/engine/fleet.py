@@ -11,7 +11,7 @@ import numpy.typing as npt
 from llmsched_env.engine import state as st
 from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import pool_tables, reset_pool
-from llmsched_env.engine.record_backend import engine_tables, load_queues, load_requests, load_settings, most_residents
+from llmsched_env.engine.record_backend import engine_tables, load_order, load_queues, load_requests, load_settings, most_residents
 from llmsched_env.perf.base import packed_of
 from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
 
@@ -44,7 +44,8 @@ class Fleet:
         n, queues = specs[0].num_requests, specs[0].layout.num_queues
         residents = max(most_residents(spec.engine, n, 1) for spec in specs)
         block_size = max(spec.engine.block_size for spec in specs)
-        self._tables = engine_tables(n, queues, residents, block_size, (count,))
+        by_priority = any(spec.engine.scheduling_policy == "priority" for spec in specs)
+        self._tables = engine_tables(n, queues, residents, block_size, (count,), by_priority=by_priority)
         self._memory = np.zeros(count, dtype=st.Engine.DTYPE)
         self._models = [packed_of(spec.engine.time_model) for spec in specs]
         self._pools: list[dict[str, npt.NDArray[Any]] | None] = [None] * count
@@ -76,6 +77,8 @@ class Fleet:
         """The requests of engine i's next episode; ``llmsched_env.engine.step.reset`` starts it."""
         spec, record = self.spec_of(i), self.records[i]
         load_requests(self._tables["hidden"][i], workload, spec.layout)
+        if "order" in self._tables:
+            load_order(self._tables["order"][i], workload)
         record.num_requests = len(workload)
         if spec.engine.enable_prefix_caching:  # its tables are as long as the requests
             self._pools[i] = pool_tables(workload, spec.engine.num_blocks, spec.engine.block_size, self._tables["events"].shape[1])

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numba
 
 from llmsched_env.compiled import compile_elsewhere
-from llmsched_env.engine import prefix_cache, segments
+from llmsched_env.engine import prefix_cache, priority, segments
 from llmsched_env.engine.async_step import async_step
 from llmsched_env.engine.schedule_paper import schedule_paper
 from llmsched_env.engine.schedule_vllm import schedule_vllm
@@ -72,6 +72,10 @@ def link(code: Code, engine: EngineConfig, layout: QueueLayout, schedule: int | 
             setattr(code, name, address_of(function, arguments))
         for name, (function, arguments) in _POOL_COUNTS.items():
             setattr(code, name, address_of(function, arguments, int))
+    if engine.scheduling_policy == "priority":
+        code.queue_in_order = address_of(priority.queue_in_order, (Engine, int))
+        if schedule is None:
+            code.serve_by_priority = address_of(priority.serve_by_priority, (Engine, int, int), int)
     code.callback = schedule or 0
     if schedule is not None:
         code.schedule = address_of(schedule_elsewhere, (Engine,))

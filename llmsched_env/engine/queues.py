@@ -2,7 +2,8 @@
 
 Lists through ``requests.next``: arrivals join behind the timely requests, evicted ones at the head, so each list is sorted
 by queue key (rule 7). Where late requests are served last, a list is its timely requests up to
-``queues.timely``, then its late ones.
+``queues.timely``, then its late ones. Where requests have priorities both kinds are put in by their key
+(``llmsched_env.engine.priority``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.state import LATE_KEY, RATE_WINDOW_SECONDS, REJECTED, WAITING, Engine
+from llmsched_env.pointers import call
 
 
 @compiled
@@ -212,9 +214,12 @@ def receive_arrivals(engine: Engine, start: float) -> float:
             engine.report.rejected += 1
         else:
             requests.status[r] = WAITING
-            requests.key[r] = r
             requests.group[r] = settings.num_queues
-            push_back(engine, r, q)
+            if settings.by_priority != 0:
+                call(engine.code.queue_in_order, engine, r)
+            else:
+                requests.key[r] = r
+                push_back(engine, r, q)
             queues.arrivals[q] += math.exp((hidden.arrival[r] - clock) / RATE_WINDOW_SECONDS)
             seconds += clock - max(start, hidden.arrival[r])
         r += 1

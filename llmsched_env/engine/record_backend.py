@@ -57,6 +57,7 @@ def load_settings(
     settings.padded_prefill = engine.padded_prefill
     settings.decode_needs_free_block = engine.decode_needs_free_block
     settings.by_class = engine.admission_order == "class"
+    settings.by_priority = engine.scheduling_policy == "priority"
     settings.boundary_slot = engine.boundary_slot
     settings.drain = limits.drain
     settings.max_iterations = limits.max_iterations
@@ -91,9 +92,9 @@ def most_residents(engine: EngineConfig, num_requests: int, shortest_prompt: int
 
 
 def engine_tables(
-    num_requests: int, num_queues: int, num_residents: int, block_size: int, engines: tuple[int, ...] = ()
+    num_requests: int, num_queues: int, num_residents: int, block_size: int, engines: tuple[int, ...] = (), *, by_priority: bool = False
 ) -> dict[str, npt.NDArray[Any]]:
-    """Memory of an engine by field of ``Engine``, with leading axes ``engines``."""
+    """Memory of an engine by field of ``Engine``, with leading axes ``engines``; with a table of priorities where it schedules by them."""
     sizes = {
         "requests": (num_requests, st.Requests),
         "hidden": (num_requests, st.Hidden),
@@ -101,6 +102,7 @@ def engine_tables(
         "events": (num_residents, st.Events),
         "phases": (num_queues * block_size, st.Phases),
         "wheel": (num_queues * st.wheel_size(num_queues), st.Wheel),
+        **({"order": (num_requests, st.Order)} if by_priority else {}),
     }
     return {name: _aligned_zeros((*engines, rows), table.DTYPE) for name, (rows, table) in sizes.items()}
 
@@ -119,6 +121,20 @@ def load_requests(hidden: npt.NDArray[Any], workload: Workload, layout: QueueLay
     hidden["arrival"], hidden["prompt"], hidden["output"] = workload.arrival, workload.prompt_tokens, workload.output_tokens
     classes = layout.classify(workload.prompt_tokens, workload.output_tokens, workload.type_id)
     hidden["outside"] = classes * layout.num_segments
+
+
+def load_order(order: npt.NDArray[Any], workload: Workload) -> None:
+    """Write an episode's queue keys by priority into (N,) ``Order`` rows.
+
+    Raises:
+        ConfigError: more requests than keys of one priority.
+    """
+    n = len(workload)
+    if n > st.PRIORITY_STEP:
+        raise ConfigError(f"workload: {n} requests, must be at most {st.PRIORITY_STEP} with engine.scheduling_policy='priority'")
+    order["key"] = np.arange(n)
+    if workload.priority is not None:
+        order["key"] += st.PRIORITY_STEP * workload.priority
 
 
 def check_served(workload: Workload, engine: EngineConfig) -> None:
@@ -312,9 +328,10 @@ class RecordBackend(ABC):
         check_served(workload, engine)
         n = len(workload)
         residents = most_residents(engine, n, int(workload.prompt_tokens.min()) if n else 1)
+        by_priority = engine.scheduling_policy == "priority"
         sizes = (n, layout.num_queues, residents, engine.block_size)
-        if sizes != self._sizes:
-            self._sizes, self._tables = sizes, engine_tables(*sizes)
+        if (*sizes, by_priority) != self._sizes:
+            self._sizes, self._tables = (*sizes, by_priority), engine_tables(*sizes, by_priority=by_priority)
         parts: dict[str, Any] = {**self._tables, "batch": {"model": packed_of(engine.time_model)}}
         if engine.enable_prefix_caching:
             parts["pool"] = pool_tables(workload, engine.num_blocks, engine.block_size, residents, self._shared)
@@ -326,6 +343,8 @@ class RecordBackend(ABC):
         self._link()
         load_queues(record.queues, engine, layout)
         load_requests(self._tables["hidden"], workload, layout)
+        if by_priority:
+            load_order(self._tables["order"], workload)
         if engine.enable_prefix_caching:
             reset_pool(record.pool, engine.num_blocks, self._uncached_first)
         reset_at(record.handle)

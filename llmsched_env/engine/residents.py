@@ -277,7 +277,7 @@ def release(engine: Engine, r: int) -> None:
 
 @compiled
 def evict(engine: Engine, r: int) -> None:
-    """Resident r gives up its KV; it gets the next queue key below all given so far.
+    """Resident r gives up its KV; it gets the next queue key below all given so far, or keeps its own where requests have priorities.
 
     It joins its outside queue only after this step's admissions (``requeue``), so it can neither
     come back in the same step nor stand in the way of others (rule 3).
@@ -289,9 +289,10 @@ def evict(engine: Engine, r: int) -> None:
     requests.queue[r] = requests.outside[r]
     if engine.settings.lose_progress != 0:
         requests.base_generated[r] = 0
-    requests.key[r] = engine.lowest_key
+    if engine.settings.by_priority == 0:
+        requests.key[r] = engine.lowest_key
+        engine.lowest_key -= 1
     engine.hidden.evictions[r] += 1
-    engine.lowest_key -= 1
     engine.evictions += 1
 
 
@@ -307,11 +308,19 @@ def preempt(engine: Engine, r: int) -> None:
 
 @compiled
 def requeue(engine: Engine, evicted: int, preempted: int) -> None:
-    """Requests evicted from these places of ``events`` on become heads of their outside queues, newest first."""
+    """Requests evicted from these places of ``events`` on go back outside: heads of their queues, newest first, or by priority."""
     for i in range(evicted, engine.report.evicted):
-        push_front(engine, engine.events.evicted[i])
+        put_back(engine, engine.events.evicted[i])
     for i in range(preempted, engine.report.preempted):
-        push_front(engine, engine.events.preempted[i])
+        put_back(engine, engine.events.preempted[i])
+
+
+@compiled
+def put_back(engine: Engine, r: int) -> None:
+    if engine.settings.by_priority != 0:
+        call(engine.code.queue_in_order, engine, r)
+    else:
+        push_front(engine, r)
 
 
 @compiled

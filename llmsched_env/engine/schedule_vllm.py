@@ -10,7 +10,8 @@ decodes come before the unfinished prefills nobody's token depends on that order
 sums (``serve_together``): decodes fit the token budget, unless a decision asks for a smaller one, and the
 victims are the fewest newest ones without whom everybody's blocks are free. The walk one by one
 (``serve_in_order``) is for what is left: a held prefill that goes on before others, Vidur's accounting when memory
-runs short, and prefix caching, where it matters who takes which block.
+runs short, and prefix caching, where it matters who takes which block. Where requests have priorities
+another walk takes its place (``engine/priority.py``).
 
 Two settings of later versions keep prefill back (``engine/prefill_gates.py``): whether it waits in this iteration altogether, and
 how many tokens one request may prefill.
@@ -48,7 +49,9 @@ def schedule_vllm(engine: Engine) -> None:
     deferred = settings.prefill_interval > 1 and defers_prefill(engine)
     most = most_prefill(engine)
     budget = NOT_TOGETHER
-    if settings.prefix_caching == 0:
+    if settings.by_priority != 0:
+        budget = call_int(engine.code.serve_by_priority, engine, deferred, most)
+    elif settings.prefix_caching == 0:
         budget = serve_together(engine, deferred, most)
     if budget == NOT_TOGETHER:
         budget = serve_in_order(engine, deferred, most)

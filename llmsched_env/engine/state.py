@@ -45,6 +45,7 @@ END_NAMES = ("running", "finished", "stranded", "horizon", "max_iterations", "st
 NO_END = 2**31 - 1
 NO_EVENT = -1
 LATE_KEY = 2**30  # added to the queue key of a late request: after every timely one
+PRIORITY_STEP = 2**20  # between the queue keys of one priority and the next: more requests an episode cannot have
 RATE_WINDOW_SECONDS = 30.0
 
 
@@ -71,6 +72,7 @@ class Settings(Record):
     padded_prefill: bool  # Vidur's accounting of a prefill batch
     decode_needs_free_block: bool  # Vidur's
     by_class: bool  # admission order
+    by_priority: bool  # vLLM's scheduling policy "priority"
     boundary_slot: bool  # variant A of Nested WAIT
     drain: bool
     max_iterations: int
@@ -98,7 +100,7 @@ class Requests(Rows):
     group: Ints
     target: Ints  # prefill target: prompt + tokens generated at admission
     tokens: Ints  # scheduled in this iteration, for those who advance by themselves
-    key: Ints  # queue key: arrivals 0, 1, 2, ...; each eviction the next number below all given
+    key: Ints  # queue key: arrivals 0, 1, 2, ...; each eviction the next number below all given; by priority: see ``Order``
     next: Ints  # waiting: next of its queue; resident: next by admission; -1
     previous: Ints  # resident: previous by admission; -1
     sequence: Ints  # number of its latest admission
@@ -123,6 +125,12 @@ class Hidden(Rows):
     previous_due: Ints
     evictions: Ints
     forced: Ints  # of these, by the engine
+
+
+class Order(Rows):
+    """Queue keys where requests have priorities, one row a request: PRIORITY_STEP x priority + number of the request."""
+
+    key: Ints
 
 
 class Queues(Rows):
@@ -274,6 +282,8 @@ class Code(Record):
     open_seat: int  # (pool, r, hits)
     grow: int  # (pool, r, count, full)
     close_seat: int  # (pool, r)
+    queue_in_order: int  # (engine, r)
+    serve_by_priority: int  # (engine, deferred, most) -> int
 
 
 class Cadence(Record):
@@ -340,6 +350,7 @@ class Engine(Record):
     wheel: Annotated[Wheel, Level.HIDDEN]
     pool: Annotated[Pool, Level.HIDDEN]
     cadence: Annotated[Cadence, Level.HIDDEN]  # kept by the compiled schedule alone, not where another engine schedules
+    order: Annotated[Order, Level.HIDDEN]  # only where the engine schedules by priority
 
 
 def wheel_size(num_queues: int) -> int:

@@ -1,0 +1,97 @@
+"""Scheduling by priority: the simulator against vLLM's scheduler with ``--scheduling-policy priority``, no difference allowed in any step.
+
+Cases are those of ``test_rival_settings_equality``, with its settings in every second one, asynchronous scheduling in every third, and
+priorities. Some requests arrive at the same time with equal priority. vLLM before 0.33 ends the running loop where a request preempts
+itself; 0.33 goes on with the next one, and so does the simulator, which is therefore compared with 0.33 on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("vllm") is None:  # importing it would read its settings before the backend has made them
+    pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
+
+from llmsched_env.backends import make_backend
+from llmsched_env.engine import priority
+from llmsched_env.errors import ConfigError
+from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_hardware.options import PRIORITY
+from tests.real_vllm.test_prefix_caching_equality import lockstep
+from tests.real_vllm.test_rival_settings_equality import RivalCase, Watch
+from tests.real_vllm.test_scheduler_equality import Case, Tally, backends, compare, shrink
+
+__all__ = ["backends"]
+
+WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_RIVAL_WORKLOADS", "120"))
+MIN_ITERATIONS = 50_000
+needs_priority = pytest.mark.skipif(not PRIORITY.known(), reason="before vLLM 0.33 a request that preempts itself ends the running loop")
+
+
+@dataclass(frozen=True)
+class PriorityCase(RivalCase):
+    """A random episode by priority."""
+
+    priority: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+
+    @classmethod
+    def of(cls, seed: int, names: tuple[str, ...] = ()) -> PriorityCase:
+        """``names``: settings to draw besides; default all in odd seeds, none in even ones."""
+        case: Case = super().of(seed, names) if names or seed % 2 else Case.of(seed)
+        g = np.random.default_rng((seed, 11))
+        plain: dict[str, Any] = {"admission_order": "arrival", "class_rank": (), "late_after": 0.0}
+        engine = case.engine.replace(**plain, scheduling_policy="priority", async_scheduling=seed % 3 == 2)
+        n = case.arrival.size
+        arrival = case.arrival
+        if g.random() < 0.5:  # several at once
+            arrival = np.floor(arrival * 20) / 20
+        levels = g.choice([-500, -3, 0, 1, 2, 500], int(g.integers(1, 5)), replace=False)
+        return cls(
+            seed, engine, case.layout, case.limits, arrival, case.prompt, case.output, case.types, case.mode, priority=g.choice(levels, n)
+        )
+
+    def workload(self) -> Workload:
+        return Workload.of(self.arrival, self.prompt, self.output, self.types, priority=self.priority)
+
+    def without(self, drop: np.ndarray) -> PriorityCase:
+        smaller = super().without(drop)
+        assert isinstance(smaller, PriorityCase)
+        return replace(smaller, priority=np.delete(self.priority, drop))
+
+
+def found(case: Case, sim: Any, vllm: Any) -> str:
+    """The smallest case with a difference, in words; empty where there is none."""
+    small, difference = shrink(case, sim, vllm)
+    rows = np.column_stack([small.arrival, small.prompt, small.output, small.types, getattr(small, "priority", small.types)])
+    return f"seed {case.seed}, {small.engine}, {small.layout}\narrival, prompt, output, type, priority:\n{rows}\n{difference}"
+
+
+@needs_priority
+def test_simulator_equals_vllm(backends: Any) -> None:
+    sim, vllm = backends
+    total, preempting = Tally(), 0
+    with Watch(sim, vllm) as watch:
+        for seed in range(WORKLOADS):
+            case = PriorityCase.of(seed)
+            tally = compare(case, sim, vllm)
+            if tally.difference:
+                pytest.fail(found(case, sim, vllm))
+            total.iterations += tally.iterations
+            total.preemptions += tally.preemptions
+            total.evictions += tally.evictions
+            preempting += tally.preemptions > 0
+    print(
+        f"\n{WORKLOADS} workloads by priority ({preempting} with preemptions): {total.iterations:,} iterations ({watch.steps:,} steps with an "
+        f"interval), {total.preemptions:,} preemptions, {total.evictions:,} evictions asked for: no difference"
+    )
+    assert preempting > WORKLOADS / 2
+    assert total.preemptions > WORKLOADS and total.evictions > WORKLOADS / 4
+    if WORKLOADS >= 120:
+        assert total.iterations >= MIN_ITERATIONS
