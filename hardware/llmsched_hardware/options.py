@@ -122,6 +122,19 @@ def engine_arguments(settings: Any) -> dict[str, Any]:
     return {s.argument: s.to_vllm(getattr(settings, s.name)) for s in SETTINGS if s.known()} | FIXED
 
 
+def scheduler_arguments(engine: Any) -> dict[str, Any]:
+    """The same for a scheduler alone, which can be given priorities.
+
+    Raises:
+        ConfigError: a value that the installed vLLM cannot have.
+    """
+    arguments = engine_arguments(engine)
+    if engine.scheduling_policy != PRIORITY.off:  # what is off is left to vLLM
+        PRIORITY.check(engine.scheduling_policy)
+        arguments[PRIORITY.argument] = engine.scheduling_policy
+    return arguments
+
+
 def settings_of(scheduler: Any) -> dict[str, Any]:
     """What a running vLLM scheduler really has, by our names."""
     return {setting.name: setting.found(scheduler) if setting.known() else setting.off for setting in SETTINGS}

@@ -23,7 +23,7 @@ from llmsched_env.types import EngineConfig
 from llmsched_hardware.external import Executed, ExternalBackend
 from llmsched_hardware.gate import Gate
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
-from llmsched_hardware.options import PRIORITY, engine_arguments
+from llmsched_hardware.options import scheduler_arguments
 from llmsched_hardware.real_engine import write_tiny_llama
 
 _FAKE_TOKEN = 7
@@ -91,10 +91,7 @@ class VllmSchedulerBackend(ExternalBackend):
 
     def vllm_config(self, engine: EngineConfig) -> Any:
         """vLLM's configuration for these settings, built once."""
-        arguments = engine_arguments(engine)
-        if engine.scheduling_policy != PRIORITY.off:
-            PRIORITY.check(engine.scheduling_policy)
-            arguments[PRIORITY.argument] = engine.scheduling_policy
+        arguments = scheduler_arguments(engine)
         key = (*arguments.values(), engine.async_scheduling)
         if key not in self._configs:
             folder = write_tiny_llama(Path(self._folder.name) / str(engine.max_model_len), engine.max_model_len)

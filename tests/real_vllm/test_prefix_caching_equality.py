@@ -25,7 +25,7 @@ from llmsched_env.perf import LinearTime
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_hardware import vllm_scheduler as hw
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
-from llmsched_hardware.options import engine_arguments
+from llmsched_hardware.options import scheduler_arguments
 from llmsched_hardware.real_engine import write_tiny_llama
 
 STOP = 5
@@ -40,7 +40,7 @@ class VllmScheduler:
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 
         model = write_tiny_llama(folder / str(engine.max_model_len), engine.max_model_len)
-        config = hw.faked_config(model, engine, engine_arguments(engine) | {"enable_prefix_caching": True})
+        config = hw.faked_config(model, engine, scheduler_arguments(engine) | {"enable_prefix_caching": True})
         config.scheduler_config.async_scheduling = engine.async_scheduling  # as an argument it is switched off without a GPU
         self.overlaps, self.longest = engine.async_scheduling, engine.max_model_len
         self.in_flight: Any = None
@@ -49,7 +49,7 @@ class VllmScheduler:
         self.hasher = get_request_block_hasher(engine.block_size, sha256)
         self.scheduler = hw.faked_scheduler(GatedScheduler, config, engine)
 
-    def add(self, request: int, prompt: list[int], output: int) -> None:
+    def add(self, request: int, prompt: list[int], output: int, priority: int = 0) -> None:
         self.output[str(request)] = output
         self.scheduler.add_request(
             hw.Request(
@@ -61,6 +61,7 @@ class VllmScheduler:
                 pooling_params=None,
                 arrival_time=float(request),
                 block_hasher=self.hasher,
+                priority=priority,
             )
         )
 
@@ -138,7 +139,7 @@ def decisions(g: np.random.Generator, greedy: bool) -> Iterator[tuple[int, int]]
             yield int(g.random() < 0.8), int(g.integers(0, 4))
 
 
-def lockstep(seed: int, folder: Any, overlaps: bool) -> tuple[int, int, int]:
+def lockstep(seed: int, folder: Any, overlaps: bool, by_priority: bool = False) -> tuple[int, int, int]:
     """One episode on both; returns (iterations, preemptions, cached tokens)."""
     g = np.random.default_rng(seed)
     block = int(g.choice([4, 8, 16]))
@@ -158,11 +159,14 @@ def lockstep(seed: int, folder: Any, overlaps: bool) -> tuple[int, int, int]:
         watermark=float(g.choice([0, 0, 0.05])),
         scheduler_reserve_full_isl=bool(g.random() < 0.5),
         async_scheduling=overlaps,
+        scheduling_policy="priority" if by_priority else "fcfs",
     )
     n = int(g.integers(30, 90))
     prompts = random_prompts(g, n, max(2, longest // 2))
     output = np.array([int(g.integers(1, max(2, longest - len(p)))) for p in prompts])
-    workload = Workload.of(np.cumsum(g.exponential(float(g.choice([0.002, 0.05])), n)), [len(p) for p in prompts], output)
+    arrival = np.cumsum(g.exponential(float(g.choice([0.002, 0.05])), n))
+    priority = g.integers(-2, 3, n) if by_priority else np.zeros(n, int)
+    workload = Workload.of(arrival, [len(p) for p in prompts], output, priority=priority)
     backend = PrefixCachingBackend(common_heads(prompts), trace=True)
     view = backend.reset(workload, QueueLayout(), engine, EpisodeLimits(drain=False))
     vllm = VllmScheduler(engine, folder)
@@ -170,7 +174,7 @@ def lockstep(seed: int, folder: Any, overlaps: bool) -> tuple[int, int, int]:
     submitted = iterations = preemptions = hits = 0
     while not backend.done:
         while submitted < n and workload.arrival[submitted] <= view.clock:
-            vllm.add(submitted, prompts[submitted], int(output[submitted]))
+            vllm.add(submitted, prompts[submitted], int(output[submitted]), int(priority[submitted]))
             submitted += 1
         run, admit = (1, ADMIT_ALL) if submitted == n else next(choose)
         if seed % 2 and backend.record.flight_seconds > 0:  # held with a token in flight

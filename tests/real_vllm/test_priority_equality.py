@@ -95,3 +95,39 @@ def test_simulator_equals_vllm(backends: Any) -> None:
     assert total.preemptions > WORKLOADS and total.evictions > WORKLOADS / 4
     if WORKLOADS >= 120:
         assert total.iterations >= MIN_ITERATIONS
+
+
+@needs_priority
+@pytest.mark.parametrize("overlaps", [False, True], ids=["sync", "async"])
+def test_equal_to_vllm_with_prefix_caching(tmp_path: Path, overlaps: bool) -> None:
+    count = max(WORKLOADS // 3, 1)
+    totals = np.zeros(3, dtype=np.int64)
+    for seed in range(count):
+        totals += lockstep(seed, tmp_path, overlaps, by_priority=True)
+    iterations, preemptions, hits = totals.tolist()
+    print(f"\n{count} workloads by priority: {iterations:,} iterations, {preemptions:,} preemptions, {hits:,} cached tokens: no difference")
+    assert preemptions > 5 * count and hits > 100 * count
+
+
+@needs_priority
+def test_a_simulator_without_priorities_is_caught(backends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison itself."""
+    sim, vllm = backends
+    original = sim.reset
+
+    def without(workload: Workload, layout: QueueLayout, engine: EngineConfig, limits: EpisodeLimits) -> Any:
+        return original(workload, layout, engine.replace(scheduling_policy="fcfs"), limits)
+
+    monkeypatch.setattr(sim, "reset", without)
+    cases = [case for case in map(PriorityCase.of, range(12)) if np.unique(case.priority).size > 1]
+    assert len(cases) > 5
+    assert all(compare(case, sim, vllm).difference for case in cases)
+
+
+@pytest.mark.skipif(PRIORITY.known(), reason="vLLM 0.33 on has this rule")
+def test_a_vllm_with_another_rule_is_refused() -> None:
+    backend = make_backend("vllm-scheduler")
+    engine = EngineConfig.vllm(scheduling_policy="priority")
+    with pytest.raises(ConfigError, match=r"engine\.scheduling_policy: priority, must be fcfs with vLLM .* \(needs 0\.33 or later\)"):
+        backend.reset(Workload.of([0.0], [5], [5]), QueueLayout(), engine, EpisodeLimits())
+    backend.close()
