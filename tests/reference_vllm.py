@@ -3,8 +3,8 @@
 An oracle for the engine's ``vllm`` preset: request objects in plain lists, nothing shared with the
 compiled kernel. What it restates of vLLM is ``vllm/v1/core/sched/scheduler.py`` ``schedule`` and
 ``vllm/v1/core/kv_cache_manager.py`` ``allocate_slots`` (0.28.0), without prefix caching, speculation or
-connectors; of 0.33.0 the interval between prefills, the cap on active requests and the limit on long prompts. On top come
-queues, segments, holds and evictions:
+connectors; of 0.33.0 the interval between prefills, the cap on active requests, the limit on long prompts and scheduling by priority.
+On top come queues, segments, holds and evictions:
 
 * a step evicts what the decision asks for, lets boundary requests enter, serves the running residents,
   admits from outside, moves the clock, hands out tokens and queues the arrivals, in this order;
@@ -35,6 +35,7 @@ class Request:
     output: int
     arrival: float
     klass: int
+    priority: int = 0
     key: int = 0
     generated: int = 0
     computed: int = 0
@@ -89,6 +90,10 @@ class ReferenceVLLM:
             Request(i, int(workload.prompt_tokens[i]), int(workload.output_tokens[i]), float(workload.arrival[i]), int(classes[i]))
             for i in range(len(workload))
         ]
+        self.by_priority = config.scheduling_policy == "priority"
+        if workload.priority is not None:
+            for request, priority in zip(self.requests, workload.priority.tolist(), strict=True):
+                request.priority = priority
         self.future = list(reversed(self.requests))
         self.outside: list[list[Request]] = [[] for _ in range(layout.num_classes)]
         self.residents: list[Request] = []
@@ -154,6 +159,8 @@ class ReferenceVLLM:
                 self._capacity_bound = any(self._left[r.klass] > 0 for r in self._standing(barred))
         if step.scheduled:
             self._since_prefill = 0 if self._carried else self._since_prefill + 1
+        elif self._carried:  # computed nothing: whoever was served was preempted afterwards
+            self._since_prefill = 0
 
     def _standing(self, barred: set[int]) -> list[Request]:
         return [r for requests in self.outside for r in requests if r.ident not in barred]
@@ -183,7 +190,7 @@ class ReferenceVLLM:
         return entering
 
     def _serve(self, running: list[Request], budget: int, step: Step) -> tuple[int, bool]:
-        """Tokens and blocks for the running list, which loses its preempted tail. Returns (budget left, preempted?)."""
+        """Tokens and blocks for the running list, which loses those preempted. Returns (budget left, preempted?)."""
         config = self.config
         forced, index = False, 0
         while index < len(running) and budget > 0:
@@ -195,14 +202,21 @@ class ReferenceVLLM:
             more = math.ceil((request.computed + tokens) / config.block_size) - request.blocks
             wanted = max(1, more) if config.decode_needs_free_block and request.decoding else more
             while wanted > self.free:
-                victim = running.pop()
+                victim = max(running, key=lambda r: (r.priority, r.arrival)) if self.by_priority else running[-1]
+                index -= running.index(victim) < index
+                running.remove(victim)
+                budget += step.scheduled.pop(victim.ident, 0)
                 self._send_outside(victim)
                 victim.forced += 1
                 self.preemptions += 1
                 step.preempted.append(victim.ident)
                 forced = True
                 if victim is request:
-                    return budget, forced
+                    break
+            if forced and request not in running:
+                if self.by_priority:
+                    continue
+                return budget, forced
             self._carried |= not request.decoding
             self._schedule(request, tokens, more, step)
             budget -= tokens
@@ -214,7 +228,7 @@ class ReferenceVLLM:
         config = self.config
         queue = self._standing(barred)
         by_class = config.admission_order == "class"
-        queue.sort(key=lambda r: (r.klass if by_class else 0, r.key))
+        queue.sort(key=self._by_priority if self.by_priority else lambda r: (r.klass if by_class else 0, r.key))
         left = self._left
         count = longest = 0
         for request in queue:
@@ -259,7 +273,7 @@ class ReferenceVLLM:
         step.scheduled[request.ident] = tokens
 
     def _send_outside(self, request: Request) -> None:
-        """The request loses its KV, keeps its generated tokens and takes the head of its outside queue."""
+        """The request loses its KV, keeps its generated tokens and takes the head of its outside queue, or its place by priority."""
         self.free += request.blocks
         request.blocks = request.computed = request.target = request.segment = 0
         request.boundary = False
@@ -268,6 +282,15 @@ class ReferenceVLLM:
         request.key = self._low_key
         self.residents.remove(request)
         self.outside[request.klass].insert(0, request)
+        self._sort(request.klass)
+
+    @staticmethod
+    def _by_priority(request: Request) -> tuple[int, float, int]:
+        return request.priority, request.arrival, request.ident
+
+    def _sort(self, klass: int) -> None:
+        if self.by_priority:
+            self.outside[klass].sort(key=self._by_priority)
 
     # --- time and tokens ----------------------------------------------------------------------------
 
@@ -327,6 +350,7 @@ class ReferenceVLLM:
             request.key = self._next_key
             self._next_key += 1
             self.outside[request.klass].append(request)
+            self._sort(request.klass)
 
     def _report_queues(self, step: Step) -> None:
         step.waiting = [[r.ident for r in requests] for requests in self.outside]
