@@ -36,16 +36,21 @@ def small(**options: Any) -> EngineConfig:
 
 
 def told(
-    engine: EngineConfig, requests: list[tuple[float, int, int, int]], decisions: dict[int, Decision] | None = None, most: int = 1_000
+    engine: EngineConfig, requests: list[tuple[float, int, int, int]], decisions: list[Decision] | None = None, most: int = 1_000
 ) -> list[Told]:
-    """(tokens by request, preempted) of each step; requests are (arrival, prompt, output, priority)."""
+    """(tokens by request, preempted) of each step; requests are (arrival, prompt, output, priority).
+
+    With ``decisions`` each request is a class of its own, and there is no drain.
+    """
     backend = make_backend("sim", trace=True)
     assert isinstance(backend, SimBackend)
     arrival, prompt, output, priority = zip(*requests, strict=True)
-    backend.reset(Workload.of(arrival, prompt, output, priority=priority), QueueLayout(), engine, EpisodeLimits())
+    layout = QueueLayout(by="type", num_types=len(requests)) if decisions else QueueLayout()
+    workload = Workload.of(arrival, prompt, output, np.arange(len(requests)) if decisions else None, priority=priority)
+    backend.reset(workload, layout, engine, EpisodeLimits(drain=not decisions))
     found: list[Told] = []
     while not backend.done and len(found) < most:
-        report = backend.step((decisions or {}).get(len(found), Decision.greedy(1)))
+        report = backend.step(decisions[len(found)] if decisions and len(found) < len(decisions) else Decision.greedy(layout.num_queues))
         check_engine(backend)
         ids, tokens = backend.scheduled()
         found.append((dict(zip(ids.tolist(), tokens.tolist(), strict=True)), list(report.preempted)))
@@ -125,14 +130,9 @@ def test_nobody_enters_where_somebody_is_preempted() -> None:
 
 
 def test_a_held_request_is_no_victim() -> None:
-    """The least urgent is held in a segment of its own: the other one that runs preempts itself."""
-    layout = QueueLayout(by="type", num_types=2)
-    backend = make_backend("sim", trace=True)
-    workload = Workload.of([0.0, 0.0], [8, 8], [4, 4], [0, 1], priority=[5, 0])
-    backend.reset(workload, layout, small(num_blocks=4, max_model_len=16), EpisodeLimits())
-    backend.step(Decision.greedy(2))
-    report = backend.step(Decision.of([0, 1], [0, 0]))
-    assert report.preempted == (1,)
+    """The least urgent is held in a segment of its own: the other one, which runs, preempts itself."""
+    steps = told(small(num_blocks=4, max_model_len=16), [(0.0, 8, 4, 5), (0.0, 8, 4, 0)], [Decision.greedy(2), Decision.of([0, 1], [0, 0])])
+    assert steps[1] == ({}, [1])
 
 
 def test_a_preempted_request_goes_back_to_its_place() -> None:
@@ -147,6 +147,30 @@ def test_a_preempted_request_goes_back_to_its_place() -> None:
     assert waiting.id.tolist() == [3, 0, 2]
     assert waiting.key.tolist() == [3, st.PRIORITY_STEP, st.PRIORITY_STEP + 2]
     assert view.head_key.tolist() == [3]
+
+
+def test_a_prefill_that_was_undone_begins_the_interval_anew() -> None:
+    """Interval 3. A (priority 1) computes beside B (0) in iteration 2, waits in 3 and 4, and loses its chunk of iteration 5 to B's block. To
+    vLLM that iteration carried prefill: A enters again in iteration 8, not in iteration 6."""
+    engine = small(num_blocks=8, max_model_len=32, max_num_batched_tokens=12, long_prefill_token_threshold=8, scheduler_reserve_full_isl=False)
+    steps = told(engine.replace(prefill_schedule_interval=3), [(0.0, 30, 2, 1), (0.5, 2, 12, 0)])
+    assert steps[:4] == [({0: 12}, []), ({0: 8, 1: 2}, []), ({1: 1}, []), ({1: 1}, [])]
+    assert steps[4:8] == [({1: 1}, [0]), ({1: 1}, []), ({1: 1}, []), ({1: 1, 0: 8}, [])]
+
+
+def test_an_iteration_left_empty_by_preemption_carries_prefill_too() -> None:
+    """Interval 3, ten blocks. C, held from its first token on, has six, A (priority 1) one, B (0) three. A's last chunk needs none, B's needs two:
+    A goes, then B itself. Nothing is computed, and yet prefill waits for two iterations."""
+    engine = small(max_num_batched_tokens=12, scheduler_reserve_full_isl=False, prefill_schedule_interval=3)
+    decisions = [
+        Decision.of([1, 1, 1], [1, 0, 0]),
+        Decision.of([1, 1, 1], [0, 1, 0]),
+        Decision.of([0, 0, 1], [0, 0, 1]),
+        Decision.of([0, 1, 1], [0, 0, 0]),
+    ]
+    steps = told(engine, [(0.0, 23, 9, -1), (0.0, 3, 2, 1), (0.0, 20, 2, 0)], decisions)
+    assert steps[:4] == [({0: 12}, []), ({0: 11, 1: 1}, []), ({2: 12}, []), ({}, [1, 2])]
+    assert steps[4:7] == [({0: 1}, []), ({0: 1}, []), ({0: 1, 2: 11}, [])]
 
 
 # --- against the reference --------------------------------------------------------------------------------
