@@ -485,9 +485,9 @@ class EngineConfig:
             raise ConfigError("engine.scheduling_policy: 'priority', but it is an option of the vllm preset")
         others = {"admission_order": "arrival", "late_after": 0.0, "padded_prefill": False, "decode_needs_free_block": False}
         for name, off in others.items():
-            if getattr(self, name) != off:
-                why = f"engine.{name}: {getattr(self, name)!r}, must be {off!r} with scheduling_policy='priority'"
-                raise ConfigError(f"{why} (vLLM's order is by priority and arrival alone)" if name in ("admission_order", "late_after") else f"{why} (not a rule of vLLM)")
+            value = getattr(self, name)
+            if value != off:
+                raise ConfigError(f"engine.{name}: {value!r}, must be {off!r} with scheduling_policy='priority' (not a rule of vLLM)")
 
     def _check_prefill(self, put: Callable[[str, object], None]) -> None:
         """The settings that keep requests or prompt tokens back."""

@@ -87,8 +87,8 @@ def test_an_engine_without_the_policy_reads_no_priority() -> None:
 
 # --- who is preempted -----------------------------------------------------------------------------------
 def test_who_preempts_itself_does_not_end_the_iteration() -> None:
-    """Four blocks. A (priority 1) holds 8 tokens in two, B (0), admitted after it, 5 in two. A needs a third and is itself the least urgent; B
-    goes on in the same iteration, as in vLLM 0.33 and not before."""
+    """Four blocks. A (priority 1) holds 8 tokens in two, B (0), after it, 5 in two. A needs a third and is itself the least urgent;
+    B goes on in the same iteration, as in vLLM 0.33 and not before."""
     steps = told(small(num_blocks=4, max_model_len=16), [(0.0, 7, 4, 1), (0.5, 5, 4, 0)])
     assert steps[:4] == [({0: 7}, []), ({0: 1, 1: 5}, []), ({1: 1}, [0]), ({1: 1}, [])]
 
@@ -110,7 +110,8 @@ def test_the_budget_that_a_victim_gives_back_is_used() -> None:
 def test_a_chunk_of_a_prompt_is_undone_with_its_blocks() -> None:
     """Eight blocks, 8 tokens of a prompt an iteration. A (priority 1) holds 20 in five, B (0) 4 in one. A's next chunk takes the last two
     blocks, then B needs one: A loses its chunk and all it had, and begins again beside B."""
-    engine = small(num_blocks=8, max_model_len=32, max_num_batched_tokens=12, long_prefill_token_threshold=8, scheduler_reserve_full_isl=False)
+    sizes = {"num_blocks": 8, "max_model_len": 32, "max_num_batched_tokens": 12}
+    engine = small(**sizes, long_prefill_token_threshold=8, scheduler_reserve_full_isl=False)
     steps = told(engine, [(0.0, 30, 2, 1), (0.5, 4, 9, 0)])
     assert steps[:4] == [({0: 12}, []), ({0: 8, 1: 4}, []), ({1: 1}, [0]), ({1: 1, 0: 8}, [])]
 
@@ -150,16 +151,17 @@ def test_a_preempted_request_goes_back_to_its_place() -> None:
 
 
 def test_a_prefill_that_was_undone_begins_the_interval_anew() -> None:
-    """Interval 3. A (priority 1) computes beside B (0) in iteration 2, waits in 3 and 4, and loses its chunk of iteration 5 to B's block. To
-    vLLM that iteration carried prefill: A enters again in iteration 8, not in iteration 6."""
-    engine = small(num_blocks=8, max_model_len=32, max_num_batched_tokens=12, long_prefill_token_threshold=8, scheduler_reserve_full_isl=False)
+    """Interval 3. A (priority 1) computes beside B (0) in iteration 2, waits in 3 and 4, and loses its chunk of iteration 5 to B's block.
+    To vLLM that iteration carried prefill: A enters again in iteration 8, not in iteration 6."""
+    sizes = {"num_blocks": 8, "max_model_len": 32, "max_num_batched_tokens": 12}
+    engine = small(**sizes, long_prefill_token_threshold=8, scheduler_reserve_full_isl=False)
     steps = told(engine.replace(prefill_schedule_interval=3), [(0.0, 30, 2, 1), (0.5, 2, 12, 0)])
     assert steps[:4] == [({0: 12}, []), ({0: 8, 1: 2}, []), ({1: 1}, []), ({1: 1}, [])]
     assert steps[4:8] == [({1: 1}, [0]), ({1: 1}, []), ({1: 1}, []), ({1: 1, 0: 8}, [])]
 
 
 def test_an_iteration_left_empty_by_preemption_carries_prefill_too() -> None:
-    """Interval 3, ten blocks. C, held from its first token on, has six, A (priority 1) one, B (0) three. A's last chunk needs none, B's needs two:
+    """Interval 3, ten blocks. C, held from its first token on, has six, A (priority 1) one, B (0) three. A's last chunk needs none, B's 2:
     A goes, then B itself. Nothing is computed, and yet prefill waits for two iterations."""
     engine = small(max_num_batched_tokens=12, scheduler_reserve_full_isl=False, prefill_schedule_interval=3)
     decisions = [
@@ -208,7 +210,9 @@ def test_many_random_episodes_equal_the_reference() -> None:
 @settings(max_examples=80, deadline=None)
 @given(
     rows=hs.lists(
-        hs.tuples(hs.sampled_from([0.0, 0.0, 0.3, 1.0]), hs.integers(1, 14), hs.integers(1, 10), hs.integers(-2, 2)), min_size=1, max_size=14
+        hs.tuples(hs.sampled_from([0.0, 0.0, 0.3, 1.0]), hs.integers(1, 14), hs.integers(1, 10), hs.integers(-2, 2)),
+        min_size=1,
+        max_size=14,
     ),
     blocks=hs.integers(6, 16),
     budget=hs.integers(6, 30),

@@ -127,6 +127,14 @@ SYMBOLS: tuple[Symbol, ...] = (
         "FCFSRequestQueue.remove_requests FCFSRequestQueue.__iter__ FCFSRequestQueue.__bool__ FCFSRequestQueue.__len__",
     ),
     *_of(
+        _QUEUE,
+        "called and mirrored",
+        "order of the waiting by priority; rule 23",
+        "PriorityRequestQueue PriorityRequestQueue.add_request PriorityRequestQueue.pop_request PriorityRequestQueue.peek_request "
+        "PriorityRequestQueue.prepend_request PriorityRequestQueue.remove_requests PriorityRequestQueue.__iter__ "
+        "PriorityRequestQueue.__bool__",
+    ),
+    *_of(
         _REQUEST,
         "called",
         "requests, their tokens and their state",

@@ -20,9 +20,9 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
 from llmsched_env.backends import make_backend
-from llmsched_env.engine import priority
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.perf import LinearTime
+from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_hardware.options import PRIORITY
 from tests.real_vllm.test_prefix_caching_equality import lockstep
 from tests.real_vllm.test_rival_settings_equality import RivalCase, Watch
@@ -88,13 +88,63 @@ def test_simulator_equals_vllm(backends: Any) -> None:
             total.evictions += tally.evictions
             preempting += tally.preemptions > 0
     print(
-        f"\n{WORKLOADS} workloads by priority ({preempting} with preemptions): {total.iterations:,} iterations ({watch.steps:,} steps with an "
-        f"interval), {total.preemptions:,} preemptions, {total.evictions:,} evictions asked for: no difference"
+        f"\n{WORKLOADS} workloads by priority ({preempting} with preemptions): {total.iterations:,} iterations ({watch.steps:,} steps with "
+        f"an interval), {total.preemptions:,} preemptions, {total.evictions:,} evictions asked for: no difference"
     )
     assert preempting > WORKLOADS / 2
     assert total.preemptions > WORKLOADS and total.evictions > WORKLOADS / 4
     if WORKLOADS >= 120:
         assert total.iterations >= MIN_ITERATIONS
+
+
+Worked = tuple[dict[str, Any], list[tuple[float, int, int, int]], list[Decision]]
+SMALL = {"block_size": 4, "max_num_batched_tokens": 12, "max_num_seqs": 8, "scheduler_reserve_full_isl": False}
+WORKED: dict[str, Worked] = {
+    "itself": ({"num_blocks": 4, "max_model_len": 16}, [(0.0, 7, 4, 1), (0.5, 5, 4, 0)], []),
+    "served": ({"num_blocks": 5, "max_model_len": 20}, [(0.0, 8, 9, 1), (0.5, 8, 3, 0)], []),
+    "budget": ({"num_blocks": 10, "max_model_len": 40}, [(0.0, 30, 9, 1), (0.5, 4, 9, 0), (0.5, 20, 2, 0)], []),
+    "equal": ({"num_blocks": 4, "max_model_len": 16}, [(0.0, 8, 4, 0), (0.0, 8, 4, 0)], []),
+    "chunk": (
+        {"num_blocks": 8, "max_model_len": 32, "long_prefill_token_threshold": 8, "prefill_schedule_interval": 3},
+        [(0.0, 30, 2, 1), (0.5, 2, 12, 0)],
+        [],
+    ),
+    "empty": (
+        {"num_blocks": 10, "max_model_len": 40, "prefill_schedule_interval": 3},
+        [(0.0, 23, 9, -1), (0.0, 3, 2, 1), (0.0, 20, 2, 0)],
+        [
+            Decision.of([1, 1, 1], [1, 0, 0]),
+            Decision.of([1, 1, 1], [0, 1, 0]),
+            Decision.of([0, 0, 1], [0, 0, 1]),
+            Decision.of([0, 1, 1], [0, 0, 0]),
+        ],
+    ),
+}
+"""Engine, requests (arrival, prompt, output, priority) and first decisions of the traces of ``tests/test_engine_priority.py``."""
+
+
+@needs_priority
+@pytest.mark.parametrize("name", WORKED)
+def test_worked_traces_are_those_of_vllm(backends: Any, name: str) -> None:
+    """What happens in them is rare in random cases. With decisions each request is a class of its own, and there is no drain."""
+    options, requests, decisions = WORKED[name]
+    sim, vllm = backends
+    arrival, prompt, output, priority = zip(*requests, strict=True)
+    engine = EngineConfig.vllm(time_model=LinearTime(1.0, 0.0), scheduling_policy="priority", **SMALL, **options)
+    layout = QueueLayout(by="type", num_types=len(requests)) if decisions else QueueLayout()
+    workload = Workload.of(arrival, prompt, output, np.arange(len(requests)) if decisions else None, priority=priority)
+    for backend in (sim, vllm):
+        backend.reset(workload, layout, engine, EpisodeLimits(drain=not decisions))
+    preempted = steps = 0
+    with Watch(sim, vllm):
+        while not sim.done:
+            decision = decisions[steps] if steps < len(decisions) else Decision.greedy(layout.num_queues)
+            report = sim.step(decision)
+            assert vllm.step(decision) == report
+            assert all(np.array_equal(a, b) for a, b in zip(sim.scheduled(), vllm.scheduled(), strict=True))
+            preempted += len(report.preempted)
+            steps += 1
+    assert vllm.done and preempted > 0
 
 
 @needs_priority
