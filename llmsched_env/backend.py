@@ -29,7 +29,7 @@ class WaitingRequests:
         id: request index.
         prompt_tokens, generated: tokens; ``generated`` > 0 after a recompute preemption.
         arrival: seconds.
-        key: queue key, comparable across classes.
+        key: queue key, comparable across classes; where requests have priorities it tells them (``docs/engine-rules.md``, rules 7 and 23).
         output_tokens: the true output length where the scenario reveals it, else None.
     """
 

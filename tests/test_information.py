@@ -44,6 +44,7 @@ ENGINES = [
     SMALL.replace(enable_prefix_caching=True),
     SMALL.replace(async_scheduling=True),
     SMALL.replace(async_scheduling=True, enable_prefix_caching=True),
+    SMALL.replace(scheduling_policy="priority"),
     EngineConfig.paper(160, 0.05, 1e-3),
 ]
 

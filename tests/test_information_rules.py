@@ -312,8 +312,14 @@ def adds_up_requests_to_come(engine, policy, decision):  # type: ignore[no-untyp
 @pytest.mark.parametrize("reveal", [False, True])
 @pytest.mark.parametrize(
     "config",
-    [SMALL, SMALL.replace(enable_prefix_caching=True), SMALL.replace(async_scheduling=True), PAPER],
-    ids=["vllm", "caching", "async", "paper"],
+    [
+        SMALL,
+        SMALL.replace(enable_prefix_caching=True),
+        SMALL.replace(async_scheduling=True),
+        SMALL.replace(scheduling_policy="priority"),
+        PAPER,
+    ],
+    ids=["vllm", "caching", "async", "priority", "paper"],
 )
 def test_requests_that_have_not_arrived_read_as_zeros(config: EngineConfig, reveal: bool) -> None:
     """In the first episode, and in later ones of the same size, whose tables are used again."""

@@ -34,6 +34,7 @@ CASES: list[dict[str, Any]] = [
     {**ADMIT, "scenario": "nested-two-type", "engine": [{"capacity_tokens": 90}, {"capacity_tokens": 5003}]},
     {**ADMIT, "rate": 9.0, "engine": [{"num_blocks": 300, "enable_prefix_caching": True}, {"num_blocks": 500}]},
     {**ADMIT, "rate": 9.0, "engine": [{"num_blocks": 300, "async_scheduling": True}, {"num_blocks": 300}]},
+    {**ADMIT, "rate": 9.0, "engine": [{"num_blocks": 300, "scheduling_policy": "priority"}, {"num_blocks": 300}]},
     {**ADMIT, "rate": 9.0, "reward": lambda outcome: outcome.duration - 0.01 * outcome.evictions},
 ]
 
@@ -169,7 +170,13 @@ def test_what_was_refused_can_be_closed() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda env: pickle.loads(pickle.dumps(env))])
 @pytest.mark.parametrize(
-    "engine", [{"num_blocks": 700}, {"num_blocks": 700, "enable_prefix_caching": True}, {"num_blocks": 700, "async_scheduling": True}]
+    "engine",
+    [
+        {"num_blocks": 700},
+        {"num_blocks": 700, "enable_prefix_caching": True},
+        {"num_blocks": 700, "async_scheduling": True},
+        {"num_blocks": 700, "scheduling_policy": "priority"},
+    ],
 )
 def test_a_copy_keeps_the_state_and_goes_its_own_way(copied: Callable[[Any], Any], engine: dict[str, Any]) -> None:
     env = LLMSchedVectorEnv(3, **ADMIT, num_requests=30, rate=9.0, engine=engine)
