@@ -116,3 +116,22 @@ def test_ensembles_of_what_is_no_network() -> None:
     for choice, logits in ((2, 0.0), (-1, 0.0), (0.5, 0.0), (True, 0.0), (0, float("nan")), (0, 1e300), (0, "1")):
         with pytest.raises(ConfigError, match=r"choice: |logits: "):
             with_bonus(network(), choice, logits)  # type: ignore[arg-type]
+
+
+def test_a_setting_that_the_installed_vllm_does_not_have_is_refused_by_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the advice to give vLLM a flag that it takes and does not use."""
+    from llmsched_hardware import options
+
+    monkeypatch.setattr(options, "release", lambda: (0, 32))
+    with pytest.raises(ConfigError, match=r"prefill_schedule_interval: 2, must be 1 with vLLM 0\.32 \(needs 0\.33 or later\)"):
+        build_policy(LiveConfig("prefill-cadence"), ENGINE)
+    monkeypatch.setattr(options, "release", lambda: (0, 33))
+    with pytest.raises(ConfigError, match="start vllm serve with --prefill-schedule-interval 2"):
+        build_policy(LiveConfig("prefill-cadence"), ENGINE)
+    with pytest.raises(ConfigError, match="prefill_interval_release = False, for which no vLLM has a setting"):
+        build_policy(LiveConfig("prefill-decode-interval"), ENGINE)
+
+
+def test_a_report_cannot_go_to_a_folder(tmp_path: Any) -> None:
+    with pytest.raises(ConfigError, match=r"report_path: .* is a folder, must be a file"):
+        LiveConfig("vllm", report_path=str(tmp_path))

@@ -82,8 +82,8 @@ def test_a_policy_that_will_start(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert any("40 of 40 requests completed in" in line and "Poisson 20/s" in line for line in lines)
     assert lines[-1] == (
         f"start with   LLMSCHED_POLICY=nested-wait LLMSCHED_POLICY_CONFIG={config} vllm serve MODEL "
-        "--scheduler-cls llmsched_hardware.serve.PolicyScheduler --max-num-batched-tokens 256 --max-num-seqs 32 --max-model-len 512 "
-        "--num-gpu-blocks-override 513"
+        "--scheduler-cls llmsched_hardware.serve.PolicyScheduler --max-num-batched-tokens 256 --max-num-seqs 32 --block-size 16 "
+        "--max-model-len 512 --num-gpu-blocks-override 513"
     )
     assert err == ""
     record = json.loads(found.read_text())["found"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from llmsched_agents.checkpoint import checkpoint_folder, read_config, shipped_a
 from llmsched_agents.lookup import is_checkpoint, named_policy
 from llmsched_baselines import Setting, policy_names
 from llmsched_env import checks
-from llmsched_env.errors import ConfigError, InfeasibleError, did_you_mean
+from llmsched_env.errors import ConfigError, InfeasibleError, MissingExtraError, did_you_mean
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import Policy
@@ -98,8 +99,11 @@ class LiveConfig:
             checks.number("policy_timeout_seconds", self.policy_timeout_seconds, low=SHORTEST_TIMEOUT, high=3600.0)
         if self.retry_after_iterations is not None:
             checks.integer("retry_after_iterations", self.retry_after_iterations, low=1, high=2**62)
-        if self.report_path is not None and not _is_folder(Path(self.report_path).absolute().parent):
-            raise ConfigError(f"report_path: {self.report_path!r}, its folder does not exist")
+        if self.report_path is not None:
+            if not _is_folder(Path(self.report_path).absolute().parent):
+                raise ConfigError(f"report_path: {self.report_path!r}, its folder does not exist")
+            if _is_folder(Path(self.report_path)):
+                raise ConfigError(f"report_path: {self.report_path!r} is a folder, must be a file")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> LiveConfig:
@@ -237,12 +241,18 @@ def _named(config: LiveConfig, setting: Setting) -> Policy:
 
 def _check_engine(policy: Policy, engine: EngineConfig) -> None:
     wanted = policy.engine
-    if wanted.preset != "vllm" or wanted.padded_prefill or wanted.decode_needs_free_block or not wanted.prefill_interval_release:
+    if wanted.preset != "vllm":
         raise ConfigError(f"policy {policy.name!r}: its engine is not vLLM's (preset {wanted.preset!r})")
+    for name, value in (("padded_prefill", False), ("decode_needs_free_block", False), ("prefill_interval_release", True)):
+        if getattr(wanted, name) != value:
+            raise ConfigError(f"policy {policy.name!r} stands for an engine with {name} = {not value}, for which no vLLM has a setting")
     if wanted.scheduling_policy != "fcfs":
         raise ConfigError(f"policy {policy.name!r}: its engine schedules by priority, which no policy in a server does")
     others = list(differing(wanted, engine))
     if others:  # settings that vLLM's flags fix: a policy that stands for others cannot run on this server
+        for setting, asked, _ in others:
+            with contextlib.suppress(MissingExtraError):  # where a server is only planned, no vLLM says what it has
+                setting.check(asked)
         values = ", ".join(f"{setting.name} = {asked} (server: {found})" for setting, asked, found in others)
         flags = " ".join(setting.flag(asked) for setting, asked, _ in others)
         raise ConfigError(f"policy {policy.name!r} stands for an engine with {values}; start vllm serve with {flags}")

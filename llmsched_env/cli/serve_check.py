@@ -113,6 +113,8 @@ def run(options: ServeCheck, screen: Screen) -> Outcome:
     live, _ = start(config, engine)
     policy = live.policy
     notes = [*announcement(config, live), *filter(None, [assumed(engine, given)])]
+    if "num_blocks" in given:  # a number of blocks says nothing without their size, and vLLM's default is not the same everywhere
+        given = [*given, "block_size"]
     flags = [*POLICY_FLAGS, *(setting.flag(getattr(engine, setting.name)) for setting in SETTINGS if setting.name in given)]
     tried = trial(live, options.requests)
     for note in notes:

@@ -230,6 +230,21 @@ def test_a_symbol_that_moved_is_followed_by_its_import(own_record: Path) -> None
         assert named(differing(write_tree(tree, {"v1/queue.py": elsewhere}))) == ["Queue gone"]
 
 
+def test_a_damaged_file_in_a_wheel_is_named(tmp_path: Path) -> None:
+    """The list of contents is whole, the packed bytes of one file are not."""
+    wheel = tmp_path / "damaged.whl"
+    text = "\n".join(f"number_{i} = {i * i}" for i in range(500))
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("vllm/__init__.py", "")
+        archive.writestr("vllm/v1/request.py", text)
+        start = archive.getinfo("vllm/v1/request.py").header_offset + 60
+    content = bytearray(wheel.read_bytes())
+    content[start : start + 200] = bytes(b ^ 0xFF for b in content[start : start + 200])
+    wheel.write_bytes(bytes(content))
+    with pytest.raises(ConfigError, match=r"damaged\.whl: vllm/v1/request\.py cannot be read"):
+        Tree(wheel).file_digest("v1/request.py")
+
+
 def test_a_wheel_is_read_as_a_folder_is(own_record: Path) -> None:
     folder = own_record / "1.2.0"
     wheel = own_record / "vllm-1.2.0-py3-none-any.whl"

@@ -344,8 +344,8 @@ def section(paths: Paths) -> list[str]:
         *_firmness(run, backend),
         *_interpolation(profile_folder),
         *_skew(run, backend, profile_folder),
-        "Not modelled: that vLLM frees the blocks of a finished request one iteration later when it schedules asynchronously, the padding "
-        "of batches to CUDA graph sizes, and fused operators (the profile ran them one by one).",
+        "Not used here: asynchronous scheduling, under which the blocks of a finished request are free one iteration later (rule 22). "
+        "Not modelled: the padding of batches to CUDA graph sizes, and fused operators (the profile ran them one by one).",
         "",
     ]
 
