@@ -15,6 +15,8 @@ from lockstep import Case, compare_many, random_episode
 from test_engine_vllm import random_engine
 
 import llmsched_env
+from llmsched_baselines import Setting, make_policy
+from llmsched_baselines.overrides import parse_overrides
 from llmsched_env.backends import make_backend
 from llmsched_env.bench.replay import from_first_arrival
 from llmsched_env.engine import state as st
@@ -23,6 +25,7 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime
 from llmsched_env.types import MOST_PRIORITY, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.vector import LLMSchedVectorEnv
+from llmsched_env.workload import load_scenario
 from tests.engine_walk import check_engine, differing, shown
 from tests.env_settings import ADMIT
 
@@ -338,6 +341,23 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 def test_the_paper_preset_has_no_priorities() -> None:
     with pytest.raises(ConfigError, match=r"engine\.scheduling_policy: 'priority', but it is an option of the vllm preset"):
         EngineConfig.paper(1000, 1.0, 0.0, scheduling_policy="priority")
+
+
+def test_real_engines_and_servers_refuse_it() -> None:
+    """Neither tells a policy or the simulator what priorities its requests have."""
+    from llmsched_hardware.live_config import _check_engine
+    from llmsched_hardware.real_engine import EngineOptions
+
+    with pytest.raises(ConfigError, match=r"engine\.scheduling_policy: 'priority', must be 'fcfs' on a real engine"):
+        EngineOptions.of(small())
+    scenario = load_scenario("azure-conv")
+    policy = make_policy("vllm", Setting(scenario.statistics, 6.0, small()))
+    with pytest.raises(ConfigError, match=r"policy 'vllm': its engine schedules by priority, which no policy in a server does"):
+        _check_engine(policy, small(scheduling_policy="fcfs"))
+
+
+def test_values_come_from_words() -> None:
+    assert parse_overrides(["engine.scheduling_policy=priority"], {}).engine == {"scheduling_policy": "priority"}
 
 
 def test_environments_run_with_it() -> None:
