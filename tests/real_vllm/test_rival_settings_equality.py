@@ -27,7 +27,7 @@ from llmsched_hardware.options import SETTINGS
 from llmsched_hardware.versions import release
 from tests.real_vllm.test_scheduler_equality import Case, Tally, compare, shrink
 
-WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_RIVAL_WORKLOADS", "120"))
+WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_RIVAL_WORKLOADS", "60"))
 MIN_ITERATIONS = 50_000
 NATIVE_INTERVAL = (0, 33)
 KNOWN = {setting.name: setting.known() for setting in SETTINGS}
@@ -152,7 +152,7 @@ def run_cases(backends: Any, names: tuple[str, ...], count: int) -> Tally:
 def test_simulator_equals_vllm_with_all_of_them(backends: Any) -> None:
     total = run_cases(backends, (), WORKLOADS)
     assert total.preemptions > WORKLOADS and total.evictions > WORKLOADS / 4
-    if WORKLOADS >= 120:
+    if WORKLOADS >= 60:
         assert total.iterations >= MIN_ITERATIONS
 
 
