@@ -361,7 +361,7 @@ class Blind:
         """Take the original over, then overwrite hidden tables, requests to come, output lengths."""
         memory = self.original._memory.copy()
         for name, field in st.Engine.FIELDS.items():
-            if field.kind == "rows":
+            if field.kind == "rows" and name in self.original._objects:  # a table for priorities is there where they count
                 memory[name] = self._own[name]
                 getattr(self.record, name).rows[:] = getattr(self.original, name).rows
         memory["batch"]["model"] = self._own["batch"]["model"]
