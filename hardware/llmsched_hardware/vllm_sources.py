@@ -299,7 +299,7 @@ class Tree:
             return (self._package / file).read_bytes() if self._wheel is None else self._wheel.read(f"vllm/{file}")
         except (FileNotFoundError, NotADirectoryError, KeyError):
             return None
-        except (OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:  # damaged, or packed in another way
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:  # damaged
             raise ConfigError(f"{self.label}: vllm/{file} cannot be read: {error}") from error
 
 

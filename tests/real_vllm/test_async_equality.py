@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_scheduler_equality import WORKLOADS, Case, Tally, backends, compare, shrink
+from test_scheduler_equality import WORKLOADS, Case, backends, compare, compare_all
 
 import llmsched_env
 from llmsched_env.engine import state as st
@@ -62,25 +62,15 @@ class Endings:
 
 def test_simulator_equals_vllm(backends: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sim, vllm = backends
-    total, endings, preempting = Tally(), Endings(), 0
+    endings = Endings()
     endings.watch(sim, monkeypatch)
-    for seed in range(CASES):
-        case = overlapped(seed)
-        tally = compare(case, sim, vllm)
-        if tally.difference:
-            small, difference = shrink(case, sim, vllm)
-            rows = np.column_stack([small.arrival, small.prompt, small.output, small.types])
-            pytest.fail(f"seed {seed}, {small.engine}, {small.layout}\narrival, prompt, output, type:\n{rows}\n{difference}")
-        total.iterations += tally.iterations
-        total.preemptions += tally.preemptions
-        total.evictions += tally.evictions
-        preempting += tally.preemptions > 0
+    total = compare_all(map(overlapped, range(CASES)), sim, vllm)
     print(
-        f"\n{CASES} workloads ({preempting} with preemptions), {total.iterations:,} iterations, {total.preemptions:,} preemptions, "
+        f"\n{CASES} workloads ({total.preempting} with preemptions), {total.iterations:,} iterations, {total.preemptions:,} preemptions, "
         f"{total.evictions:,} evictions asked for, requests that ended after an eviction {endings.evicted:,}, "
         f"at a boundary {endings.boundary:,}, at the longest length {endings.longest:,}: no difference"
     )
-    assert preempting > CASES / 2
+    assert total.preempting > CASES / 2
     assert total.evictions > CASES / 2
     assert min(endings.evicted, endings.boundary, endings.longest) > CASES / 10
     if WORKLOADS >= 200:

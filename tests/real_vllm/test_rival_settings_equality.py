@@ -25,7 +25,7 @@ from llmsched_hardware import vllm_scheduler as hw
 from llmsched_hardware.gated_scheduler import GatedScheduler
 from llmsched_hardware.options import SETTINGS
 from llmsched_hardware.versions import release
-from tests.real_vllm.test_scheduler_equality import Case, Tally, compare, shrink
+from tests.real_vllm.test_scheduler_equality import Case, Tally, compare, compare_all
 
 WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_RIVAL_WORKLOADS", "60"))
 MIN_ITERATIONS = 50_000
@@ -130,18 +130,8 @@ class Watch:
 
 def run_cases(backends: Any, names: tuple[str, ...], count: int) -> Tally:
     sim, vllm = backends
-    total = Tally()
     with Watch(sim, vllm) as watch:
-        for seed in range(count):
-            case = RivalCase.of(seed, names)
-            tally = compare(case, sim, vllm)
-            if tally.difference:
-                small, difference = shrink(case, sim, vllm)
-                rows = np.column_stack([small.arrival, small.prompt, small.output, small.types])
-                pytest.fail(f"seed {seed}, {small.engine}, {small.layout}\narrival, prompt, output, type:\n{rows}\n{difference}")
-            total.iterations += tally.iterations
-            total.preemptions += tally.preemptions
-            total.evictions += tally.evictions
+        total = compare_all((RivalCase.of(seed, names) for seed in range(count)), sim, vllm)
     print(
         f"\n{count} workloads with {', '.join(names) or 'all settings of this vLLM'}: {total.iterations:,} iterations "
         f"({watch.steps:,} steps with an interval), {total.preemptions:,} preemptions, {total.evictions:,} evictions: no difference"

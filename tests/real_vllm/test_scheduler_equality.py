@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ class Tally:
     iterations: int = 0
     preemptions: int = 0
     evictions: int = 0
+    preempting: int = 0  # episodes with preemptions
     difference: str = ""
 
 
@@ -203,6 +205,22 @@ def shrink(case: Case, sim: Any, vllm: Any) -> tuple[Case, str]:
     return case, difference
 
 
+def compare_all(cases: Iterable[Case], sim: Any, vllm: Any) -> Tally:
+    """Compare in every case; the first with a difference fails the test, as small as it can be made."""
+    total = Tally()
+    for case in cases:
+        tally = compare(case, sim, vllm)
+        if tally.difference:
+            small, difference = shrink(case, sim, vllm)
+            rows = np.column_stack([small.arrival, small.prompt, small.output, small.types])
+            pytest.fail(f"seed {case.seed}, {small.engine}, {small.layout}\narrival, prompt, output, type:\n{rows}\n{difference}")
+        total.iterations += tally.iterations
+        total.preemptions += tally.preemptions
+        total.evictions += tally.evictions
+        total.preempting += tally.preemptions > 0
+    return total
+
+
 @pytest.fixture
 def backends() -> Any:
     pair = make_backend("sim", trace=True), make_backend("vllm-scheduler", trace=True)
@@ -213,23 +231,12 @@ def backends() -> Any:
 
 def test_simulator_equals_vllm(backends: Any) -> None:
     sim, vllm = backends
-    total, preempting = Tally(), 0
-    for seed in range(WORKLOADS):
-        case = Case.of(seed)
-        tally = compare(case, sim, vllm)
-        if tally.difference:
-            small, difference = shrink(case, sim, vllm)
-            rows = np.column_stack([small.arrival, small.prompt, small.output, small.types])
-            pytest.fail(f"seed {seed}, {small.engine}, {small.layout}\narrival, prompt, output, type:\n{rows}\n{difference}")
-        total.iterations += tally.iterations
-        total.preemptions += tally.preemptions
-        total.evictions += tally.evictions
-        preempting += tally.preemptions > 0
+    total = compare_all(map(Case.of, range(WORKLOADS)), sim, vllm)
     print(
-        f"\n{WORKLOADS} workloads ({preempting} with preemptions), {total.iterations:,} iterations, "
+        f"\n{WORKLOADS} workloads ({total.preempting} with preemptions), {total.iterations:,} iterations, "
         f"{total.preemptions:,} preemptions, {total.evictions:,} evictions asked for: no difference"
     )
-    assert preempting > WORKLOADS / 2
+    assert total.preempting > WORKLOADS / 2
     assert total.evictions > 100
     if WORKLOADS >= 200:
         assert total.iterations >= MIN_ITERATIONS
