@@ -12,7 +12,7 @@ from llmsched_env.engine import state as st
 from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import pool_tables, reset_pool
 from llmsched_env.engine.record_backend import engine_tables, load_order, load_queues, load_requests, load_settings, most_residents
-from llmsched_env.perf.base import packed_of
+from llmsched_env.perf.base import memory_of, packed_of
 from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
 
 
@@ -48,6 +48,7 @@ class Fleet:
         self._tables = engine_tables(n, queues, residents, block_size, (count,), by_priority=by_priority)
         self._memory = np.zeros(count, dtype=st.Engine.DTYPE)
         self._models = [packed_of(spec.engine.time_model) for spec in specs]
+        self._memories = [memory_of(specs[i % len(specs)].engine.time_model) for i in range(count)]
         self._pools: list[dict[str, npt.NDArray[Any]] | None] = [None] * count
         self._build()
 
@@ -63,7 +64,7 @@ class Fleet:
 
     def _record(self, i: int) -> st.Engine:
         parts: dict[str, Any] = {name: table[i] for name, table in self._tables.items()}
-        parts["batch"] = {"model": self._models[i % len(self._models)]}
+        parts["batch"] = {"model": self._models[i % len(self._models)], "memory": self._memories[i]}
         pool = self._pools[i]
         if pool is not None:
             parts["pool"] = pool
@@ -96,13 +97,18 @@ class Fleet:
 
     def _memory_of(self, i: int) -> list[npt.NDArray[Any]]:
         pool = self._pools[i]
-        return [self._memory[i : i + 1], *(table[i] for table in self._tables.values()), *(pool or {}).values()]
+        return [self._memory[i : i + 1], self._memories[i], *(table[i] for table in self._tables.values()), *(pool or {}).values()]
 
     @property
     def nbytes(self) -> int:
         """Memory of all engines."""
         pools = sum(a.nbytes for pool in self._pools if pool is not None for a in pool.values())
-        return self._memory.nbytes + sum(table.nbytes for table in self._tables.values()) + pools
+        return (
+            self._memory.nbytes
+            + sum(memory.nbytes for memory in self._memories)
+            + sum(table.nbytes for table in self._tables.values())
+            + pools
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("records", "clocks")}

@@ -15,7 +15,7 @@ from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import SharedPrompts, pool_tables, reset_pool
 from llmsched_env.engine.step import engine_at, reset_at
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.base import packed_of, warn_out_of_range
+from llmsched_env.perf.base import memory_of, packed_of, warn_out_of_range
 from llmsched_env.records import Level
 from llmsched_env.types import (
     TILE_TOKENS,
@@ -332,7 +332,7 @@ class RecordBackend(ABC):
         sizes = (n, layout.num_queues, residents, engine.block_size)
         if (*sizes, by_priority) != self._sizes:
             self._sizes, self._tables = (*sizes, by_priority), engine_tables(*sizes, by_priority=by_priority)
-        parts: dict[str, Any] = {**self._tables, "batch": {"model": packed_of(engine.time_model)}}
+        parts: dict[str, Any] = {**self._tables, "batch": {"model": packed_of(engine.time_model), "memory": memory_of(engine.time_model)}}
         if engine.enable_prefix_caching:
             parts["pool"] = pool_tables(workload, engine.num_blocks, engine.block_size, residents, self._shared)
         self._workload, self.layout, self.engine, self.reveal_output_length = workload, layout, engine, reveal_output_length

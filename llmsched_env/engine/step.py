@@ -91,7 +91,8 @@ def clear_queues(engine: Engine) -> None:
 
 @compiled
 def clear_report(engine: Engine) -> None:
-    report = engine.report
+    report, batch = engine.report, engine.batch
+    batch.finished = (batch.finished if batch.batch_size == 0.0 else 0.0) + report.completed
     report.start = engine.clock
     report.duration = 0.0
     report.system_seconds = 0.0
@@ -164,7 +165,10 @@ def reset(engine: Engine) -> None:
     engine.cadence.capacity_bound = 0
     engine.next_arrival = 0
     engine.batch.batch_size = 0.0
+    for i in range(engine.batch.memory.shape[0]):
+        engine.batch.memory[i] = 0.0
     clear_report(engine)
+    engine.batch.finished = 0.0
     receive_arrivals(engine, 0.0)
     refresh_heads(engine)
     if engine.next_arrival == engine.num_requests and engine.num_waiting == 0:
@@ -224,6 +228,7 @@ def model_seconds(engine: Engine) -> float:
     """Seconds of the batch, measured or by the time model (noting whether they had to be extrapolated); 0 without a batch."""
     if engine.batch.batch_size == 0.0:
         return 0.0
+    engine.batch.started = float(engine.report.admitted)
     if engine.measured_seconds >= 0.0:
         return engine.measured_seconds
     engine.batch.out_of_range = 0

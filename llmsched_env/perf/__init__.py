@@ -12,6 +12,7 @@ from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.perf.models import FormulaTime, LinearTime
 from llmsched_env.perf.store import calibration_names, load_calibration, save_calibration
 from llmsched_env.perf.tables import TableTime
+from llmsched_env.perf.traffic import TrafficTime
 
 __all__ = [
     "Batch",
@@ -22,6 +23,7 @@ __all__ = [
     "MixedAttentionTime",
     "Provenance",
     "TableTime",
+    "TrafficTime",
     "calibration_names",
     "load_calibration",
     "packed_of",

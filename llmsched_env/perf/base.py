@@ -23,6 +23,8 @@ FloatArray = npt.NDArray[np.float64]
 
 MOST = 1e9
 """Largest coefficient (seconds, seconds per token) and table value (seconds); sums of products with 2**30 tokens stay finite."""
+MOST_REMEMBERED = 1_000_000
+"""Largest memory of a model, numbers."""
 LEAST_STEP = 1e-6
 """Between two points of an axis (tokens, requests): slopes and positions on it stay finite."""
 
@@ -84,6 +86,8 @@ def _evaluate(address, handle, rows, seconds, valid):  # type: ignore[no-untyped
         batch.sampled = rows[i, 8]
         batch.load = rows[i, 9]
         batch.batch_size = rows[i, 10]
+        batch.started = rows[i, 11]
+        batch.finished = rows[i, 12]
         batch.out_of_range = 0
         seconds[i] = call_float(address, batch)
         valid[i] = 1.0 - batch.out_of_range
@@ -118,6 +122,9 @@ class IterationTimeModel(ABC):
         def seconds(batch: BatchSums) -> float:
             return batch.model[0] + batch.model[1] * batch.decode_kv
 
+    A model may remember: ``batch.memory`` holds ``memory_size(pack())`` numbers, 0 at the start of an episode, which only
+    ``compiled_seconds`` reads and writes. The engine calls it once for each batch, in their order.
+
     Attributes:
         compiled_seconds: compiled function ``(batch) -> float``, seconds > 0; ``batch.model`` is what ``pack`` returned. It
             sets ``batch.out_of_range`` to 1 where it has to go beyond the data behind it.
@@ -131,6 +138,11 @@ class IterationTimeModel(ABC):
     @abstractmethod
     def pack(self) -> FloatArray:
         """(n,) float64, the numbers of the model. Not to be written to."""
+
+    @classmethod
+    def memory_size(cls, numbers: FloatArray) -> int:
+        """How many numbers a model of this kind, packed as ``numbers``, keeps from one batch to the next."""
+        return 0
 
     @classmethod
     def address(cls) -> int:
@@ -153,7 +165,7 @@ class IterationTimeModel(ABC):
         return float(self.seconds_of(batch.array()[np.newaxis])[0])
 
     def seconds_of(self, batches: FloatArray) -> FloatArray:
-        """(n,) seconds of (n, BATCH_FIELDS) batches."""
+        """(n,) seconds of (n, BATCH_FIELDS) batches, which follow one another where the model remembers."""
         return self._evaluate(packed_of(self), batches)[0]
 
     def in_range(self, batch: Batch) -> bool:
@@ -171,7 +183,7 @@ class IterationTimeModel(ABC):
         rows = np.ascontiguousarray(batches, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[1] != BATCH_FIELDS:
             raise ConfigError(f"batches: shape {rows.shape}, must be (n, {BATCH_FIELDS})")
-        record = BatchSums(model=numbers)
+        record = BatchSums(model=numbers, memory=np.zeros(cls.memory_size(numbers)))
         seconds, valid = np.empty(len(rows)), np.empty(len(rows))
         _evaluate(cls.address(), record.handle, rows, seconds, valid)
         wrong = np.flatnonzero(~((seconds >= 0.0) & (seconds < np.inf)))
@@ -222,6 +234,21 @@ def packed_of(model: IterationTimeModel) -> FloatArray:
     with checks.told(owner):
         packed = model.pack()
     return check_packed(owner, packed, getattr(type(model), "compiled_seconds", None))
+
+
+def memory_of(model: IterationTimeModel) -> FloatArray:
+    """(n,) zeros: what a model remembers at the start of an episode.
+
+    Raises:
+        ConfigError: the model does not say how much that is.
+    """
+    numbers = packed_of(model)
+    if type(model) in CHECKED_TYPES:
+        return np.zeros(model.memory_size(numbers))
+    owner = f"engine.time_model: {type(model).__name__}.memory_size()"
+    with checks.told(owner):
+        size = model.memory_size(numbers)
+    return np.zeros(checks.integer(owner, size, low=0, high=MOST_REMEMBERED))
 
 
 def check_packed(owner: str, packed: object, reader: object = None) -> FloatArray:

@@ -21,6 +21,7 @@ class BatchSums(Record):
     """The fields of ``Batch`` in an engine, and the numbers of the time model that reads them."""
 
     model: Vector
+    memory: Vector  # of the model, from one batch to the next; zeros at the start of an episode
     decodes: float
     decode_kv: float
     prefills: float
@@ -32,6 +33,8 @@ class BatchSums(Record):
     sampled: float
     load: float
     batch_size: float
+    started: float
+    finished: float
     out_of_range: int  # set to 1 by a model that had to go beyond the data behind it
 
     def array(self) -> npt.NDArray[np.float64]:
@@ -55,6 +58,8 @@ class Batch:
         sampled: requests that sample a token at the end of the iteration.
         load: sum of tokens held by the batch after its iteration (the paper's sum of l + s).
         batch_size: requests, those included that take a boundary slot without a token.
+        started: requests that enter with this batch, from outside: for the first time or again after an eviction.
+        finished: requests that ended since the batch before.
     """
 
     decodes: float = 0.0
@@ -68,6 +73,8 @@ class Batch:
     sampled: float = 0.0
     load: float = 0.0
     batch_size: float = 0.0
+    started: float = 0.0
+    finished: float = 0.0
 
     def array(self) -> npt.NDArray[np.float64]:
         """(BATCH_FIELDS,) float64."""
@@ -87,4 +94,6 @@ BATCH_FIELDS = len(fields(Batch))
     SAMPLED,
     LOAD,
     BATCH_SIZE,
+    STARTED,
+    FINISHED,
 ) = range(BATCH_FIELDS)

@@ -9,11 +9,12 @@ import numpy as np
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import mixed_attention as mixed
-from llmsched_env.perf import tables
+from llmsched_env.perf import tables, traffic
 from llmsched_env.perf.base import CHECKED_TYPES, MOST, PACKED_CHECKS, FloatArray, check_axis
 from llmsched_env.perf.mixed_attention import MixedAttentionTime, mixed_attention_seconds
 from llmsched_env.perf.models import FormulaTime, LinearTime, formula_seconds, linear_seconds
 from llmsched_env.perf.tables import TableTime, table_seconds
+from llmsched_env.perf.traffic import TrafficTime, traffic_seconds
 
 _Axes = tuple[tuple[int, int], ...]
 _Values = tuple[tuple[int, tuple[int, ...]], ...]
@@ -64,6 +65,16 @@ def _check_mixed(owner: str, packed: FloatArray) -> None:
     _tables(owner, packed, *_MIXED)
 
 
+def _check_traffic(owner: str, packed: FloatArray) -> None:
+    _coefficients(owner, packed, traffic.H_FIELDS, range(traffic.H_SHAPES))
+    shapes = packed[traffic.H_SHAPES]
+    if not (shapes == np.floor(shapes) and 0 <= shapes <= traffic.MOST_SHAPES):
+        raise ConfigError(f"{owner}[{traffic.H_SHAPES}]: {shapes}, must be a whole number from 0 to {traffic.MOST_SHAPES}")
+    for i in (traffic.H_MAX_TOKENS, traffic.H_MAX_DECODES, traffic.H_MAX_CONTEXT):
+        checks.number(f"{owner}[{i}]", packed[i], high=np.inf, open_low=True)
+    _tables(owner, packed, ((traffic.H_TOKENS, 2),), ((traffic.H_LINEAR, (traffic.H_TOKENS,)),))
+
+
 def _coefficients(owner: str, packed: FloatArray, size: int, places: tuple[int, ...] | range) -> None:
     if packed.size < size:
         raise ConfigError(f"{owner} gives {packed.size} numbers, must be at least {size}")
@@ -96,6 +107,7 @@ for _reader, _check in (
     (formula_seconds, _check_formula),
     (table_seconds, _check_table),
     (mixed_attention_seconds, _check_mixed),
+    (traffic_seconds, _check_traffic),
 ):
     PACKED_CHECKS[_reader] = _check
-CHECKED_TYPES.update((LinearTime, FormulaTime, TableTime, MixedAttentionTime))
+CHECKED_TYPES.update((LinearTime, FormulaTime, TableTime, MixedAttentionTime, TrafficTime))

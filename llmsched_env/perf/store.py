@@ -28,6 +28,7 @@ from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance
 from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.perf.models import FormulaTime, LinearTime
 from llmsched_env.perf.tables import TableTime
+from llmsched_env.perf.traffic import TrafficTime
 from llmsched_env.registry import CALIBRATIONS, is_reference
 
 _FORMS: dict[str, type[IterationTimeModel]] = {
@@ -35,6 +36,7 @@ _FORMS: dict[str, type[IterationTimeModel]] = {
     "formula": FormulaTime,
     "tables": TableTime,
     "mixed-attention": MixedAttentionTime,
+    "traffic": TrafficTime,
 }
 _SUFFIXES = (".json", ".npz")
 _TEXT = "calibration"
