@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsched_hardware import versions
+from llmsched_hardware.calibration.iteration_watch import IterationWatch
 
 if "vllm" in sys.modules:  # a server has loaded this module: the environment is its own
     versions.check_version()
@@ -66,6 +67,7 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
         describes: whether the gate is also told tokens and blocks of every request, which costs a look at each.
         schedule_seconds, execute_seconds, update_seconds: of the last iteration; ``execute`` is the
             time between ``schedule`` and ``update_from_output``: forward pass and sampling.
+        watch: told of every iteration, where somebody keeps a log of them.
     """
 
     describes = True
@@ -79,6 +81,7 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate = Admission()
+        self.watch: IterationWatch | None = None
         self._victims: list[str] = []
         self.waiting: Any = self.waiting
         self.running: list[Any] = self.running
@@ -92,16 +95,23 @@ class GatedScheduler(Scheduler):  # type: ignore[misc]
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
+        watch = self.watch
+        if watch is not None:
+            watch.enter()
         output = self._schedule_gated(*args, **kwargs)
+        if watch is not None:
+            watch.scheduled(self, output, len(self.gate.evict) + len(self._victims))
         self._scheduled_at = time.perf_counter()
         self.schedule_seconds = self._scheduled_at - start
         return output
 
-    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+    def update_from_output(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
         self.execute_seconds = start - self._scheduled_at
-        outputs = super().update_from_output(*args, **kwargs)
+        outputs = super().update_from_output(scheduler_output, *args, **kwargs)
         self.update_seconds = time.perf_counter() - start
+        if self.watch is not None:
+            self.watch.updated(scheduler_output, -1.0 if isinstance(self, AsyncScheduler) else self.execute_seconds)
         return outputs
 
     def _schedule_gated(self, *args: Any, **kwargs: Any) -> Any:

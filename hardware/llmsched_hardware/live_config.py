@@ -21,10 +21,12 @@ from llmsched_env.types import EngineConfig, LengthStatistics
 from llmsched_env.workload import load_scenario
 from llmsched_env.workload.lengths import TraceLengths
 from llmsched_env.workload.readers import read_trace
+from llmsched_hardware.calibration.iteration_log import MAX_ROWS, check_log_path
 from llmsched_hardware.options import differing
 
 POLICY = "LLMSCHED_POLICY"
 POLICY_CONFIG = "LLMSCHED_POLICY_CONFIG"
+LOG_ITERATIONS = "LLMSCHED_LOG_ITERATIONS"
 DEFAULT_SCENARIO = "azure-conv"
 DEFAULT_LOAD = 0.8
 RATE_LIMIT = 1e9
@@ -54,6 +56,8 @@ class LiveConfig:
         retry_after_iterations: iterations after which a policy that failed is tried again; None: never.
         policy_timeout_seconds: time one decision may take before vLLM's own admission takes over; None: it is waited for.
         report_path, report_interval_seconds: JSON report; None for none.
+        iteration_log, iteration_log_max_rows: file of iterations (``llmsched_hardware.calibration.iteration_log``) and its longest; None
+            for none.
     """
 
     policy: str
@@ -71,6 +75,8 @@ class LiveConfig:
     policy_timeout_seconds: float | None = None
     report_path: str | None = None
     report_interval_seconds: float = 10.0
+    iteration_log: str | None = None
+    iteration_log_max_rows: int = MAX_ROWS
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, str) or not 0 < len(self.policy.strip()) <= 4096:
@@ -80,7 +86,7 @@ class LiveConfig:
         sources = [name for name in ("scenario", "trace", "lengths") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise ConfigError(f"{sources[0]}, {sources[1]}: both given, length statistics come from one of scenario, trace and lengths")
-        for name in ("scenario", "trace", "calibration", "report_path"):
+        for name in ("scenario", "trace", "calibration", "report_path", "iteration_log"):
             if getattr(self, name) is not None:
                 checks.text(name, getattr(self, name), empty=False)
         for name in ("lengths", "options"):
@@ -99,6 +105,9 @@ class LiveConfig:
             checks.number("policy_timeout_seconds", self.policy_timeout_seconds, low=SHORTEST_TIMEOUT, high=3600.0)
         if self.retry_after_iterations is not None:
             checks.integer("retry_after_iterations", self.retry_after_iterations, low=1, high=2**62)
+        checks.integer("iteration_log_max_rows", self.iteration_log_max_rows, low=1)
+        if self.iteration_log is not None:
+            check_log_path("iteration_log", Path(self.iteration_log))
         if self.report_path is not None:
             if not _is_folder(Path(self.report_path).absolute().parent):
                 raise ConfigError(f"report_path: {self.report_path!r}, its folder does not exist")
@@ -107,7 +116,7 @@ class LiveConfig:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> LiveConfig:
-        """Read ``LLMSCHED_POLICY`` and the file named in ``LLMSCHED_POLICY_CONFIG``.
+        """Read ``LLMSCHED_POLICY`` and the file named in ``LLMSCHED_POLICY_CONFIG``; ``LLMSCHED_LOG_ITERATIONS`` wins over its field.
 
         Raises:
             ConfigError: no policy named, an unreadable file, an unknown field (the nearest one is given), a refused value.
@@ -118,9 +127,13 @@ class LiveConfig:
                 f"{POLICY} is not set: name a policy ({', '.join(policy_names())}), a shipped agent ({', '.join(shipped_agents())}), "
                 "a checkpoint's folder or module:attribute"
             )
+        log = environment.get(LOG_ITERATIONS, "").strip()
+        if log:
+            with checks.told(LOG_ITERATIONS):
+                check_log_path("iteration_log", Path(log))
         path = environment.get(POLICY_CONFIG, "").strip()
         if not path:
-            return cls(policy)
+            return cls(policy, iteration_log=log or None)
         where = f"{POLICY_CONFIG}: {path!r}"
         values = checks.json_object(where, checks.file_bytes(where, path))
         allowed = [f.name for f in dataclasses.fields(cls) if f.name != "policy"]
@@ -129,7 +142,7 @@ class LiveConfig:
                 hint = did_you_mean(name, allowed)
                 raise ConfigError(f"{POLICY_CONFIG}: {path!r}: {name!r} is unknown{hint} (allowed: {', '.join(allowed)})")
         try:
-            return cls(policy, **values)
+            return cls(policy, **(values | ({"iteration_log": log} if log else {})))
         except ConfigError as error:
             raise ConfigError(f"{POLICY_CONFIG}: {path!r}: {error}") from error
 

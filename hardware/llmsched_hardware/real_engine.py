@@ -368,6 +368,36 @@ def describe_machine(engine: Any) -> Machine:
     )
 
 
+def describe_scheduler(scheduler: Any, model: str | None = None) -> dict[str, Any]:
+    """The engine around a scheduler of vLLM, as the heading of an iteration log says it: plain values by name.
+
+    The GPU is not asked through torch, which would take memory of it where the scheduler stands in a process of its own.
+
+    Args:
+        model: default the name it is served under.
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    config, on_cpu = scheduler.vllm_config, _on_cpu()
+    device = _cpu_name() if on_cpu else current_platform.device_type or "no device"
+    with contextlib.suppress(NotImplementedError):  # a CUDA build without a GPU
+        device = device if on_cpu else str(current_platform.get_device_name())
+    return {
+        "device": device,
+        "vllm": installed()[1],
+        "torch": torch.__version__,
+        "model": str(config.model_config.served_model_name) if model is None else model,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads() if on_cpu else None,
+        "enforce_eager": bool(config.model_config.enforce_eager),
+        "tensor_parallel_size": int(config.parallel_config.tensor_parallel_size),
+        "asynchronous": bool(scheduler.scheduler_config.async_scheduling),
+        "prefix_caching": bool(config.cache_config.enable_prefix_caching),
+        **settings_of(scheduler),
+    }
+
+
 def prompt_token_ids(seed: int, request: int, length: int, vocabulary: int) -> list[int]:
     """Random token ids of one prompt; the same for the same seed and request. The first ids, which mark begin and end, are left out."""
     low = min(8, vocabulary - 1)

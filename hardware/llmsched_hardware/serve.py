@@ -31,6 +31,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import EngineConfig
 from llmsched_hardware import versions
+from llmsched_hardware.calibration.iteration_log import IterationLogWriter
+from llmsched_hardware.calibration.iteration_watch import IterationWatch
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
 from llmsched_hardware.live_caller import PolicyCaller
 from llmsched_hardware.live_config import LiveConfig
@@ -40,6 +42,7 @@ from llmsched_hardware.live_prometheus import MULTIPROCESS_FOLDER
 from llmsched_hardware.live_start import announcement, start
 from llmsched_hardware.live_thread import Overdue
 from llmsched_hardware.options import SCHEDULER_CLASS, settings_of
+from llmsched_hardware.real_engine import describe_scheduler
 
 logger = logging.getLogger("vllm.llmsched")  # below vLLM's logger: its format, its level
 
@@ -82,6 +85,10 @@ class PolicyScheduler(GatedScheduler):
             None if self.live_config.report_path is None else Path(self.live_config.report_path),
             self.live_config.report_interval_seconds,
         )
+        if self.live_config.iteration_log is not None:
+            of_engine, most = describe_scheduler(self), self.live_config.iteration_log_max_rows
+            log = IterationLogWriter(self.live_config.iteration_log, of_engine, max_rows=most)
+            self.watch = IterationWatch(log, of_engine, policy=self.live.policy.name)
         self._fallback = False
         self._retry_in = 0
         self._logged = False
@@ -151,6 +158,8 @@ class PolicyScheduler(GatedScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         if self._idle and not self._changed and not self._in_flight:
             self._rest()
+        if self.watch is not None:
+            self.watch.enter()  # the policy's own time is of the iteration
         start = self._now()
         self.gate = gate = self._next_gate()
         output = super().schedule(*args, **kwargs)
@@ -294,6 +303,8 @@ class PolicyScheduler(GatedScheduler):
 
     def shutdown(self) -> None:
         self.policy_metrics.close()
+        if self.watch is not None:
+            self.watch.close()
         super().shutdown()
 
 

@@ -104,13 +104,20 @@ def run_measured(plan: Plan, rows: RowFile[Run], backend: Any, folder: Path, bar
         if task not in done:
             place = (task.policy, task.rate, task.seed)
             if _is_cold(validation, task) and place not in warm:
+                _describe_episode(backend, dataclasses.replace(task, warm_up=True))
                 run_task(validation, task, backend)  # resumed: its warm-up ran in another process
+            _describe_episode(backend, task)
             rows.append(run_task(validation, task, backend))
             if task.backend == ENGINE:
                 if not warm:
                     keep_machine(folder, dataclasses.asdict(backend.machine()))
                 warm.add(place)
         bar.advance()
+
+
+def _describe_episode(backend: Any, task: Task) -> None:
+    """What an iteration log says of the run."""
+    backend.about_episode = {name: value for name, value in dataclasses.asdict(task).items() if name != "backend"}
 
 
 def _is_cold(validation: Validation, task: Task) -> bool:
@@ -128,6 +135,7 @@ def run_virtual(plan: Plan, rows: RowFile[Schedules], backend: Any, folder: Path
             for name, other in ((SCHEDULER, scheduler), (ENGINE, backend)):
                 bar.show(f"{name}: {policy} at {rate:.4g}")
                 if (policy, rate, seed, name) not in done:
+                    _describe_episode(other, Task(policy, rate, seed, name))
                     rows.append(compare_schedules(validation, policy, rate, seed, name, other))
                     if name == ENGINE:
                         keep_machine(folder, dataclasses.asdict(backend.machine()))

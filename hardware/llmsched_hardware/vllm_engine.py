@@ -16,6 +16,8 @@ prepare_environment()  # before vLLM is imported
 from llmsched_env.engine.record_backend import RecordView
 from llmsched_env.errors import ConfigError, EngineError, did_you_mean
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_hardware.calibration.iteration_log import IterationLogWriter, check_log_path
+from llmsched_hardware.calibration.iteration_watch import IterationWatch
 from llmsched_hardware.external import Executed, ExternalBackend
 from llmsched_hardware.gate import Gate
 from llmsched_hardware.gated_scheduler import Admission
@@ -27,6 +29,7 @@ from llmsched_hardware.real_engine import (
     build_engine,
     check_sampling,
     describe_machine,
+    describe_scheduler,
     engine_scheduler,
     free_engine,
     num_usable_blocks,
@@ -68,9 +71,12 @@ class VllmEngineBackend(ExternalBackend):
         keep_tokens: keep the generated token ids of finished requests in ``tokens``.
         record: a file to which every iteration and every finished request is appended at once, one
             JSON object a line (``llmsched_hardware.recorder``).
+        iteration_log: a file to which every iteration's sums and times are appended (``llmsched_hardware.calibration.iteration_log``); each
+            episode is a segment, described by ``about_episode``.
         trace: keep (request, tokens) of the last iteration for ``scheduled()``.
 
     Attributes:
+        about_episode: plain values that the iteration log says of the episodes to come.
         last_seconds: where the time of the last step went; zero for one that ran nothing.
         total_seconds: the same, summed over the episode.
         thinking_seconds: time between steps in this episode, which is the agent's.
@@ -95,6 +101,7 @@ class VllmEngineBackend(ExternalBackend):
         prompt_seed: int = 0,
         keep_tokens: bool = False,
         record: str | Path | None = None,
+        iteration_log: str | Path | None = None,
         **options: Any,
     ) -> None:
         super().__init__(bool(options.pop("trace", False)))
@@ -106,7 +113,8 @@ class VllmEngineBackend(ExternalBackend):
         if not (math.isfinite(temperature) and temperature >= 0.0):
             raise ConfigError(f"backend_config.temperature: {temperature!r}, must be finite and >= 0")
         own = [name for name in EngineOptions.__dataclass_fields__ if name not in EngineConfig.__dataclass_fields__]
-        arguments = ("clock", "real_stopping", "stop_token_ids", "temperature", "prompt_seed", "keep_tokens", "record", "trace")
+        arguments = ["clock", "real_stopping", "stop_token_ids", "temperature", "prompt_seed", "keep_tokens", "record", "trace"]
+        arguments.append("iteration_log")
         for name in options:
             if name not in own and name not in EngineConfig.__dataclass_fields__:
                 hint = did_you_mean(name, (*own, *arguments))
@@ -124,6 +132,11 @@ class VllmEngineBackend(ExternalBackend):
         self._prompt_seed = prompt_seed
         self._keep_tokens = keep_tokens
         self._record = None if record is None else Recorder(Path(record))
+        self.about_episode: dict[str, Any] = {}
+        self._log_path = None if iteration_log is None else Path(iteration_log)
+        if self._log_path is not None:
+            check_log_path("backend_config.iteration_log", self._log_path)
+        self._log: IterationLogWriter | None = None
         self._engine: Any = None
         self._built: EngineOptions | None = None
         self._cause = ""
@@ -169,6 +182,20 @@ class VllmEngineBackend(ExternalBackend):
             self._finalizer = weakref.finalize(self, free_engine, self._engine)  # at the latest when the program ends
             self._built, self._cause = options, ""
             self._vocabulary = vocabulary_size(self._engine)
+        self._watch()
+
+    def _watch(self) -> None:
+        """The log knows of this episode."""
+        scheduler = engine_scheduler(self._engine)
+        if self._log_path is None:
+            return
+        if scheduler.watch is not None:
+            scheduler.watch.begin_segment(**self.about_episode)
+            return
+        found = describe_scheduler(scheduler, self._built.model if self._built else None)
+        if self._log is None:
+            self._log = IterationLogWriter(self._log_path, found)
+        scheduler.watch = IterationWatch(self._log, found, **self.about_episode)
 
     def _cleared(self) -> bool:
         """Abort what is left of the last episode; False where the engine does not come back empty."""
@@ -288,3 +315,6 @@ class VllmEngineBackend(ExternalBackend):
             self._free()
         if self._record is not None:
             self._record.close()
+        if self._log is not None:
+            self._log.close()
+            self._log = None

@@ -22,6 +22,7 @@ from llmsched_env.markdown import write_page
 from llmsched_env.perf import CalibrationRangeWarning, load_calibration
 from llmsched_env.row_file import RowFile
 from llmsched_env.workload import Scenario, load_scenario
+from llmsched_hardware.calibration.iteration_log import check_log_path
 from llmsched_hardware.calibration.settings import backend_settings, engine_config, engine_options
 from llmsched_hardware.validation import Gap, Run, Schedules, Validation, gaps, longest_request, on_engine, rankings
 from llmsched_hardware.validation_report import facts, measured_page, summary_lines, virtual_page, write_table
@@ -41,6 +42,7 @@ from llmsched_hardware.validation_runs import (
 
 POLICIES = ("vllm", "sarathi", "wait", "nested-wait")
 LOADS, REQUESTS, REPEATS = (0.5, 0.7, 0.9), 200, 3
+LOG_FILE = "iterations.csv"
 QUICK_LOADS, QUICK_REQUESTS, QUICK_REPEATS = (0.5, 0.9), 24, 2
 
 RATES = tyro.conf.create_mutex_group(required=False, title="arrival rates")
@@ -89,6 +91,8 @@ class Validate(Resumable):
     """Cut requests (output first) to N tokens."""
     clock: Clock = "measured"
     """Where an iteration's time comes from: the engine's own steps, the calibration, or real time with real sleeping."""
+    log_iterations: Annotated[Path | None, tyro.conf.arg(metavar="FILE|FOLDER", help_behavior_hint="(default: none)")] = None
+    """Append the engine's iterations of every run, warm-ups included, to this file, or to iterations.csv in this folder."""
     quick: bool = False
     """A small form: 24 requests, 2 repeats, loads 0.5 and 0.9, lengths scaled to fit."""
 
@@ -155,6 +159,19 @@ def chosen_rates(options: Validate, scenario: Scenario) -> tuple[float, ...]:
     return tuple(float(f"{load * boundary:.4g}") for load in options.loads or (QUICK_LOADS if options.quick else LOADS))
 
 
+def log_file(given: Path | None) -> Path | None:
+    """Where ``--log-iterations`` goes.
+
+    Raises:
+        ConfigError: no file can be there.
+    """
+    if given is None:
+        return None
+    path = given / LOG_FILE if given.is_dir() else given
+    check_log_path("--log-iterations", path)
+    return path
+
+
 def kept_rows(options: Validate, plan: Plan, name: str, kind: type[R]) -> RowFile[R]:
     """The file of finished rows; refuses to overwrite what was not meant to be."""
     settings = options.out / SETTINGS_FILE
@@ -219,7 +236,8 @@ def run(options: Validate, screen: Screen) -> Outcome:
         plan = planned(options)
         for module in ("rich.progress", "scipy.stats"):
             require(module, "cli")
-        backend = make_backend("vllm", clock=options.clock, **backend_settings(plan.engine))
+        log = log_file(options.log_iterations)
+        backend = make_backend("vllm", clock=options.clock, iteration_log=log, **backend_settings(plan.engine))
         try:
             return (validate_schedules if options.clock == "virtual" else validate_figures)(options, plan, backend, screen)
         except EngineError as error:

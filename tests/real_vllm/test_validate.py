@@ -14,6 +14,7 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
 from llmsched_env.cli import hardware_page, validate
 from llmsched_env.perf import FormulaTime, Provenance, save_calibration
 from llmsched_env.row_file import read_rows
+from llmsched_hardware.calibration.iteration_log import read_iteration_log
 from llmsched_hardware.validation import METRICS, Run, Schedules
 from llmsched_hardware.versions import cpu_block_size
 
@@ -60,6 +61,8 @@ def test_a_quick_validation_reports_errors_spread_and_ranking_and_can_be_resumed
 ) -> None:
     out = tmp_path / "measured"
     given = words(calibration, out, "--quick", "--num-requests", 12, "--loads", 0.9, policies=("vllm", "nested-wait"))
+    given += ["--log-iterations", str(out)]
+    out.mkdir()
     assert validate.main(given) == 0
     printed = capfd.readouterr().out
     assert "latency " in printed and "ranking " in printed
@@ -71,6 +74,13 @@ def test_a_quick_validation_reports_errors_spread_and_ranking_and_can_be_resumed
     report = (out / "report.md").read_text()
     for text in ("lengths times", "## Ranking of the policies", "Kendall's tau", "measured on another device", "2 counted"):
         assert text in report, text
+
+    log = read_iteration_log(out / "iterations.csv")
+    wanted = [
+        {"policy": r.policy, "rate": r.rate, "seed": r.seed, "repeat": r.repeat, "warm_up": r.warm_up} for r in runs if r.backend == "vllm"
+    ]
+    assert [{k: v for k, v in s.items() if k != "file"} for s in log.segments.values()] == wanted
+    assert log.column("started").sum() >= 12 * len(wanted) and (log.seconds() > 0).all() and (log.column("execute_seconds") > 0).all()
 
     # A kill after five rows and in the middle of the sixth.
     lines = (out / "runs.csv").read_text().splitlines(keepends=True)

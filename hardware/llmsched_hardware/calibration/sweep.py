@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_env.perf import Batch
+from llmsched_hardware.calibration.batches import Chunk, batch_of
 from llmsched_hardware.calibration.plan import CHUNK_STEPS, DECODE_STEPS, WARM_STEPS, EngineLimits, Group
 from llmsched_hardware.calibration.points import Point, Probe
 from llmsched_hardware.gated_scheduler import Admission
@@ -47,6 +48,7 @@ class Stepper:
         self._sizes = np.random.default_rng(0)
         self._prompts: dict[str, int] = {}
         self._computed: dict[str, int] = {}
+        self._ended = 0  # requests, since the last batch
 
     def add(self, prompt_tokens: int, output_tokens: int) -> str:
         """A new request; its id in the scheduler."""
@@ -64,31 +66,28 @@ class Stepper:
             EngineError: the engine has died.
         """
         self._scheduler.gate = gate = Admission(hold=frozenset(hold))
-        _, seconds = timed_step(self._engine)
+        outputs, seconds = timed_step(self._engine)
         if gate.preempted:
             raise NotReachedError(f"the KV memory was full, {len(gate.preempted)} requests were preempted")
-        return Step(self._batch(gate.tokens), seconds.whole, seconds.execute)
+        batch = self._batch(gate.tokens, len(gate.admitted))
+        self._ended += len(outputs)
+        return Step(batch, seconds.whole, seconds.execute)
 
-    def _batch(self, scheduled: dict[str, int]) -> Batch:
-        """The sums of ``llmsched_env.perf.batch`` for one step's tokens."""
-        decodes = decode_kv = prefills = chunks = squares = behind = behind64 = sampled = load = 0
-        work = 0.0
+    def _batch(self, scheduled: dict[str, int], started: int) -> Batch:
+        """The sums of one step's tokens. Nobody is preempted, so a request decodes once its prompt is computed."""
+        decodes: list[int] = []
+        chunks: list[Chunk] = []
         for request_id, tokens in scheduled.items():
             context, prompt = self._computed[request_id], self._prompts[request_id]
             self._computed[request_id] = context + tokens
-            load += context + tokens
-            sampled += context + tokens >= prompt
             if context >= prompt:
-                decodes += 1
-                decode_kv += context + 1
-                continue
-            prefills += 1
-            chunks += tokens
-            squares += tokens**2
-            behind += context
-            behind64 += -(-context // 64) * 64
-            work += tokens * (tokens / 2 + context)
-        return Batch(decodes, decode_kv, prefills, chunks, squares, behind, behind64, work, sampled, load, decodes + prefills)
+                decodes.append(context)
+            else:
+                chunks.append(Chunk(tokens, context, context + tokens >= prompt))
+        finished = self._ended
+        if scheduled:
+            self._ended = 0
+        return batch_of(decodes, chunks, started=started, finished=finished)
 
     def other_chunk(self) -> None:
         """A step with a chunk of random size alone, everybody else held.
@@ -131,6 +130,7 @@ class Stepper:
         left = list(self._scheduler.requests)
         if left:
             self._engine.abort_request(left, internal=True)
+            self._ended += len(left)
         self._scheduler.gate = Admission()
         timed_step(self._engine)
         self._prompts.clear()
