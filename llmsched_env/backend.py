@@ -79,38 +79,49 @@ class View(Protocol):
     @property
     def waiting(self) -> IntArray:
         """(J, K) requests per queue: column 0 outside, column k >= 1 boundary queue into segment k."""
+
     @property
     def residents(self) -> IntArray:
         """(J, K) residents inside each segment, boundary queues not included."""
+
     @property
     def resident_kv(self) -> IntArray:
         """(J, K) KV units of those residents."""
+
     @property
     def boundary_kv(self) -> IntArray:
         """(J, K) KV units of the boundary queues."""
+
     @property
     def late(self) -> IntArray:
         """(J,) late requests outside (``EngineConfig.late_after``), the last of their queue."""
+
     @property
     def head_tokens(self) -> IntArray:
         """(J,) tokens to prefill (prompt + kept) of each outside queue's head; 0 if empty."""
+
     @property
     def head_key(self) -> IntArray:
         """(J,) queue key of each head; meaningless where the queue is empty."""
+
     @property
     def head_arrival(self) -> FloatArray:
         """(J,) arrival time of each head in seconds; NaN if the queue is empty."""
+
     @property
     def arrival_rate(self) -> FloatArray:
         """(J,) recent arrival rate, requests/s."""
+
     @property
     def num_residents(self) -> int: ...
     @property
     def num_waiting(self) -> int:
         """Requests outside, all classes."""
+
     @property
     def kv_used(self) -> int:
         """KV units: tokens computed (``paper``) or blocks held (``vllm``)."""
+
     @property
     def kv_free(self) -> int: ...
     @property
@@ -118,6 +129,7 @@ class View(Protocol):
     @property
     def evictions(self) -> int:
         """Evictions so far in the episode, asked for or forced."""
+
     def resident_requests(self) -> ResidentRequests: ...
     def waiting_requests(self, j: int, limit: int) -> WaitingRequests: ...
 

@@ -235,9 +235,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         return self._env.codec.forecast
 
     # --- Gymnasium API ----------------------------------------------------------------------------
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
         super().reset(seed=seed)
         chosen = checks.mapping("options", options) if options is not None else {}
         rate = checked_rate(chosen.pop("rate", self.rate))
@@ -255,9 +253,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
             raise ConfigError(f"options.workload: {type(workload).__name__}, must be a Workload")
         self._env = self._record_at(rate)
         self._env.reward_numbers.forget()
-        self.backend.reset(
-            workload, self.layout, self.engine, self.limits, reveal_output_length=self.reveal_output_length
-        )
+        self.backend.reset(workload, self.layout, self.engine, self.limits, reveal_output_length=self.reveal_output_length)
         self._bind()
         observation, info = self._observe()
         self._watch(rate)
@@ -276,9 +272,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
         self._clock = record.clock
         self._started = True
 
-    def step(
-        self, action: npt.ArrayLike
-    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: npt.ArrayLike) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if not self._started:
             raise gym.error.ResetNeeded("call reset() before step()")
         values = self.codec.as_integers(action)

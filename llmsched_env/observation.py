@@ -55,6 +55,7 @@ _COUNT_SCALE = 1.0 / math.log(1.0 + 10_000.0)
 _TIME_UNIT = 0.01
 _TIME_SCALE = 1.0 / math.log(1.0 + 1e6)
 
+
 @compiled
 def _share(x):  # type: ignore[no-untyped-def]
     return min(max(x, 0.0), 1.0)

@@ -49,6 +49,7 @@ from numba.extending import NativeValue, intrinsic, typeof_impl, unbox
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 
+
 class Vector(np.ndarray[Any, np.dtype[np.float64]]):
     """(n,) float64."""
 
@@ -67,7 +68,6 @@ class Cube(np.ndarray[Any, np.dtype[np.float64]]):
 
 class Cube32(np.ndarray[Any, np.dtype[np.float32]]):
     """(a, b, c) float32."""
-
 
 
 class Level(enum.IntEnum):
@@ -264,9 +264,7 @@ class Record(_Declared):
         cls.TYPES = {}
         cls.DTYPE = np.dtype(layout)
         offsets: Any = cls.DTYPE.fields
-        cls.FIELDS = {
-            n: _Field(n, kinds[n], d, offsets[n][1], level, s, d is float, m) for n, (d, level, s, m) in marked.items()
-        }
+        cls.FIELDS = {n: _Field(n, kinds[n], d, offsets[n][1], level, s, d is float, m) for n, (d, level, s, m) in marked.items()}
         for name, field in cls.FIELDS.items():
             if hasattr(Record, name):
                 raise TypeError(f"{cls.__name__}.{name}: a record has a method of this name")

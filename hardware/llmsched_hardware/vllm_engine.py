@@ -192,10 +192,10 @@ class VllmEngineBackend(ExternalBackend):
         if scheduler.watch is not None:
             scheduler.watch.begin_segment(**self.about_episode)
             return
-        found = describe_scheduler(scheduler, self._built.model if self._built else None)
+        found = describe_scheduler(scheduler, self._built.model if self._built else None) | {"steps": "whole"}
         if self._log is None:
             self._log = IterationLogWriter(self._log_path, found)
-        scheduler.watch = IterationWatch(self._log, found, **self.about_episode)
+        scheduler.watch = IterationWatch(self._log, found, whole_steps=True, **self.about_episode)
 
     def _cleared(self) -> bool:
         """Abort what is left of the last episode; False where the engine does not come back empty."""
@@ -257,11 +257,15 @@ class VllmEngineBackend(ExternalBackend):
             evict=[names[r] for r in gate.evict.tolist()],
             token_budget=gate.token_budget,
         )
+        if scheduler.watch is not None:
+            scheduler.watch.enter()
         try:
             outputs, seconds = timed_step(self._engine)
         except EngineError as error:
             self._cause = str(error)
             raise
+        if scheduler.watch is not None:
+            scheduler.watch.stepped()
         self.last_seconds += seconds
         self.batch_tokens = {numbers[i]: k for i, k in admission.tokens.items()}
         admitted, preempted = ([numbers[i] for i in ids] for ids in (admission.admitted, admission.preempted))

@@ -124,6 +124,17 @@ class IterationLog:
         from_before[1:][same] = end[:-1][same]
         return end - np.maximum(begin, from_before)
 
+    def between(self) -> npt.NDArray[np.float64]:
+        """(n,) from the end of the iteration before to the begin of this one, while requests were running; NaN elsewhere.
+
+        That is what a server does between two steps, such as taking in requests. It is below 0 where iterations overlap.
+        """
+        gap = np.full(len(self), math.nan)
+        segment, running, finished = self.column("segment"), self.column("running"), self.column("finished")
+        busy = (segment[1:] == segment[:-1]) & (running[:-1] > finished[1:])
+        gap[1:][busy] = (self.column("begin")[1:] - self.column("end")[:-1])[busy]
+        return gap
+
     def rows(self) -> Iterator[IterationRow]:
         """The iterations one by one."""
         for values in self.table.tolist():

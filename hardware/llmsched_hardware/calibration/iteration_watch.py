@@ -40,6 +40,8 @@ class IterationWatch:
         clock: seconds; tests replace it.
 
     Args:
+        whole_steps: an iteration ends where ``stepped`` is called, not where its outputs are processed: whoever steps the engine counts
+            what it does around its scheduler, too.
         engine: the scheduler's, as ``real_engine.describe_scheduler`` says it.
         about: plain values that say what the first segment is of.
 
@@ -47,7 +49,7 @@ class IterationWatch:
         ConfigError: the log is of an engine that cannot share a file with this one.
     """
 
-    def __init__(self, writer: IterationLogWriter, engine: Mapping[str, Any], **about: Any) -> None:
+    def __init__(self, writer: IterationLogWriter, engine: Mapping[str, Any], *, whole_steps: bool = False, **about: Any) -> None:
         self.writer = writer
         different = writer.differing(engine)
         self._engine = {"engine": different} if different else {}
@@ -56,13 +58,15 @@ class IterationWatch:
         self._follower = BatchFollower()
         self._begin: float | None = None
         self._scheduled: deque[_Scheduled] = deque()
+        self._whole_steps = whole_steps
+        self._processed: tuple[_Scheduled, float] | None = None
         self._failed = False
         self.begin_segment(**about)
 
     def begin_segment(self, **about: Any) -> None:
         """Another run begins; ``about`` says which. Its engine may have been idle in between, and the clock begins anew."""
         self._scheduled.clear()
-        self._begin = None
+        self._begin = self._processed = None
         self._origin = self.clock()
         self.writer.begin_segment(**about, **self._engine)
 
@@ -98,8 +102,22 @@ class IterationWatch:
             while self._scheduled:
                 done = self._scheduled.popleft()
                 if done.output is output:  # others never came back
-                    self._append(done, execute_seconds)
+                    if self._whole_steps:
+                        self._processed = done, execute_seconds
+                    else:
+                        self._append(done, execute_seconds)
                     return
+        except Exception as error:
+            self._fail(error)
+
+    def stepped(self) -> None:
+        """The step has ended that ``enter`` began (``whole_steps``)."""
+        self._begin = None
+        if self._processed is None:
+            return
+        (done, execute_seconds), self._processed = self._processed, None
+        try:
+            self._append(done, execute_seconds)
         except Exception as error:
             self._fail(error)
 
