@@ -87,7 +87,9 @@ class ModelShape:
 SHAPES = {
     # vLLM's attention on a CPU accepts no head narrower than 32.
     "tiny": ModelShape(2, 64, 128, 2, 1, 1000, 2048, 1e4, "float32", 1, 2, "made up: as small as vLLM's CPU attention takes"),
-    "small": ModelShape(12, 256, 1024, 4, 2, 4096, 2048, 1e4, "float32", 1, 2, "made up: twelve layers that a CPU computes in milliseconds"),
+    "small": ModelShape(
+        12, 256, 1024, 4, 2, 4096, 2048, 1e4, "float32", 1, 2, "made up: twelve layers that a CPU computes in milliseconds"
+    ),
     "llama-2-7b-shape": ModelShape(
         32, 4096, 11008, 32, 32, 32000, 4096, 1e4, "float16", 1, 2, "Llama 2 (arXiv 2307.09288), config.json of meta-llama/Llama-2-7b-hf"
     ),

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from llmsched_env.cli.calibrate_log import FromLog, run_from_log
 from llmsched_env.cli.frame import Assignments, Command, Options, Outcome, Resumable, Screen, check_counts, words
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import check_file, goes_on
@@ -170,25 +171,32 @@ def found(result: Calibrated, options: Engine) -> dict[str, Any]:
 
 def chosen(
     subcommand: Annotated[
-        Annotated[Import, tyro.conf.subcommand("import")] | Annotated[Engine, tyro.conf.subcommand("engine")], tyro.conf.arg(name="")
+        Annotated[Import, tyro.conf.subcommand("import")]
+        | Annotated[Engine, tyro.conf.subcommand("engine")]
+        | Annotated[FromLog, tyro.conf.subcommand("from-log")],
+        tyro.conf.arg(name=""),
     ],
-) -> Import | Engine:
-    """Make a calibration: how long an iteration takes for a batch, from a raw profile or from the vLLM engine on this machine.
+) -> Import | Engine | FromLog:
+    """Make a calibration: how long an iteration takes for a batch.
+
+    From a raw profile, from the vLLM engine on this machine, or from what an engine has logged of live traffic.
 
     The file that it writes is what --calibration of other commands names.
     """
     return subcommand
 
 
-def run(options: Import | Engine, screen: Screen) -> Outcome:
+def run(options: Import | Engine | FromLog, screen: Screen) -> Outcome:
     """Carry the chosen subcommand out."""
-    return run_import(options, screen) if isinstance(options, Import) else run_engine(options, screen)
+    if isinstance(options, Import):
+        return run_import(options, screen)
+    return run_engine(options, screen) if isinstance(options, Engine) else run_from_log(options, screen)
 
 
 COMMAND = Command[Any](
     "calibrate",
     chosen,
     run,
-    "a calibration from a raw profile or from the vLLM engine here",
+    "a calibration from a raw profile, a vLLM engine or its logs",
 )
 main = COMMAND.main

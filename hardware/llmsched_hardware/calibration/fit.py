@@ -1,8 +1,8 @@
 """Iteration-time models fitted to measured batches: non-negative least squares on relative error.
 
-Every model here is linear in its coefficients, so with rows divided by the measured time the fit
-minimises the sum of squared relative errors. Coefficients below 0 would make an iteration shorter by
-adding work to it; they are excluded.
+Every model here is linear in its coefficients. Rows are divided by the predicted time, found in a few rounds: divided by the measured
+time they would draw the fit to what happened to be short, which biases its sum low. Coefficients below 0 would make an iteration
+shorter by adding work to it; they are excluded.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ FLOOR = 0.01
 KNEE_GAIN = 0.10
 KNEE_LEAST = 0.002
 KNEE_POINTS = 6
+MOST_KNEES = 200
+ROUNDS = 4
 # How strongly a table is drawn to the formula, and its deviation from it to that of the neighbours.
 TO_FORMULA = 0.02
 TO_NEIGHBOURS = 0.15
@@ -82,7 +84,11 @@ def fit_linear(points: Sequence[Point]) -> LinearTime:
     Raises:
         ConfigError: fewer than two points.
     """
-    batches, seconds = _data(points, 2)
+    return linear_of(*_data(points, 2))
+
+
+def linear_of(batches: FloatArray, seconds: FloatArray) -> LinearTime:
+    """The paper's two terms of (n, BATCH_FIELDS) batches that took (n,) seconds."""
     columns = np.stack([np.ones(seconds.size), batches[:, LOAD]], axis=1)
     d0, d1 = _non_negative(columns, seconds, floors=(0,))
     return LinearTime(float(d0), float(d1))
@@ -94,12 +100,16 @@ def fit_formula(points: Sequence[Point]) -> FormulaTime:
     Raises:
         ConfigError: fewer than two points.
     """
-    batches, seconds = _data(points, 2)
+    return formula_of(*_data(points, 2))
+
+
+def formula_of(batches: FloatArray, seconds: FloatArray) -> FormulaTime:
+    """The compact formula of (n, BATCH_FIELDS) batches that took (n,) seconds."""
     tokens = batches[:, DECODES] + batches[:, PREFILL_TOKENS]
     best = _fit_knee(batches, seconds, tokens, math.inf)
     error = _mape(best, batches, seconds)
     allowed = min((1.0 - KNEE_GAIN) * error, error - KNEE_LEAST)
-    for knee in np.unique(tokens)[:-1]:
+    for knee in _knees(tokens):
         if min(np.count_nonzero(tokens <= knee), np.count_nonzero(tokens > knee)) < KNEE_POINTS:
             continue
         model = _fit_knee(batches, seconds, tokens, float(knee))
@@ -114,6 +124,15 @@ def fit_formula(points: Sequence[Point]) -> FormulaTime:
         max_decodes=float(decodes.max()) or math.inf,
         max_context=float(contexts.max(initial=0.0)) or math.inf,
     )
+
+
+def _knees(tokens: FloatArray) -> FloatArray:
+    """Where a step may be: behind each number of tokens, of many at equal shares."""
+    values: FloatArray = np.unique(tokens)[:-1]
+    if values.size <= MOST_KNEES:
+        return values
+    chosen: FloatArray = np.unique(np.quantile(tokens, np.linspace(0.0, 1.0, MOST_KNEES), method="lower"))[:-1]
+    return chosen
 
 
 def _fit_knee(batches: FloatArray, seconds: FloatArray, tokens: FloatArray, knee: float) -> FormulaTime:
@@ -148,11 +167,14 @@ def _non_negative(columns: FloatArray, seconds: FloatArray, floors: Sequence[int
     nnls = require("scipy.optimize", "cli").nnls
     floor = np.zeros(columns.shape[1])
     floor[list(floors)] = FLOOR * seconds.min()
-    rows = columns / seconds[:, None]
-    scale = np.abs(rows).max(axis=0)  # coefficients differ by ten orders of magnitude
-    scale[scale == 0] = 1.0
-    solution, _ = nnls(rows / scale, 1.0 - rows @ floor)
-    result: FloatArray = floor + solution / scale
+    predicted, result = seconds, floor
+    for _ in range(ROUNDS):
+        rows = columns / predicted[:, None]
+        scale = np.abs(rows).max(axis=0)  # coefficients differ by ten orders of magnitude
+        scale[scale == 0] = 1.0
+        solution, _ = nnls(rows / scale, seconds / predicted - rows @ floor)
+        result = floor + solution / scale
+        predicted = columns @ result
     return result
 
 

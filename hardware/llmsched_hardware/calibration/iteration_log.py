@@ -122,7 +122,8 @@ class IterationLog:
         from_before = np.full(len(self), -math.inf)
         same = segment[1:] == segment[:-1]
         from_before[1:][same] = end[:-1][same]
-        return end - np.maximum(begin, from_before)
+        lasted: npt.NDArray[np.float64] = end - np.maximum(begin, from_before)
+        return lasted
 
     def between(self) -> npt.NDArray[np.float64]:
         """(n,) from the end of the iteration before to the begin of this one, while requests were running; NaN elsewhere.

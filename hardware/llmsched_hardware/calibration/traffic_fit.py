@@ -1,4 +1,4 @@
-"""Iteration times fitted to the iterations of live traffic: non-negative, relative errors, stalls set aside, terms chosen by cross-validation.
+"""Iteration times fitted to the iterations of live traffic: non-negative, stalls set aside, terms chosen by cross-validation.
 
 Rows are divided by the predicted time and not by the measured one, which would draw the fit to the short ones (on its own data by
 several percent); the level is then set so that predicted seconds have the sum of measured ones, since sums are what clocks show.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.perf import TrafficTime
+from llmsched_env.perf import IterationTimeModel, TrafficTime
 from llmsched_env.perf.base import FloatArray
 from llmsched_env.perf.batch import DECODE_KV, DECODES, FINISHED, PREFILL_TOKENS, PREFILL_WORK, PREFILLS, STARTED
 from llmsched_env.perf.traffic import COEFFICIENTS
@@ -216,6 +216,18 @@ def cross_validated(data: Iterations, terms: Terms, fold: IntArray, stalls: npt.
         inside = fold == which
         train = ~inside & ~stalls
         predicted[inside] = rows[inside] @ solve(rows[train], data.seconds[train], len(terms.knots))
+    return predicted
+
+
+def cross_validated_with(
+    fit: Callable[[FloatArray, FloatArray], IterationTimeModel], data: Iterations, fold: IntArray, stalls: npt.NDArray[np.bool_]
+) -> FloatArray:
+    """The same by a model that ``fit`` makes of (n, BATCH_FIELDS) batches and (n,) seconds."""
+    predicted = np.empty(len(data))
+    for which in np.unique(fold):
+        inside = fold == which
+        train = ~inside & ~stalls
+        predicted[inside] = fit(data.batches[train], data.seconds[train]).seconds_of(data.batches[inside])
     return predicted
 
 
