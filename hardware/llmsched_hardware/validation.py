@@ -143,6 +143,8 @@ class Validation:
         num_requests: of one run.
         warm_ups, repeats: runs on the engine that are not counted, and that are.
         options: of the policies, by name.
+        alternate: an engine is built anew for each turn of each of its configurations, so that all policies meet the same drift of the
+            machine; otherwise once for each configuration.
     """
 
     scenario: Scenario
@@ -153,6 +155,7 @@ class Validation:
     repeats: int = 3
     warm_ups: int = 1
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    alternate: bool = False
 
     def policy(self, name: str, rate: float) -> Policy:
         """Raises ConfigError where the policy cannot be built at this rate."""
@@ -169,7 +172,7 @@ class Validation:
     def tasks(self) -> list[Task]:
         """Simulator first; then the engine, policies taking turns so that drift of the machine meets them alike.
 
-        Policies on one engine configuration stay together: another one means building the engine anew.
+        Policies on one engine configuration stay together, another one means building the engine anew; in each turn, with ``alternate``.
         """
         places = list(itertools.product(self.rates, self.seeds))
         tasks = [Task(policy, rate, seed, SIM) for rate, seed in places for policy in self.policies]
@@ -181,11 +184,13 @@ class Validation:
                 engines.append((engine, [name]))
             else:
                 same.append(name)
-        for _, names in engines:
-            for turn in range(self.warm_ups + self.repeats):
-                warm_up = turn < self.warm_ups
-                repeat = turn if warm_up else turn - self.warm_ups
-                tasks += [Task(name, rate, seed, ENGINE, repeat, warm_up) for rate, seed in places for name in names]
+        turns = range(self.warm_ups + self.repeats)
+        together = [names for _, names in engines]
+        order = [(t, names) for t in turns for names in together] if self.alternate else [(t, names) for names in together for t in turns]
+        for turn, names in order:
+            warm_up = turn < self.warm_ups
+            repeat = turn if warm_up else turn - self.warm_ups
+            tasks += [Task(name, rate, seed, ENGINE, repeat, warm_up) for rate, seed in places for name in names]
         return tasks
 
     def check(self) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 from llmsched_env.files import replacing
 from llmsched_env.markdown import table
 from llmsched_env.row_file import csv_writer
-from llmsched_hardware.validation import SIM, Gap, Ranking, Run, Schedules
+from llmsched_hardware.calibration.from_log import LogFit
+from llmsched_hardware.validation import SIM, Gap, Ranking, Run, Schedules, rankings
+from llmsched_hardware.validation_iterations import IterationGap, within_own_noise
 from llmsched_hardware.validation_runs import Plan
 
 ERRORS = (
@@ -81,9 +83,12 @@ def write_table(path: Path, found: Sequence[Gap]) -> None:
         writer.writerows((g.rate, g.policy, g.metric, g.sim, g.real, g.low, g.high, g.repeats, g.error, g.spread) for g in found)
 
 
-def measured_page(title: str, facts: Sequence[tuple[str, str]], found: Sequence[Gap], ranks: Sequence[Ranking]) -> str:
-    """Markdown of a validation under the measured or wall clock."""
+def measured_page(
+    title: str, facts: Sequence[tuple[str, str]], found: Sequence[Gap], ranks: Sequence[Ranking], iterations: Sequence[str] = ()
+) -> str:
+    """Markdown of a validation under the measured or wall clock; ``iterations``: parts about iteration times (``iteration_parts``)."""
     parts = [f"# {title}", _facts(facts), DEFINITIONS, "## Error of the simulator (spread of the engine)", error_table(found)]
+    parts += [noise_sentence(found), *iterations]
     if ranks:
         swapped = sum(r.swapped_outside for r in ranks)
         parts += [
@@ -96,6 +101,46 @@ def measured_page(title: str, facts: Sequence[tuple[str, str]], found: Sequence[
         ]
     parts += ["## All figures", figure_table(found)]
     return "\n\n".join(parts) + "\n"
+
+
+def noise_sentence(found: Sequence[Gap]) -> str:
+    """How many mean latencies are as close as the engine is to itself."""
+    good, count = within_own_noise(found)
+    return f"{good} of {count} mean latencies lie within the larger of 5 % and twice the engine's own spread."
+
+
+def iteration_parts(own: Sequence[IterationGap], refitted: Sequence[Gap], fit: LogFit | None) -> list[str]:
+    """Parts of the page about iteration times: on the engine's own batches, and the simulator with those of the warm-up runs."""
+    parts = []
+    if own:
+        rows = [
+            (
+                f"{g.rate:.4g}" if g.policy else "all",
+                g.policy or "all",
+                f"{g.iterations:,}",
+                f"{g.measured:.3f}",
+                f"{g.modelled:.3f}",
+                _percent(g.error, signed=True),
+                _percent(g.spread),
+            )
+            for g in own
+        ]
+        parts += [
+            "## Iteration times on the engine's own batches",
+            "Seconds of all counted runs: measured, and what the calibration gives for the same batches. Spread: (largest - smallest) / "
+            "mean over repeats of measured over modelled seconds.",
+            _table(("req/s", "policy", "iterations", "measured s", "modelled s", "error", "spread"), rows),
+        ]
+    if fit is not None and refitted:
+        parts += [
+            "## With iteration times of the warm-up runs",
+            f"The simulator with times fitted to the runs that were not counted ({fit.held_out.count:,} iterations; the machine's speed "
+            f"drifted by {_percent(fit.drift)}): what is left here is not the calibration's.",
+            error_table(refitted),
+            noise_sentence(refitted),
+            ranking_sentence(rankings(refitted)),
+        ]
+    return parts
 
 
 def virtual_page(title: str, facts: Sequence[tuple[str, str]], checks: Sequence[Schedules]) -> str:
@@ -179,6 +224,7 @@ def summary_lines(found: Sequence[Gap], ranks: Sequence[Ranking]) -> list[str]:
                 f"{heading:<12} error {_percent(mean)} in the mean, at most {_percent(worst.error, signed=True)} "
                 f"({worst.policy} at {worst.rate:.4g} req/s){spread}"
             )
+    lines.append(f"{'latency':<12} {noise_sentence(found)}")
     if ranks:
         lines.append(f"{'ranking':<12} {ranking_sentence(ranks)}")
     return lines

@@ -21,8 +21,8 @@ from llmsched_hardware.real_engine import EngineOptions
 from llmsched_hardware.validation import ENGINE, SCHEDULER, Run, Schedules, Task, Validation, compare_schedules, run_task
 
 RUNS_FILE, SCHEDULES_FILE, SETTINGS_FILE, MACHINE_FILE = "runs.csv", "schedules.csv", "settings.json", "machine.json"
-TABLE_FILE, REPORT_FILE = "sim_to_real.csv", "report.md"
-FILES = (RUNS_FILE, SCHEDULES_FILE, SETTINGS_FILE, MACHINE_FILE, TABLE_FILE, REPORT_FILE)
+TABLE_FILE, REPORT_FILE, LOG_FILE = "sim_to_real.csv", "report.md", "iterations.csv"
+FILES = (RUNS_FILE, SCHEDULES_FILE, SETTINGS_FILE, MACHINE_FILE, TABLE_FILE, REPORT_FILE, LOG_FILE)
 Clock = Literal["measured", "virtual", "wall"]
 
 

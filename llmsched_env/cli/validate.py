@@ -22,12 +22,15 @@ from llmsched_env.markdown import write_page
 from llmsched_env.perf import CalibrationRangeWarning, load_calibration
 from llmsched_env.row_file import RowFile
 from llmsched_env.workload import Scenario, load_scenario
-from llmsched_hardware.calibration.iteration_log import check_log_path
+from llmsched_hardware.calibration.from_log import LogFit
+from llmsched_hardware.calibration.iteration_log import check_log_path, read_iteration_log
 from llmsched_hardware.calibration.settings import backend_settings, engine_config, engine_options
 from llmsched_hardware.validation import Gap, Run, Schedules, Validation, gaps, longest_request, on_engine, rankings
-from llmsched_hardware.validation_report import facts, measured_page, summary_lines, virtual_page, write_table
+from llmsched_hardware.validation_iterations import IterationGap, fit_to_warm_ups, gaps_with, iteration_gaps
+from llmsched_hardware.validation_report import facts, iteration_parts, measured_page, summary_lines, virtual_page, write_table
 from llmsched_hardware.validation_runs import (
     FILES,
+    LOG_FILE,
     REPORT_FILE,
     RUNS_FILE,
     SCHEDULES_FILE,
@@ -42,7 +45,6 @@ from llmsched_hardware.validation_runs import (
 
 POLICIES = ("vllm", "sarathi", "wait", "nested-wait")
 LOADS, REQUESTS, REPEATS = (0.5, 0.7, 0.9), 200, 3
-LOG_FILE = "iterations.csv"
 QUICK_LOADS, QUICK_REQUESTS, QUICK_REPEATS = (0.5, 0.9), 24, 2
 
 RATES = tyro.conf.create_mutex_group(required=False, title="arrival rates")
@@ -80,19 +82,23 @@ class Validate(Resumable):
     num_requests: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {REQUESTS})")] = None
     """Requests of one run."""
     seeds: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Seeds 0 .. N-1."""
+    """Seeds: so many, from --first-seed."""
+    first_seed: Annotated[int, tyro.conf.arg(metavar="S")] = 0
+    """The first seed; others than those that a calibration was fitted to."""
     repeats: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {REPEATS})")] = None
     """Runs of the same requests on the engine."""
     warm_ups: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """Runs on the engine before them, not counted."""
+    alternate: bool = False
+    """Build the engine anew in every turn, so that policies with other engine settings meet the same drift of the machine."""
     length_scale: Annotated[float | None, tyro.conf.arg(metavar="F", help_behavior_hint="(default: 1)")] = None
     """Multiply prompt and output lengths."""
     max_total_tokens: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: as they are)")] = None
     """Cut requests (output first) to N tokens."""
     clock: Clock = "measured"
     """Where an iteration's time comes from: the engine's own steps, the calibration, or real time with real sleeping."""
-    log_iterations: Annotated[Path | None, tyro.conf.arg(metavar="FILE|FOLDER", help_behavior_hint="(default: none)")] = None
-    """Append the engine's iterations of every run, warm-ups included, to this file, or to iterations.csv in this folder."""
+    log_iterations: Annotated[Path | None, tyro.conf.arg(metavar="FILE|FOLDER", help_behavior_hint="(default: OUT/iterations.csv)")] = None
+    """Where the engine's iterations of every run go, warm-ups included: a file that is gone on with, or iterations.csv in a folder."""
     quick: bool = False
     """A small form: 24 requests, 2 repeats, loads 0.5 and 0.9, lengths scaled to fit."""
 
@@ -119,7 +125,7 @@ def planned(options: Validate) -> Plan:
     if engine.num_blocks is None:
         raise ConfigError(f"--calibration: {options.calibration} does not state the number of KV blocks; give --set engine.num_blocks=N")
     config = engine_config(engine, calibration, engine.num_blocks)
-    seeds = tuple(range(options.seeds))
+    seeds = tuple(range(options.first_seed, options.first_seed + options.seeds))
     num_requests = options.num_requests or (QUICK_REQUESTS if options.quick else REQUESTS)
     scenario = load_scenario(options.scenario)
     scale, cut = options.length_scale or 1.0, options.max_total_tokens
@@ -135,6 +141,7 @@ def planned(options: Validate) -> Plan:
         repeats=options.repeats or (QUICK_REPEATS if options.quick else REPEATS),
         warm_ups=options.warm_ups,
         options=overrides.policy,
+        alternate=options.alternate,
     )
     validation.check()
     return Plan(validation, engine, calibration, options.clock, scale, cut)
@@ -143,12 +150,13 @@ def planned(options: Validate) -> Plan:
 def check_numbers(options: Validate) -> None:
     """Raises ConfigError, naming the option."""
     check_counts(num_requests=options.num_requests, seeds=options.seeds, repeats=options.repeats, max_total_tokens=options.max_total_tokens)
-    if options.warm_ups < 0:
-        raise ConfigError(f"--warm-ups: {options.warm_ups}, must be >= 0")
+    for name, value in (("--warm-ups", options.warm_ups), ("--first-seed", options.first_seed)):
+        if value < 0:
+            raise ConfigError(f"{name}: {value}, must be >= 0")
     given = [("--rates", rate) for rate in options.rates] + [("--loads", load) for load in options.loads]
-    for name, value in (*given, ("--length-scale", 1.0 if options.length_scale is None else options.length_scale)):
-        if not (math.isfinite(value) and value > 0):
-            raise ConfigError(f"{name}: {value:g}, must be finite and > 0")
+    for name, number in (*given, ("--length-scale", 1.0 if options.length_scale is None else options.length_scale)):
+        if not (math.isfinite(number) and number > 0):
+            raise ConfigError(f"{name}: {number:g}, must be finite and > 0")
 
 
 def chosen_rates(options: Validate, scenario: Scenario) -> tuple[float, ...]:
@@ -159,14 +167,15 @@ def chosen_rates(options: Validate, scenario: Scenario) -> tuple[float, ...]:
     return tuple(float(f"{load * boundary:.4g}") for load in options.loads or (QUICK_LOADS if options.quick else LOADS))
 
 
-def log_file(given: Path | None) -> Path | None:
+def log_file(options: Validate) -> Path:
     """Where ``--log-iterations`` goes.
 
     Raises:
         ConfigError: no file can be there.
     """
+    given = options.log_iterations
     if given is None:
-        return None
+        return options.out / LOG_FILE
     path = given / LOG_FILE if given.is_dir() else given
     check_log_path("--log-iterations", path)
     return path
@@ -211,8 +220,23 @@ def validate_figures(options: Validate, plan: Plan, backend: Any, screen: Screen
     ranks = rankings(found)
     write_table(options.out / TABLE_FILE, found)
     about = facts(plan, read_machine(options.out), screen.command, rows.rows)
-    present(options, screen, measured_page(title(plan), about, found, ranks), summary_lines(found, ranks))
-    return Outcome({"gaps": [with_errors(gap) for gap in found], "rankings": ranks})
+    own, fit, refitted = iterations_say(options, plan, rows.rows)
+    lines = summary_lines(found, ranks)
+    if own:
+        lines.append(f"{'iterations':<12} {100 * own[-1].error:+.1f} % in total, spread {100 * own[-1].spread:.1f} % over repeats")
+    present(options, screen, measured_page(title(plan), about, found, ranks, iteration_parts(own, refitted, fit)), lines)
+    return Outcome({"gaps": [with_errors(gap) for gap in found], "rankings": ranks, "iterations": own})
+
+
+def iterations_say(options: Validate, plan: Plan, runs: Sequence[Run]) -> tuple[list[IterationGap], LogFit | None, list[Gap]]:
+    """The calibration on the engine's own batches; a fit to the warm-up runs and the gaps of the simulator with it."""
+    path = log_file(options)
+    if not path.exists():
+        return [], None, []
+    log = read_iteration_log(path)
+    fit = fit_to_warm_ups(log)
+    mine = [run for run in runs if run.rate in plan.validation.rates]
+    return iteration_gaps(log, plan.calibration), fit, [] if fit is None else gaps_with(plan.validation, fit.model, mine)
 
 
 def with_errors(gap: Gap) -> dict[str, Any]:
@@ -236,7 +260,8 @@ def run(options: Validate, screen: Screen) -> Outcome:
         plan = planned(options)
         for module in ("rich.progress", "scipy.stats"):
             require(module, "cli")
-        log = log_file(options.log_iterations)
+        log = log_file(options)
+        options.out.mkdir(parents=True, exist_ok=True)
         backend = make_backend("vllm", clock=options.clock, iteration_log=log, **backend_settings(plan.engine))
         try:
             return (validate_schedules if options.clock == "virtual" else validate_figures)(options, plan, backend, screen)

@@ -173,7 +173,9 @@ def solve(rows: FloatArray, seconds: FloatArray, num_knots: int) -> FloatArray:
         scaled = rows * (weight / predicted)[:, None]
         scale = np.abs(scaled).max(axis=0)
         scale[scale == 0] = 1.0
-        solution, _ = nnls(scaled / scale, (seconds - rows @ floor) * weight / predicted, maxiter=50 * rows.shape[1])
+        # The same least squares in as many rows as columns: a log has tens of thousands.
+        q, r = np.linalg.qr(scaled / scale)
+        solution, _ = nnls(r, q.T @ ((seconds - rows @ floor) * weight / predicted), maxiter=50 * rows.shape[1])
         found = floor + solution / scale
         predicted = rows @ found
         error = np.abs(seconds / predicted - 1.0)
