@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
@@ -24,11 +24,19 @@ from llmsched_hardware.calibration.importers import aiconfigurator, llmservingsi
 from llmsched_hardware.calibration.settings import engine_options
 from llmsched_hardware.real_engine import EngineOptions
 
-Importer = Callable[[Path, str, str], IterationTimeModel]
-"""The calibration of a model in the profile at a path, its provenance under a name.
 
-Raises ConfigError for a file that is missing or not of the format, a missing column, a model the profile does not hold.
-"""
+
+class Importer(Protocol):
+    """A format's module gives the calibration of a model from the profile at a path, its provenance under a name.
+
+    Raises ConfigError for a file that is missing or not of the format, a missing column, a model the profile does not hold, and
+    for an option that the format does not know.
+    """
+
+    def __call__(
+        self, source: Path, model: str, name: str, *, config: Path | None = None, tensor_parallel: int = 1
+    ) -> IterationTimeModel: ...
+
 
 Format = Literal["vidur", "llmservingsim", "aiconfigurator"]
 IMPORTERS: Mapping[Format, Importer] = {
@@ -46,8 +54,12 @@ class Import(Options):
     """The raw profile: a folder or file, as the format's module describes."""
     format: Format
     """Format of the profile."""
-    model: Annotated[str, tyro.conf.arg(metavar="MODEL")]
-    """Which model of the profile, such as llama-2-7b."""
+    model: Annotated[str, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: the one of --config)")] = ""
+    """Which model, such as llama-2-7b; with --config, how to call that one."""
+    config: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="(default: none)")] = None
+    """The config.json of a dense decoder, for formats whose profile holds kernels of any shape."""
+    tensor_parallel: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """GPUs among which the model is divided."""
     name: Annotated[str, tyro.conf.arg(metavar="NAME")]
     """Name of the calibration."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")]
@@ -92,7 +104,9 @@ def run_import(options: Import, screen: Screen) -> Outcome:
         raise ConfigError("--name: empty")
     if not options.source.exists():
         raise ConfigError(f"SOURCE: {options.source} does not exist")
-    model = IMPORTERS[options.format](options.source, options.model, options.name)
+    check_counts(tensor_parallel=options.tensor_parallel)
+    read = IMPORTERS[options.format]
+    model = read(options.source, options.model, options.name, config=options.config, tensor_parallel=options.tensor_parallel)
     suffix, data = calibration_bytes(model)
     if options.out.suffix != suffix:
         raise ConfigError(f"--out: {options.out}, must end in {suffix} for a {type(model).__name__}")

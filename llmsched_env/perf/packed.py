@@ -57,6 +57,9 @@ def _check_table(owner: str, packed: FloatArray) -> None:
     axes, values = _TABLE
     if packed[tables.H_SEQUENCES + 1] > 0:
         axes, values = (*axes, (tables.H_SEQUENCES, 2)), (*values, (tables.H_PER_SEQUENCE, (tables.H_SEQUENCES,)))
+    if packed[tables.H_PROMPTS + 1] > 0:
+        axes = (*axes, (tables.H_PROMPTS, 2), (tables.H_PROMPT_LENGTH, 2))
+        values = (*values, (tables.H_SEVERAL, (tables.H_PROMPTS, tables.H_PROMPT_LENGTH)))
     _tables(owner, packed, axes, values)
 
 

@@ -1,4 +1,4 @@
-"""Iteration times from measured tables: a linear part, decode attention, prefill attention, sampling, overhead."""
+"""Iteration times from measured tables: a linear part, decode attention, prefill attention, several prompts, sampling, overhead."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ H_CHUNK = 15
 H_PREFILL = 17
 H_SEQUENCES = 18
 H_PER_SEQUENCE = 20
-H_FIELDS = 21
+H_PROMPTS = 21
+H_PROMPT_LENGTH = 23
+H_SEVERAL = 25
+H_FIELDS = 26
 
 
 @compiled
@@ -75,6 +78,13 @@ def _decode_attention(model, n, kv, clip):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def equal_prompts(batch: BatchSums) -> tuple[float, float]:
+    """(prompts, tokens of each) of equal chunks with the sums of this batch's: exact where they are equal, 1 where one outweighs all."""
+    tokens, squares = batch.prefill_tokens, batch.prefill_squares
+    return tokens * tokens / squares, squares / tokens
+
+
+@compiled
 def table_seconds(batch: BatchSums) -> float:
     """Seconds of one iteration by ``TableTime``; out of range where a table is read outside its axes."""
     model = batch.model
@@ -91,6 +101,10 @@ def table_seconds(batch: BatchSums) -> float:
         good = good and inside(model, int(model[H_CONTEXT]), int(model[H_CONTEXT + 1]), context)
         good = good and inside(model, int(model[H_CHUNK]), int(model[H_CHUNK + 1]), chunk)
         seconds += value_2d(model, H_CONTEXT, H_CHUNK, H_PREFILL, context, chunk, clip)
+        if model[H_PROMPTS + 1] > 0.0 and batch.prefills > 1.0:
+            prompts, length = equal_prompts(batch)
+            good = good and inside(model, int(model[H_PROMPTS]), int(model[H_PROMPTS + 1]), prompts)
+            seconds += value_2d(model, H_PROMPTS, H_PROMPT_LENGTH, H_SEVERAL, prompts, length, clip)
     if model[H_SEQUENCES + 1] > 0.0 and batch.sampled > 0.0:
         good = good and inside(model, int(model[H_SEQUENCES]), int(model[H_SEQUENCES + 1]), batch.sampled)
         seconds += value_1d(model, H_SEQUENCES, H_PER_SEQUENCE, batch.sampled, clip)
@@ -106,10 +120,11 @@ class TableTime(IterationTimeModel):
     With T tokens in the batch, n decodes of mean context k (each context counts the token now
     computed), and prefill chunks c_i over contexts x_i::
 
-        tau = constant + per_request * requests + linear[T] + decode[n, k] + prefill[x, c] + per_sequence[s]
+        tau = constant + per_request * requests + linear[T] + decode[n, k] + prefill[x, c] + several_prompts[m, l] + per_sequence[s]
 
     Several chunks are read as one with the same attention work: c = sqrt(sum c_i^2) and
-    x = sum(c_i x_i) / c. s is the number of requests that sample a token. ``decode`` and
+    x = sum(c_i x_i) / c. ``several_prompts`` is what they take beyond that one: as many equal chunks
+    with the same sums, m = (sum c_i)^2 / sum c_i^2 of l = sum c_i^2 / sum c_i tokens. s is the number of requests that sample a token. ``decode`` and
     ``prefill`` count only where the batch has such requests.
 
     ``lookup="vidur"`` reads the tables as microsoft/vidur @ 7d47513 does
@@ -128,6 +143,8 @@ class TableTime(IterationTimeModel):
         decode: (B, C) seconds of decode attention.
         prefill_context, prefill_chunk: (D,), (E,) axes of ``prefill``: tokens.
         prefill: (D, E) seconds of prefill attention.
+        prompts, prompt_length: (G,), (H,) axes of ``several_prompts``: prompts (from 1) and tokens of each; empty for none.
+        several_prompts: (G, H) seconds that m prompts of l tokens take beyond one chunk of the same attention work; 0 for m = 1.
         sequences, per_sequence: (F,) axis and seconds by sampled requests (lm_head, sampler); empty for none.
         constant, per_request: engine overhead of an iteration and of each of its requests, seconds.
 
@@ -147,6 +164,9 @@ class TableTime(IterationTimeModel):
     prefill: FloatArray
     sequences: FloatArray = field(default_factory=lambda: np.empty(0))
     per_sequence: FloatArray = field(default_factory=lambda: np.empty(0))
+    prompts: FloatArray = field(default_factory=lambda: np.empty(0))
+    prompt_length: FloatArray = field(default_factory=lambda: np.empty(0))
+    several_prompts: FloatArray = field(default_factory=lambda: np.empty((0, 0)))
     constant: float = 0.0
     per_request: float = 0.0
     lookup: Lookup = "linear"
@@ -162,10 +182,11 @@ class TableTime(IterationTimeModel):
         arrays: dict[str, FloatArray] = {}
         for axis in ("tokens", "decode_batch", "decode_kv", "prefill_context", "prefill_chunk"):
             arrays[axis] = check_axis("time_model", axis, getattr(self, axis))
-        if checks.numbers("time_model.sequences", self.sequences).size:
-            arrays["sequences"] = check_axis("time_model", "sequences", self.sequences)
-        else:
-            arrays["sequences"] = np.empty(0)
+        for axis in ("sequences", "prompts", "prompt_length"):
+            given = getattr(self, axis)
+            arrays[axis] = check_axis("time_model", axis, given) if checks.numbers(f"time_model.{axis}", given).size else np.empty(0)
+        if arrays["prompts"].size and arrays["prompts"][0] != 1:
+            raise ConfigError(f"time_model.prompts: begins with {arrays['prompts'][0]:g}, must begin with 1 prompt")
         if arrays["decode_batch"][0] == 0:
             raise ConfigError("time_model.decode_batch: begins with 0, must begin with >= 1 request")
         for name, axes in (
@@ -173,6 +194,7 @@ class TableTime(IterationTimeModel):
             ("decode", ("decode_batch", "decode_kv")),
             ("prefill", ("prefill_context", "prefill_chunk")),
             ("per_sequence", ("sequences",)),
+            ("several_prompts", ("prompts", "prompt_length")),
         ):
             arrays[name] = check_values("time_model", name, getattr(self, name), tuple(arrays[a].size for a in axes))
         if not (self.constant > 0 or arrays["linear"][0] > 0):
@@ -201,6 +223,9 @@ class TableTime(IterationTimeModel):
             (H_PREFILL, self.prefill, False),
             (H_SEQUENCES, self.sequences, True),
             (H_PER_SEQUENCE, self.per_sequence, False),
+            (H_PROMPTS, self.prompts, True),
+            (H_PROMPT_LENGTH, self.prompt_length, True),
+            (H_SEVERAL, self.several_prompts, False),
         ):
             header[place] = end
             if is_axis:

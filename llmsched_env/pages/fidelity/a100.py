@@ -21,24 +21,25 @@ from llmsched_env.pages.fidelity.evidence import Check, Paths, check_table
 from llmsched_env.perf import Batch, TableTime, load_calibration
 from llmsched_env.perf.base import FloatArray
 from llmsched_hardware.calibration.importers.aiconfigurator import (
-    MODELS,
     NO_OVERHEAD,
     SYNCHRONOUS_STEP,
-    LlamaShape,
+    decode_rows,
+    layer_operators,
+    linear_seconds,
+)
+from llmsched_hardware.calibration.importers.aiconfigurator_profile import AttentionRows, Profile, read_profile
+from llmsched_hardware.calibration.importers.aiconfigurator_rules import (
     RuleError,
     chunk_seconds,
     corner_errors,
     decode_errors,
-    decode_rows,
-    full_prefill,
     gemm_errors,
-    layer_operators,
-    linear_seconds,
     measured_reach,
     one_tile_walk,
+    prompts_errors,
     rule_error,
 )
-from llmsched_hardware.calibration.importers.aiconfigurator_profile import AttentionRows, Profile, read_profile
+from llmsched_hardware.calibration.importers.dense_model import MODELS, DenseModel
 
 CALIBRATION = "a100-llama2-7b-vllm"
 GROUPED = "a100-llama3-8b-vllm"
@@ -228,7 +229,7 @@ def read_vidur_operators(path: Path) -> MlpProfile:
         raise ConfigError(f"profile {str(path)!r}: column {error} is missing") from error
 
 
-def _linear_by_tokens(profile: Profile, shape: LlamaShape, theirs: MlpProfile, counts: Iterable[int]) -> list[str]:
+def _linear_by_tokens(profile: Profile, shape: DenseModel, theirs: MlpProfile, counts: Iterable[int]) -> list[str]:
     """One layer's operators at equal T, microseconds, ours / Vidur's."""
     ours = layer_operators(profile, shape)
     rows = []
@@ -331,20 +332,6 @@ def chunk_errors(attention: Attention) -> list[RuleError]:
             ]
             errors.append(rule_error(rule, f"{where}, RTX 4090", np.array(relative)))
     return errors
-
-
-def prompts_together_errors(profile: Profile, shape: LlamaShape) -> RuleError:
-    """Several prompts read as one with the same attention work, as a share of the iteration they make."""
-    rows = profile.prefill[shape.heads, shape.kv_heads]
-    linear = linear_seconds(profile, shape)
-    relative = []
-    for batch, measured in zip(rows.batch, rows.seconds, strict=True):
-        for length, seconds in zip(rows.length, measured, strict=True):
-            if batch > 1 and length >= 16 and batch * length <= profile.tokens[-1] and seconds == seconds:
-                rule = float(full_prefill(rows, np.array([np.sqrt(batch) * length]))[0])
-                iteration = float(np.interp(batch * length, profile.tokens, linear)) + shape.layers * float(seconds)
-                relative.append(shape.layers * (rule - float(seconds)) / iteration)
-    return rule_error("prompts read as one of the same work, share of the iteration", "2 to 128 prompts, this GPU", np.array(relative))
 
 
 def mixed_ratios(attention: Attention) -> dict[int, FloatArray]:
@@ -472,10 +459,12 @@ def _continued(profile: Profile, batches: Iterable[Batch]) -> int:
 def _rules(profile: Profile, attention: Attention) -> list[str]:
     """Errors of the rules behind the calibrations where the answer was measured."""
     found = gemm_errors(profile) + decode_errors(profile) + chunk_errors(attention)
-    for shape in MODELS.values():
+    for shape in (MODELS["llama-2-7b"], MODELS["llama-3-8b"]):
         corner = corner_errors(decode_rows(profile, shape))
         found.append(dataclasses.replace(corner, where=f"decode attention, {shape.title}"))
-    found.append(prompts_together_errors(profile, MODELS["llama-2-7b"]))
+    shape = MODELS["llama-2-7b"]
+    linear = linear_seconds(profile, shape)
+    found += prompts_errors(profile.prefill[shape.heads, shape.kv_heads], shape.layers, profile.tokens, linear)
     rows = [[e.rule, e.where, str(e.cells), f"{e.mape:.1%}", _percent(e.bias), f"{e.p95:.1%}"] for e in found]
     return [*table(("rule", "where", "cells", "MAPE", "bias", "P95"), rows, "lr"), ""]
 

@@ -188,17 +188,22 @@ def _grid(attention: Mapping[Cell, float], axes: tuple[list[int], list[int], lis
     return table
 
 
-def import_profile(source: Path, model: str, name: str) -> IterationTimeModel:
+def import_profile(source: Path, model: str, name: str, *, config: Path | None = None, tensor_parallel: int = 1) -> IterationTimeModel:
     """The calibration of a profile.
 
     Args:
         source: folder with ``dense.csv``, ``per_sequence.csv``, ``attention.csv`` and ``meta.yaml``.
         model: a key of ``MODELS``.
         name: what the calibration is called.
+        config, tensor_parallel: refused, the profile is of one model on one GPU.
 
     Raises:
         ConfigError: unknown model, or not the one that was profiled; a missing file, column, operator or grid point.
     """
+    if config is not None:
+        raise ConfigError("--config: not for --format llmservingsim, whose profile is of one model (--model)")
+    if tensor_parallel != 1:
+        raise ConfigError(f"--tensor-parallel: {tensor_parallel}, must be 1 for --format llmservingsim")
     if model not in MODELS:
         raise ConfigError(f"--model: {model!r}, must be one of {', '.join(MODELS)} for the format llmservingsim")
     profile = read_profile(source)
