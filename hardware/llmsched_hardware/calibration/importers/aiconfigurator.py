@@ -45,6 +45,7 @@ from llmsched_hardware.calibration.importers.aiconfigurator_rules import (
     measured_reach,
     prompts_errors,
     several_prompts,
+    wide_gemms_go_along_n,
 )
 from llmsched_hardware.calibration.importers.dense_model import BYTES, DenseModel, chosen_model
 
@@ -256,7 +257,9 @@ def _errors(profile: Profile, shape: DenseModel, decode: HeadRule, prefill: Head
     derived = ", ".join(f"{part} {n} x {k}" for part, (n, k) in gemms.items() if (n, k) not in profile.gemm)
     errors = []
     if derived:
-        errors.append(f"GEMMs not measured ({derived}), leave-one-out MAPE on measured ones: {_shown(gemm_errors(profile))}")
+        wide = "along n at the same k" if wide_gemms_go_along_n(profile) else "in n k"
+        shown = _shown([error for error in gemm_errors(profile) if error.rule in ("along k at the same n", f"{wide}, wide")])
+        errors.append(f"GEMMs not measured ({derived}), leave-one-out MAPE on measured ones: {shown}")
     errors.append(f"decode attention continued to twice the measured context: {corner_errors(decode.rows).mape:.1%}")
     if shape.heads == shape.kv_heads and decode.rule:
         blocks = [f"{e.where}: {e.mape:.1%}" for e in decode_errors(profile) if e.rule.startswith("same blocks")]

@@ -1,6 +1,6 @@
 """What a kernel profile lacks, derived from what it holds, and the error of each rule where the answer was measured.
 
-* A GEMM off the grid: along k where n is on the grid, else in n k (``gemm_errors``).
+* A GEMM off the grid: along k where n is on the grid, else along n or in n k, whichever errs less on the GPU (``gemm_errors``).
 * Head counts that were not measured (``heads_of``): linear in the heads between two measured counts with the same key and
   value heads, or with the same group; else the call of a fraction of the heads with as many times the requests, which is
   the same work for the GPU piece by piece (``heads_errors``, ``decode_errors``).
@@ -22,6 +22,7 @@ from llmsched_env.perf.base import FloatArray
 from llmsched_hardware.calibration.importers.aiconfigurator_profile import AttentionRows, Profile
 
 LEAST_SIDE = 1024  # GEMMs with a shorter side say nothing about those of a model of billions of parameters
+WIDE = 8192  # outputs of the GEMMs on which rules for wide ones are compared
 Heads = tuple[int, int]
 
 
@@ -67,6 +68,14 @@ def gemm_along_k(profile: Profile, n: int, k: int, without: tuple[int, int] | No
     return _between(np.array(known, dtype=np.float64), np.array([profile.gemm[n, x] for x in known]), float(k))
 
 
+def gemm_along_n(profile: Profile, n: int, k: int, without: tuple[int, int] | None = None) -> FloatArray | None:
+    """(M,) seconds by linear interpolation along n at this k; None where k is not on the grid."""
+    known = sorted(pair[0] for pair in profile.gemm if pair[1] == k and pair[0] >= LEAST_SIDE and pair != without)
+    if len(known) < 2:
+        return None
+    return _between(np.array(known, dtype=np.float64), np.array([profile.gemm[x, k] for x in known]), float(n))
+
+
 def gemm_by_product(profile: Profile, n: int, k: int, without: tuple[int, int] | None = None) -> FloatArray:
     """(M,) seconds by linear interpolation in n k over all measured pairs (the mean of those of equal n k)."""
     products: dict[int, list[FloatArray]] = {}
@@ -79,21 +88,55 @@ def gemm_by_product(profile: Profile, n: int, k: int, without: tuple[int, int] |
 
 
 def gemm_seconds(profile: Profile, n: int, k: int) -> FloatArray:
-    """(M,) seconds of the GEMM with n outputs and k inputs at ``profile.tokens``."""
+    """(M,) seconds of the GEMM with n outputs and k inputs at ``profile.tokens``.
+
+    Where n is not on the grid and k is, along n or in n k: whichever errs less on this GPU's wide GEMMs.
+    """
     if (n, k) in profile.gemm:
         return profile.gemm[n, k]
     along = gemm_along_k(profile, n, k)
+    if along is None and wide_gemms_go_along_n(profile):
+        along = gemm_along_n(profile, n, k)
     return gemm_by_product(profile, n, k) if along is None else along
 
 
+def _wide_errors(profile: Profile) -> tuple[FloatArray, FloatArray]:
+    """Leave-one-out errors (pairs, M) along n and in n k of GEMMs with 8192 outputs and more, the widest left out."""
+    most = max(pair[0] for pair in profile.gemm)
+    pairs = [pair for pair in profile.gemm if WIDE <= pair[0] < most and 2048 <= pair[1] <= 8192]
+    along = [(pair, gemm_along_n(profile, *pair, without=pair)) for pair in pairs]
+    known = [(pair, seconds) for pair, seconds in along if seconds is not None]
+    if not known:
+        return np.empty((0, profile.tokens.size)), np.empty((0, profile.tokens.size))
+    return (
+        np.array([seconds / profile.gemm[pair] - 1 for pair, seconds in known]),
+        np.array([gemm_by_product(profile, *pair, without=pair) / profile.gemm[pair] - 1 for pair, _ in known]),
+    )
+
+
+def wide_gemms_go_along_n(profile: Profile) -> bool:
+    """Whether interpolation along n errs less than in n k on this GPU's wide GEMMs, over all numbers of tokens."""
+    along, product = _wide_errors(profile)
+    return bool(along.size and np.abs(along).mean() < np.abs(product).mean())
+
+
 def gemm_errors(profile: Profile) -> list[RuleError]:
-    """Leave-one-out error of both GEMM rules over every pair with both sides 2048 to 16384, by number of tokens."""
+    """Leave-one-out errors of the GEMM rules by number of tokens.
+
+    Along k and in n k over every pair with both sides 2048 to 16384, along n and in n k over wide ones (``WIDE``).
+    """
     pairs = [pair for pair in profile.gemm if min(pair) >= 2048 and max(pair) <= 16384]
     inner = [pair for pair in pairs if 2048 < pair[1] < 16384]
     along = np.array([np.asarray(gemm_along_k(profile, *p, without=p)) / profile.gemm[p] - 1 for p in inner])
     product = np.array([gemm_by_product(profile, *p, without=p) / profile.gemm[p] - 1 for p in pairs])
     errors = []
-    for rule, relative in (("along k at the same n", along), ("in n k", product)):
+    wide_along, wide_product = _wide_errors(profile)
+    for rule, relative in (
+        ("along k at the same n", along),
+        ("in n k", product),
+        ("along n at the same k, wide", wide_along),
+        ("in n k, wide", wide_product),
+    ):
         for low, high in ((1, 64), (80, 512), (768, 8192)):
             chosen = (profile.tokens >= low) & (profile.tokens <= high)
             errors.append(rule_error(rule, f"{low} to {high} tokens", relative[:, chosen]))

@@ -1,6 +1,6 @@
-"""Calibrations from Vidur: the tables of its execution-time predictor, evaluated on its own grid.
+"""Calibrations from Vidur: the tables of its execution-time predictor, evaluated on its own grid; or its raw CSV profiles.
 
-SOURCE is an NPZ file with the arrays of ``ARRAYS`` (or a folder with one ``*_tables.npz``): the random
+SOURCE is a folder with ``attention.csv`` and ``mlp.csv`` (``vidur_csv``), of any dense decoder, or an NPZ file with the arrays of ``ARRAYS`` (or a folder with one ``*_tables.npz``): the random
 forests of ``sklearn_execution_time_predictor.py`` and ``random_forrest_execution_time_predictor.py``
 (microsoft/vidur @ 7d47513) evaluated at every point they round to. Where ``*_iterations.csv`` lies
 beside it, the fit error is measured on those iteration times; otherwise it says that it was not.
@@ -21,6 +21,9 @@ import numpy as np
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import Batch, IterationTimeModel, Provenance, TableTime
 from llmsched_env.perf.base import FloatArray
+from llmsched_hardware.calibration.importers.dense_model import chosen_model
+from llmsched_hardware.calibration.importers.vidur_csv import import_folder
+from llmsched_hardware.calibration.importers.vidur_profile import has_csv_profile
 
 # Array in the file -> field of TableTime.
 ARRAYS = {
@@ -51,12 +54,25 @@ _LLAMA2_7B = Provenance(
 MODELS: Mapping[str, Provenance] = {"llama-2-7b": _LLAMA2_7B}
 
 
-def import_profile(source: Path, model: str, name: str) -> TableTime:
-    """The tables of Vidur's predictor with its look-up rule.
+def import_profile(source: Path, model: str, name: str, *, config: Path | None = None, tensor_parallel: int = 1) -> TableTime:
+    """The tables of Vidur's predictor with its look-up rule, or the calibration of its raw CSV profiles.
+
+    Args:
+        source: a folder of CSV profiles, or the tables.
+        model: a name in ``dense_model.MODELS``, for tables one in ``MODELS``; with ``config`` how to call that model.
+        name: name of the calibration.
+        config: the ``config.json`` of the dense decoder that was profiled; for CSV profiles alone.
+        tensor_parallel: must be 1, neither holds an all-reduce.
 
     Raises:
-        ConfigError: an unknown model, a file that is missing or not such an NPZ, a missing array.
+        ConfigError: an unknown model, one that was not profiled, a file that is missing or not of the format, a missing array or column.
     """
+    if tensor_parallel != 1:
+        raise ConfigError(f"--tensor-parallel: {tensor_parallel}, must be 1 for --format vidur, which reads kernels of one GPU (no all-reduce)")
+    if source.is_dir() and has_csv_profile(source):
+        return import_folder(source, chosen_model(model, config), name)
+    if config is not None:
+        raise ConfigError("--config: not for Vidur's tables, which are of one model (--model); a folder with attention.csv and mlp.csv takes it")
     if model not in MODELS:
         raise ConfigError(f"--model: {model!r}, must be one of {', '.join(MODELS)} for --format vidur")
     path = _tables_file(source)
