@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 
-from llmsched_env.pages.fidelity import a100, rtx4090, vidur
+from llmsched_env.pages.fidelity import a100, kernels, rtx4090, vidur
 from llmsched_env.pages.fidelity.evidence import Paths
 from llmsched_env.types import RequestLog
 
 Section = Callable[[Paths], list[str]]
 """Markdown lines that begin with a heading of level 2; raises ConfigError for raw data that are missing or not as expected."""
 
-PARTS: Mapping[str, Section] = {"rtx4090": rtx4090.section, "vidur": vidur.section, "a100": a100.section}
+PARTS: Mapping[str, Section] = {"rtx4090": rtx4090.section, "vidur": vidur.section, "a100": a100.section, "kernels": kernels.section}
 """The parts there are, in the order of the page."""
 
 
