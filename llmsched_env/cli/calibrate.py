@@ -1,4 +1,4 @@
-"""``llmsched calibrate``: a calibration from a raw profile, or from the vLLM engine on this machine."""
+"""``llmsched calibrate``: a calibration from a raw profile or from the vLLM engine on this machine; a raw profile measured here."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
+from llmsched_env.cli.calibrate_kernels import Kernels, run_kernels
 from llmsched_env.cli.calibrate_log import FromLog, run_from_log
 from llmsched_env.cli.frame import Assignments, Command, Options, Outcome, Resumable, Screen, check_counts, words
 from llmsched_env.errors import ConfigError, require
@@ -23,7 +24,6 @@ from llmsched_hardware.calibration.heldout import MOST, hold_out
 from llmsched_hardware.calibration.importers import aiconfigurator, llmservingsim, vidur
 from llmsched_hardware.calibration.settings import engine_options
 from llmsched_hardware.real_engine import EngineOptions
-
 
 
 class Importer(Protocol):
@@ -187,23 +187,26 @@ def chosen(
     subcommand: Annotated[
         Annotated[Import, tyro.conf.subcommand("import")]
         | Annotated[Engine, tyro.conf.subcommand("engine")]
-        | Annotated[FromLog, tyro.conf.subcommand("from-log")],
+        | Annotated[FromLog, tyro.conf.subcommand("from-log")]
+        | Annotated[Kernels, tyro.conf.subcommand("kernels")],
         tyro.conf.arg(name=""),
     ],
-) -> Import | Engine | FromLog:
+) -> Import | Engine | FromLog | Kernels:
     """Make a calibration: how long an iteration takes for a batch.
 
     From a raw profile, from the vLLM engine on this machine, or from what an engine has logged of live traffic.
 
-    The file that it writes is what --calibration of other commands names.
+    The file that it writes is what --calibration of other commands names. kernels measures a raw profile, which import reads.
     """
     return subcommand
 
 
-def run(options: Import | Engine | FromLog, screen: Screen) -> Outcome:
+def run(options: Import | Engine | FromLog | Kernels, screen: Screen) -> Outcome:
     """Carry the chosen subcommand out."""
     if isinstance(options, Import):
         return run_import(options, screen)
+    if isinstance(options, Kernels):
+        return run_kernels(options, screen)
     return run_engine(options, screen) if isinstance(options, Engine) else run_from_log(options, screen)
 
 

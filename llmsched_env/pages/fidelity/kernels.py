@@ -36,9 +36,7 @@ RECONSTRUCTED = "a100-llama2-7b-vidur"
 VLLM = "a100-llama2-7b-vllm"
 HOPPER = {"H100": ("aiconfigurator_h100_vllm", "h100-llama31-8b-vllm"), "H200": ("aiconfigurator_h200_vllm", "h200-llama31-8b-vllm")}
 RECORDS = Path("aiconfigurator_recorded") / "silicon_sample.csv"
-QWEN = DenseModel(
-    title="Qwen3-32B", layers=64, hidden=5120, intermediate=25600, heads=64, kv_heads=8, vocab=151936, qk_norm=True
-)
+QWEN = DenseModel(title="Qwen3-32B", layers=64, hidden=5120, intermediate=25600, heads=64, kv_heads=8, vocab=151936, qk_norm=True)
 TENSORRT = {"backend": "trtllm", "system": "h100_sxm", "model_path": "meta-llama/Llama-3.1-8B-Instruct", "tp_size": "1", "precision": ""}
 VLLM_QWEN = {"backend": "vllm", "system": "h100_sxm", "model_path": "Qwen/Qwen3-32B", "precision": ""}
 CAPTURED = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
@@ -75,8 +73,18 @@ def _pairs(grid: Grid) -> list[list[str]]:
             a, b = parts[one], parts[other]
             whole = b.total[chosen]
             relative = a.total[chosen] / whole - 1
-            shares = [float(((x - y)[chosen] / whole).mean()) for x, y in ((a.linear, b.linear), (a.decode, b.decode), (a.prefill, b.prefill))]
-            rows.append([f"{title} ({chosen.sum()})", f"`{one}` / `{other}`", _size(relative), _percent(float(relative.mean())), *map(_percent, shares)])
+            shares = [
+                float(((x - y)[chosen] / whole).mean()) for x, y in ((a.linear, b.linear), (a.decode, b.decode), (a.prefill, b.prefill))
+            ]
+            rows.append(
+                [
+                    f"{title} ({chosen.sum()})",
+                    f"`{one}` / `{other}`",
+                    _size(relative),
+                    _percent(float(relative.mean())),
+                    *map(_percent, shares),
+                ]
+            )
     return rows
 
 
@@ -148,7 +156,13 @@ def _recorded(paths: Paths, profile: Profile) -> list[str]:
     else:
         missing = f" Qwen3-32B on several GPUs was left out by this run: {ALL_REDUCE} is not in the profile's folder."
     rows = [
-        [model, engine, str(gpus), str(without.size), *(cell for e in (without, whole) for cell in (_size(e), _percent(float(e.mean())), f"{float(np.abs(e).max()):.1%}"))]
+        [
+            model,
+            engine,
+            str(gpus),
+            str(without.size),
+            *(cell for e in (without, whole) for cell in (_size(e), _percent(float(e.mean())), f"{float(np.abs(e).max()):.1%}")),
+        ]
         for model, engine, gpus, without, whole in found
     ]
     header = ("model", "engine", "H100s", "runs", "GPU alone: MAPE", "bias", "largest", "with CPU overhead: MAPE", "bias", "largest")
@@ -161,7 +175,8 @@ def _recorded(paths: Paths, profile: Profile) -> list[str]:
         "",
         *table(header, rows, "llr"),
         "",
-        "On more GPUs the recorded runs are slower than our sum of kernels: what an engine adds an iteration does not shrink with the model's share.",
+        "On more GPUs the recorded runs are slower than our sum of kernels. A likely cause: what an engine adds to an iteration does not shrink with "
+        "a GPU's share of the model, and the overhead here was measured for one.",
         "",
     ]
 
@@ -225,7 +240,9 @@ def _left_out(profiles: dict[str, Profile]) -> list[str]:
         model = tables(name)
         for context in (256, 1024):
             share = padding(model, context)
-            pad.append([name, f"{context:,}", _percent(float(share.mean())), f"{float(np.quantile(share, 0.95)):.1%}", f"{float(share.max()):.1%}"])
+            pad.append(
+                [name, f"{context:,}", _percent(float(share.mean())), f"{float(np.quantile(share, 0.95)):.1%}", f"{float(share.max()):.1%}"]
+            )
         curve.append([name, *(_percent(unequal(model, n, k)) for n in (8, 64, 256) for k in (512, 2048))])
     return [
         "### What one reading of the tables leaves out",

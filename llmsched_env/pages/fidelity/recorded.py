@@ -19,7 +19,19 @@ from llmsched_env.perf import Batch, TableTime
 
 TOKEN_BUDGET = 8192
 """Tokens of one iteration, which the records do not state: the default of vLLM's server on these GPUs (``EngineArgs.get_batch_defaults``)."""
-_COLUMNS = ("backend", "backend_version", "model_path", "system", "precision", "mode", "tp_size", "batch_size", "isl", "osl", "silicon_tpot_ms")
+_COLUMNS = (
+    "backend",
+    "backend_version",
+    "model_path",
+    "system",
+    "precision",
+    "mode",
+    "tp_size",
+    "batch_size",
+    "isl",
+    "osl",
+    "silicon_tpot_ms",
+)
 
 
 @dataclass(frozen=True, slots=True)

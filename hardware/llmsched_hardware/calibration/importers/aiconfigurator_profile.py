@@ -151,9 +151,7 @@ def _all_reduce(path: Path) -> dict[int, AllReduce]:
     for gpus, modes in cells.items():
         graph, eager = (modes.get(mode) or next(iter(modes.values())) for mode in ("graph", "eager"))
         sizes = sorted(set(graph) & set(eager))
-        found[gpus] = AllReduce(
-            np.array(sizes, dtype=np.float64), np.array([graph[x] for x in sizes]), np.array([eager[x] for x in sizes])
-        )
+        found[gpus] = AllReduce(np.array(sizes, dtype=np.float64), np.array([graph[x] for x in sizes]), np.array([eager[x] for x in sizes]))
     return found
 
 

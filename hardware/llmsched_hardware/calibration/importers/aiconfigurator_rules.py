@@ -401,5 +401,7 @@ def prompts_errors(full: AttentionRows, layers: int, tokens: FloatArray, linear:
     where = f"2 to {full.batch[-1]:.0f} prompts"
     return [
         rule_error("prompts read as one of the same work, share of the iteration", where, np.array(plain)),
-        rule_error("prompts with their measured extra time, from half and twice as many, share of the iteration", where, np.array(left_out)),
+        rule_error(
+            "prompts with their measured extra time, from half and twice as many, share of the iteration", where, np.array(left_out)
+        ),
     ]

@@ -194,7 +194,7 @@ def _model(record: Mapping[str, Any], owner: str, title: str) -> DenseModel:
     )
     if title:
         return model
-    return dataclasses.replace(model, title=f"{kind} of {model.parameters / 1e9:.2f} billion parameters")
+    return dataclasses.replace(model, title=f"{kind} of {model.parameters / 1e9:.3g} billion parameters")
 
 
 def _refuse_other_kernels(record: Mapping[str, Any], owner: str) -> None:
@@ -212,7 +212,9 @@ def _refuse_other_kernels(record: Mapping[str, Any], owner: str) -> None:
         raise ConfigError(f"{owner}: model_type {kind!r}{hint}; {allowed}")
     window = record.get("sliding_window")
     if window is not None and (kind == "mistral" or record.get("use_sliding_window", False)):
-        raise ConfigError(f"{owner}: sliding_window {window}; allowed: attention over the whole context (null), as the profiles measured it")
+        raise ConfigError(
+            f"{owner}: sliding_window {window}; allowed: attention over the whole context (null), as the profiles measured it"
+        )
     if record.get("quantization_config") is not None:
         raise ConfigError(f"{owner}: quantization_config is set; allowed: weights of 16 bits, as the profiles measured them")
     activation = record.get("hidden_act", "silu")

@@ -68,11 +68,15 @@ def import_profile(source: Path, model: str, name: str, *, config: Path | None =
         ConfigError: an unknown model, one that was not profiled, a file that is missing or not of the format, a missing array or column.
     """
     if tensor_parallel != 1:
-        raise ConfigError(f"--tensor-parallel: {tensor_parallel}, must be 1 for --format vidur, which reads kernels of one GPU (no all-reduce)")
+        raise ConfigError(
+            f"--tensor-parallel: {tensor_parallel}, must be 1 for --format vidur, which reads kernels of one GPU (no all-reduce)"
+        )
     if source.is_dir() and has_csv_profile(source):
         return import_folder(source, chosen_model(model, config), name)
     if config is not None:
-        raise ConfigError("--config: not for Vidur's tables, which are of one model (--model); a folder with attention.csv and mlp.csv takes it")
+        raise ConfigError(
+            "--config: not for Vidur's tables, which are of one model (--model); a folder with attention.csv and mlp.csv takes it"
+        )
     if model not in MODELS:
         raise ConfigError(f"--model: {model!r}, must be one of {', '.join(MODELS)} for --format vidur")
     path = _tables_file(source)

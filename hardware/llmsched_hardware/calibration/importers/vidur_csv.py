@@ -26,7 +26,8 @@ from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import FloatArray, Provenance
 from llmsched_env.perf.tables import TableTime
-from llmsched_hardware.calibration.importers.aiconfigurator_rules import RuleError, rule_error
+from llmsched_hardware.calibration.importers.aiconfigurator_profile import AttentionRows
+from llmsched_hardware.calibration.importers.aiconfigurator_rules import RuleError, continued, rule_error
 from llmsched_hardware.calibration.importers.dense_model import BYTES, DenseModel
 from llmsched_hardware.calibration.importers.vidur_profile import PER_LAYER, PER_SEQUENCE, CsvProfile, read_csv_profile
 
@@ -49,6 +50,7 @@ class Origin:
     engine: str
     memory: float
     notes: str = ""
+    numbers: str = "float16"
 
 
 FRONTIER_A800 = Origin(
@@ -95,21 +97,26 @@ def linear_table(profile: CsvProfile, model: DenseModel) -> tuple[FloatArray, Fl
 
 
 def decode_table(profile: CsvProfile) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """(requests, tokens of context with the new one, seconds) of one layer, on the grid that was measured whole.
+    """(requests, tokens of context with the new one, seconds) of one layer.
+
+    A number of requests that was not measured at every context goes on along its last two points.
 
     Raises:
-        ConfigError: fewer than two numbers of requests or contexts were measured at every point of the other.
+        ConfigError: fewer than two numbers of requests were measured over two contexts.
     """
-    requests = sorted({n for n, _ in profile.decode})
-    contexts = [k for k in sorted({k for _, k in profile.decode}) if all((n, k) in profile.decode for n in requests)]
-    if len(contexts) < 2:
-        most = max(sum((n, k) in profile.decode for k in {k for _, k in profile.decode}) for n in requests)
-        raise ConfigError(f"attention.csv: no two contexts have decodes of every number of requests (at most {most} contexts a number)")
-    seconds = np.array([[profile.decode[n, k] for k in contexts] for n in requests], dtype=np.float64)
+    by_requests: dict[int, set[int]] = {}
+    for n, k in profile.decode:
+        by_requests.setdefault(n, set()).add(k)
+    requests = sorted(n for n, contexts in by_requests.items() if len(contexts) > 1)
+    if len(requests) < 2:
+        raise ConfigError(f"attention.csv: {len(requests)} numbers of decodes were measured over two contexts, must be two")
+    contexts = sorted({k for n, k in profile.decode if n in requests})
     axis = np.array(contexts, dtype=np.float64) + 1.0
+    measured = np.array([[profile.decode.get((n, k), np.nan) for k in contexts] for n in requests], dtype=np.float64)
+    seconds = np.maximum(continued(AttentionRows(np.array(requests, dtype=np.float64), axis, measured)), np.nanmin(measured))
     if axis[0] > 1.0:  # a shorter context takes as long as the shortest that was measured
         axis, seconds = np.concatenate([[1.0], axis]), np.concatenate([seconds[:, :1], seconds], axis=1)
-    return np.array(requests, dtype=np.float64), axis, seconds
+    return np.array(requests, dtype=np.float64), axis, np.asarray(seconds, dtype=np.float64)
 
 
 def prefill_table(profile: CsvProfile) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -190,6 +197,7 @@ def origin_of(profile: CsvProfile, source: Path) -> Origin:
         engine=text("engine", "none: kernels alone"),
         memory=checks.number("meta.json: memory_bytes", meta.get("memory_bytes", 0), high=1e15),
         notes=text("notes", ""),
+        numbers=text("dtype", "16 bits"),
     )
 
 
@@ -200,10 +208,17 @@ def check_model(profile: CsvProfile, model: DenseModel) -> None:
         ConfigError: naming the size.
     """
     sizes = profile.sizes
+    head_dim = profile.meta.get("head_dim", model.head_dim)
+    if head_dim != model.head_dim:
+        raise ConfigError(
+            f"model {model.title!r}: its head_dim is {model.head_dim}, the profile's {head_dim}; must be the model that was profiled"
+        )
     wanted = {"n_embd": model.hidden, "n_head": model.heads, "n_kv_head": model.kv_heads, "n_expanded_embd": model.intermediate}
     for name, value in wanted.items():
         if sizes[name] != value:
-            raise ConfigError(f"model {model.title!r}: its {name} is {value}, the profile's {sizes[name]}; must be the model that was profiled")
+            raise ConfigError(
+                f"model {model.title!r}: its {name} is {value}, the profile's {sizes[name]}; must be the model that was profiled"
+            )
 
 
 def import_folder(source: Path, model: DenseModel, name: str) -> TableTime:
@@ -240,7 +255,7 @@ def import_folder(source: Path, model: DenseModel, name: str) -> TableTime:
             source=origin.source,
             licence=origin.licence,
             gpu=origin.gpu,
-            model=f"{model.title}, 16 bits, one GPU",
+            model=f"{model.title}, {origin.numbers}, one device",
             engine=origin.engine,
             valid_range=f"{tokens[0]:.0f}-{tokens[-1]:.0f} tokens a batch; {requests[0]:.0f}-{requests[-1]:.0f} decodes of mean context "
             f"{contexts[0]:.0f}-{contexts[-1]:.0f}; chunks of 1-{chunks[-1]:.0f} tokens over {cached[0]:.0f}-{cached[-1]:.0f} "

@@ -168,8 +168,8 @@ def read_csv_profile(source: Path) -> CsvProfile:
     axes = ("batch_size", "prefill_chunk_size", "kv_cache_size", "is_prefill")
     attention.need((*axes, "n_embd", "n_q_head", "n_kv_head", "time_stats.attn_prefill.median", "time_stats.attn_decode.median"))
     prefill, decode, write, prefill_write = _attention(attention)
-    if len({c for c, _ in prefill}) < 2 or len({n for n, _ in decode}) < 2 or len({k for _, k in decode}) < 2:
-        raise ConfigError(f"{attention.name}: must hold prefill of two chunks and decodes of two numbers of requests and two contexts")
+    if len({c for c, _ in prefill}) < 2 or not decode:
+        raise ConfigError(f"{attention.name}: must hold decodes, and prefill of two chunks")
 
     mlp = _Table(source, "mlp.csv", _bytes(source, "mlp.csv"))
     once = tuple(name for name in ("emb",) if f"time_stats.{name}.median" in mlp.columns)
