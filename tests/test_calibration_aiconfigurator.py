@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -29,7 +30,7 @@ from llmsched_hardware.calibration.importers.aiconfigurator import (
     linear_seconds,
     sampled_seconds,
 )
-from llmsched_hardware.calibration.importers.aiconfigurator_profile import AttentionRows, Profile, System, read_profile
+from llmsched_hardware.calibration.importers.aiconfigurator_profile import AllReduce, AttentionRows, Profile, System, read_profile
 from llmsched_hardware.calibration.importers.aiconfigurator_rules import (
     chunk_seconds,
     continued,
@@ -39,9 +40,14 @@ from llmsched_hardware.calibration.importers.aiconfigurator_rules import (
     gemm_by_product,
     gemm_errors,
     gemm_seconds,
+    heads_errors,
+    heads_of,
+    prompts_errors,
     rule_error,
+    several_prompts,
+    wide_gemms_go_along_n,
 )
-from llmsched_hardware.calibration.importers.dense_model import MODELS
+from llmsched_hardware.calibration.importers.dense_model import MODELS, chosen_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {
@@ -111,6 +117,8 @@ def made_up() -> Profile:
 
 
 PROFILE = made_up()
+LOW = rows((1, 2, 4), np.array([decode(24 * b, LENGTHS) for b in (1, 2, 4)]))
+HIGH = rows((1, 2, 4), np.array([decode(32 * b, LENGTHS) for b in (1, 2, 4)]))
 
 
 @pytest.mark.parametrize(("name", "count"), [("llama-2-7b", 6_738_415_616), ("llama-3-8b", 8_030_261_248)])
@@ -405,3 +413,172 @@ def test_the_page_explains_the_whole_difference() -> None:
     assert np.all(parts.total < with_head)
     decodes = np.array([batch.decodes for batch in some])
     assert np.all(parts.decode[decodes == 0] == 0) and np.all(parts.decode[decodes > 0] > 0)
+
+
+# ------------------------------------------------------------------------------------------------ any dense decoder
+
+
+def test_heads_between_two_measured_counts_are_linear() -> None:
+    between = heads_of({(24, 4): LOW, (32, 4): HIGH}, 28, 4, "decode")
+    np.testing.assert_allclose(between.rows.seconds, 0.5 * (LOW.seconds + HIGH.seconds))
+    assert between.rule == "24/4 to 32/4 heads, linear in the heads at the same key and value heads"
+    group = heads_of({(8, 2): LOW, (16, 4): HIGH}, 12, 3, "decode")
+    np.testing.assert_allclose(group.rows.seconds, 0.5 * (LOW.seconds + HIGH.seconds))
+    assert group.rule.endswith("at the same group")
+    assert heads_of({(28, 4): LOW}, 28, 4, "decode").rule == ""
+
+
+def test_heads_outside_the_measured_counts_are_those_of_more_requests() -> None:
+    found = heads_of({(8, 2): PROFILE.decode[8, 2]}, 32, 8, "decode")
+    assert (list(found.rows.batch), found.rule) == ([1, 2, 4, 16, 64, 128], "8/2 heads with 4 n requests")
+    np.testing.assert_array_equal(found.rows.seconds[0], PROFILE.decode[8, 2].seconds[2])
+    with pytest.raises(ConfigError, match=r"no decode attention of 7/7 heads, nor of counts from which it follows \(has 8/2\)"):
+        heads_of({(8, 2): LOW}, 7, 7, "decode")
+
+
+def test_errors_between_heads_are_those_of_leaving_one_out() -> None:
+    table = {
+        (8, 4): LOW,
+        (16, 4): dataclasses.replace(LOW, seconds=2 * LOW.seconds),
+        (24, 4): dataclasses.replace(LOW, seconds=3 * LOW.seconds),
+    }
+    assert max(e.mape for e in heads_errors(table, "decode") if e.cells) < 1e-12
+    odd = table | {(16, 4): dataclasses.replace(LOW, seconds=4 * LOW.seconds)}
+    assert max(e.mape for e in heads_errors(odd, "decode") if e.cells) == pytest.approx(0.5)
+
+
+def test_wide_gemms_go_the_way_that_errs_less() -> None:
+    assert not wide_gemms_go_along_n(PROFILE)  # both are exact
+    by_columns = {(n, k): gemm(n, k) * (1 + (k % 3) / 2) for n, k in PROFILE.gemm}  # another factor for each k
+    odd = dataclasses.replace(PROFILE, gemm=by_columns)
+    assert wide_gemms_go_along_n(odd)
+    np.testing.assert_allclose(gemm_seconds(odd, 14336, 4096), gemm(14336, 4096) * (1 + (4096 % 3) / 2))
+
+
+def several(extra: float) -> AttentionRows:
+    """Calls of 1, 2, 4 and 8 prompts that take as long as one of the same work, and ``extra`` for each beyond the first."""
+    counts = np.array([1.0, 2.0, 4.0, 8.0])
+    one = AttentionRows(np.ones(1), LENGTHS, (1e-5 + 4e-12 * LENGTHS**2)[None])
+    seconds = np.array([np.interp(n * LENGTHS**2, LENGTHS**2, one.seconds[0]) + extra * (n - 1) for n in counts])
+    seconds[2:, -1] = np.nan  # four and eight of the longest were too many
+    return AttentionRows(counts, LENGTHS, seconds)
+
+
+def test_several_prompts_have_the_time_that_was_measured() -> None:
+    found = several_prompts(several(3e-6))
+    np.testing.assert_allclose(found.seconds, 3e-6 * (found.count[:, None] - 1) * np.ones(LENGTHS.size), rtol=1e-9)
+    assert several_prompts(AttentionRows(np.ones(1), LENGTHS, LENGTHS[None])).count.size == 0
+    plain, measured = prompts_errors(several(3e-6), 32, TOKENS, linear_seconds(PROFILE, MODELS["llama-2-7b"]))
+    assert plain.bias < -1e-4 and measured.mape < 1e-12
+
+
+def test_a_batch_of_prompts_is_read_as_equal_ones() -> None:
+    profile = dataclasses.replace(PROFILE, prefill={**PROFILE.prefill, (32, 32): several(3e-6)})
+    shape = MODELS["llama-2-7b"]
+    with_them, without = build(profile, shape, "a", NO_OVERHEAD), build(profile, shape, "a", NO_OVERHEAD, one_call=False)
+
+    def extra(*chunks: int) -> float:
+        squares = sum(c**2 for c in chunks)
+        batch = Batch(
+            prefills=len(chunks), prefill_tokens=sum(chunks), prefill_squares=squares, prefill_work=squares / 2, batch_size=len(chunks)
+        )
+        return with_them.seconds(batch) - without.seconds(batch)
+
+    assert extra(512) == 0.0
+    assert extra(256, 256) == pytest.approx(32 * 3e-6, rel=1e-6) and extra(*[64] * 8) == pytest.approx(7 * 32 * 3e-6, rel=1e-6)
+    assert 0 < extra(1024, 16) < 0.1 * extra(512, 512)
+    assert "measured extra time" in with_them.provenance.notes and "read as one" in without.provenance.notes
+
+
+def write_model(folder: Path, **changes: object) -> Path:
+    """The config.json of a small model whose GEMMs and heads ``PROFILE`` covers."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+    path = folder / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "vocab_size": 128256, **sizes, **changes}), encoding="utf-8")
+    return path
+
+
+def test_a_configuration_gives_the_tables_of_the_named_model(tmp_path: Path) -> None:
+    named, given = build(PROFILE, MODELS["llama-3-8b"], "a"), build(PROFILE, chosen_model("", write_model(tmp_path)), "a")
+    assert named == given
+    normed = build(PROFILE, chosen_model("", write_model(tmp_path, model_type="qwen3")), "a")
+    added = 2 * 3e-6 + 2 * 40 * 128 * 2 * TOKENS / 1.6e12
+    np.testing.assert_allclose(normed.linear - named.linear, 32 * added)
+
+
+def divided_profile() -> Profile:
+    """``PROFILE`` with the heads of halves and an all-reduce of two GPUs."""
+    elements = np.array([1.0, 2.0**40])
+    reduce = AllReduce(elements, 1e-5 + 1e-12 * elements, 2e-5 + 1e-12 * elements)
+    halves = {(16, 4): PROFILE.decode[8, 2]}
+    prefills = {(16, 4): rows((1,), np.array([prefill(16, LENGTHS)]))}
+    return dataclasses.replace(
+        PROFILE, decode={**PROFILE.decode, **halves}, prefill={**PROFILE.prefill, **prefills}, all_reduce={2: reduce}, folder="here"
+    )
+
+
+def test_a_divided_model_has_its_share_and_two_all_reduces_a_layer() -> None:
+    profile = divided_profile()
+    shape = MODELS["llama-3-8b"].divided(2)
+    model = build(profile, shape, "a", NO_OVERHEAD)
+    alone = dataclasses.replace(shape, gpus=1)
+    reduce = np.where(TOKENS <= 512, 1e-5, 2e-5) + 1e-12 * TOKENS * 4096
+    np.testing.assert_allclose(model.linear, linear_seconds(profile, alone) + 65 * reduce)
+    assert model.provenance.gpu == "2 x a made-up GPU" and "tensor parallel on 2 GPUs" in model.provenance.model
+    free = 80 * 2**30 * 0.9 - 2 * shape.parameters - 3.5 * 2**30
+    assert model.provenance.num_blocks == int(free // (16 * 65_536))
+
+
+def test_without_all_reduce_times_a_divided_model_is_refused() -> None:
+    shape = MODELS["llama-3-8b"].divided(2)
+    with pytest.raises(ConfigError, match=r"--tensor-parallel: 2, needs .* the file custom_allreduce_perf\.parquet \(missing in here\)"):
+        build(dataclasses.replace(divided_profile(), all_reduce={}), shape, "a")
+    with pytest.raises(ConfigError, match=r"--tensor-parallel: 4, must be a number of GPUs that .* holds \(2\)"):
+        linear_seconds(divided_profile(), MODELS["llama-3-8b"].divided(4))
+
+
+def test_weights_that_leave_no_room_are_refused() -> None:
+    small = dataclasses.replace(PROFILE, system=dataclasses.replace(SYSTEM, memory=16 * 2.0**30))
+    with pytest.raises(ConfigError, match="leave no room for KV; divide it among more"):
+        build(small, MODELS["llama-3-8b"], "a")
+
+
+def test_all_reduce_times_are_read_from_their_file(tmp_path: Path) -> None:
+    write_profile(tmp_path)
+    assert read_profile(tmp_path).all_reduce == {}
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    kernels = ["vLLM_custom_graph", "vLLM_custom_graph", "vLLM_custom_eager", "vLLM_custom_eager"]
+    columns = {"allreduce_dtype": ["bfloat16"] * 4, "num_gpus": [2] * 4, "message_size": [128, 256] * 2, "kernel_source": kernels}
+    same = {"framework": ["vLLM"] * 4, "version": ["0.0"] * 4, "device": ["A100"] * 4, "latency": [0.5, 1.0, 1.5, 2.0]}
+    parquet.write_table(arrow.table({**columns, **same}), tmp_path / "custom_allreduce_perf.parquet")
+    found = read_profile(tmp_path).all_reduce[2]
+    np.testing.assert_allclose(found.seconds(np.array([1.0, 1024.0]), 192), [0.75e-3, 2e-3])
+
+
+def test_a_head_size_that_was_not_measured_is_refused(tmp_path: Path) -> None:
+    write_profile(tmp_path)
+    with pytest.raises(ConfigError, match=r"no attention of bfloat16 with head_dim 64 \(has head_dim 128\)"):
+        read_profile(tmp_path, head_dim=64)
+    (tmp_path / "h100_sxm.yaml").write_text("gpu:\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"2 system files \(a100_sxm\.yaml, h100_sxm\.yaml\), must be one"):
+        read_profile(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--model", "llama-2-7b", "--tensor-parallel", "2"),
+            "needs the all-reduce times of the GPU, the file custom_allreduce_perf.parquet",
+        ),
+        (("--tensor-parallel", "0", "--model", "llama-2-7b"), "--tensor-parallel: 0, must be >= 1"),
+        ((), "--model: missing; give a name (llama-2-7b, llama-3-8b, llama-3.1-8b) or --config"),
+    ],
+)
+def test_the_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str) -> None:
+    write_profile(tmp_path)
+    given = ["import", "--format", "aiconfigurator", str(tmp_path), "--name", "a", "--out", str(tmp_path / "a.npz"), *words]
+    assert calibrate.main(given) == 2
+    assert message in capsys.readouterr().err

@@ -124,8 +124,8 @@ class TableTime(IterationTimeModel):
 
     Several chunks are read as one with the same attention work: c = sqrt(sum c_i^2) and
     x = sum(c_i x_i) / c. ``several_prompts`` is what they take beyond that one: as many equal chunks
-    with the same sums, m = (sum c_i)^2 / sum c_i^2 of l = sum c_i^2 / sum c_i tokens. s is the number of requests that sample a token. ``decode`` and
-    ``prefill`` count only where the batch has such requests.
+    with the same sums, m = (sum c_i)^2 / sum c_i^2 of l = sum c_i^2 / sum c_i tokens. s is the number of
+    requests that sample a token. ``decode`` and ``prefill`` count only where the batch has such requests.
 
     ``lookup="vidur"`` reads the tables as microsoft/vidur @ 7d47513 does
     (``sklearn_execution_time_predictor.py``): T up to the next multiple of 8, k = the mean's whole

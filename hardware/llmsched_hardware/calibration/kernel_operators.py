@@ -44,7 +44,14 @@ class Times:
     @classmethod
     def of(cls, milliseconds: list[float]) -> Times:
         values = np.array(milliseconds)
-        return cls(*(float(f(values)) for f in (np.min, np.max, np.mean, np.median, np.std)), len(milliseconds))
+        return cls(
+            least=float(values.min()),
+            most=float(values.max()),
+            mean=float(values.mean()),
+            median=float(np.median(values)),
+            deviation=float(values.std()),
+            repeats=len(milliseconds),
+        )
 
 
 class Clock:
@@ -122,7 +129,7 @@ class Machine:
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """One kernel instead of several, where that can be had."""
-        return self.torch.compile(function, dynamic=True) if self.fused else function  # type: ignore[no-any-return]
+        return self.torch.compile(function, dynamic=True) if self.fused else function
 
 
 def _processor() -> str:
@@ -221,7 +228,9 @@ class _Attention:
         if chosen == "auto":
             chosen = "flash_attn" if has_flash and machine.device == "cuda" else "sdpa"
         if chosen == "flash_attn" and not (has_flash and machine.device == "cuda"):
-            raise ConfigError("--attention: flash_attn, needs a GPU and the package flash_attn; allowed here: auto, sdpa, flex")
+            raise ConfigError("--attention: flash_attn, needs a GPU and the package flash_attn; allowed here: auto, sdpa")
+        if chosen == "flex" and not machine.fused:
+            raise ConfigError("--attention: flex, needs a GPU and Triton, which compile it; allowed here: auto, sdpa")
         self.name = chosen
         self._grouped = model.heads != model.kv_heads
         self._functional = machine.torch.nn.functional
@@ -233,8 +242,8 @@ class _Attention:
         model, random = self.model, self.machine.random
         sizes = ((model.heads, queries), (model.kv_heads, keys), (model.kv_heads, keys))
         if self._flash is not None:
-            return tuple(random(requests, tokens, heads, model.head_dim) for heads, tokens in sizes)  # type: ignore[return-value]
-        return tuple(random(requests, heads, tokens, model.head_dim) for heads, tokens in sizes)  # type: ignore[return-value]
+            return tuple(random(requests, tokens, heads, model.head_dim) for heads, tokens in sizes)
+        return tuple(random(requests, heads, tokens, model.head_dim) for heads, tokens in sizes)
 
     def prefill(self, chunk: int, context: int) -> Call:
         """A chunk of one prompt over tokens that are in the cache."""

@@ -167,15 +167,20 @@ def _recorded(paths: Paths, profile: Profile) -> list[str]:
     ]
     header = ("model", "engine", "H100s", "runs", "GPU alone: MAPE", "bias", "largest", "with CPU overhead: MAPE", "bias", "largest")
     return [
-        "**Against recorded runs.** aiconfigurator's repository holds TPOT that its authors recorded on real servers (`silicon_sample.csv`, "
-        "16 bits, closed loops of 8 to 128 requests, prompts of 1,024 to 4,096, outputs of 128 to 1,024 tokens). Ours is the steady state of such a "
-        "loop from the calibration alone: iterations with one prompt's chunk in a budget of 8,192 tokens (assumed, the records do not state it) and "
-        "iterations of decodes. **Nothing is fitted to them.** Runs whose requests do not all fit the KV memory are left out. The kernels are those of "
+        "**Against recorded runs.** aiconfigurator's repository holds TPOT that its authors recorded on real servers "
+        "(`silicon_sample.csv`, "
+        "16 bits, closed loops of 8 to 128 requests, prompts of 1,024 to 4,096, outputs of 128 to 1,024 tokens). Ours is the steady "
+        "state of such a "
+        "loop from the calibration alone: iterations with one prompt's chunk in a budget of 8,192 tokens (assumed, the records do not "
+        "state it) and "
+        "iterations of decodes. **Nothing is fitted to them.** Runs whose requests do not all fit the KV memory are left out. The "
+        "kernels are those of "
         f"vLLM 0.24; the recorded engines are others, TensorRT-LLM another project's.{missing}",
         "",
         *table(header, rows, "llr"),
         "",
-        "On more GPUs the recorded runs are slower than our sum of kernels. A likely cause: what an engine adds to an iteration does not shrink with "
+        "On more GPUs the recorded runs are slower than our sum of kernels. A likely cause: what an engine adds to an iteration does not "
+        "shrink with "
         "a GPU's share of the model, and the overhead here was measured for one.",
         "",
     ]
@@ -186,7 +191,8 @@ def _hopper(paths: Paths, profiles: dict[str, Profile]) -> list[str]:
     return [
         "### H100 and H200, Llama-3.1-8B",
         "",
-        f"{names}: kernels of vLLM 0.24.0 measured by NVIDIA's aiconfigurator. Attention of these head counts is measured; of the GEMMs gate_up, "
+        f"{names}: kernels of vLLM 0.24.0 measured by NVIDIA's aiconfigurator. Attention of these head counts is measured; of the GEMMs "
+        "gate_up, "
         "down and lm_head are derived. The H200's is checked by leaving out what was measured, and by nothing else.",
         "",
         *_recorded(paths, profiles["H100"]),
@@ -247,28 +253,35 @@ def _left_out(profiles: dict[str, Profile]) -> list[str]:
     return [
         "### What one reading of the tables leaves out",
         "",
-        "**Several prompts in one batch** are read as one with the same attention work, c = sqrt(sum c_i^2), and that is too little: short prompts run "
+        "**Several prompts in one batch** are read as one with the same attention work, c = sqrt(sum c_i^2), and that is too little: "
+        "short prompts run "
         "with the efficiency of short ones. What it leaves out, as a share of the iteration (measured calls of 2 and more equal prompts):",
         "",
         *table(("GPU", "model", "prompts", "cells", "bias", "P95"), _prompts(profiles), "lll"),
         "",
-        "The calibrations of the H100 and the H200 therefore hold the extra time that was measured (`several_prompts`); predicted from half and twice as many "
-        "prompts it leaves the error in the table of rules above. Every new import has it. The two of the A100 with vLLM's kernels do not: published "
-        "results rest on them. Prompts of unequal length are read as equal ones with the same sums, prompts over a context as without; neither is measured.",
+        "The calibrations of the H100 and the H200 therefore hold the extra time that was measured (`several_prompts`); predicted from "
+        "half and twice as many "
+        "prompts it leaves the error in the table of rules above. Every new import has it. The two of the A100 with vLLM's kernels do "
+        "not: published "
+        "results rest on them. Prompts of unequal length are read as equal ones with the same sums, prompts over a context as without; "
+        "neither is measured.",
         "",
-        "**Padding to CUDA graphs.** vLLM pads a batch of decodes to the next captured size (1, 2, 4, then steps of 8 to 256, of 16 to 512); the "
+        "**Padding to CUDA graphs.** vLLM pads a batch of decodes to the next captured size (1, 2, 4, then steps of 8 to 256, of 16 to "
+        "512); the "
         "tables are read at the batch as it is. What padding would add, over 1 to 512 decodes:",
         "",
         *table(("calibration", "context", "mean", "P95", "most"), pad, "lr"),
         "",
         "Not modelled: an engine that runs eagerly does not pad.",
         "",
-        "**Decodes of unequal contexts** are read at their mean. That is exact where attention is linear in the context; half of the requests at "
+        "**Decodes of unequal contexts** are read at their mean. That is exact where attention is linear in the context; half of the "
+        "requests at "
         "half the context and half at one and a half times as much would by the tables take longer by:",
         "",
         *table(("calibration", *(f"{n} x {k:,}" for n in (8, 64, 256) for k in (512, 2048))), curve, "lr"),
         "",
-        "No kernel profile at hand holds one call of unequal contexts on these GPUs, in which the longest request may also outlast the others; the one "
+        "No kernel profile at hand holds one call of unequal contexts on these GPUs, in which the longest request may also outlast the "
+        "others; the one "
         "measurement of that is on the RTX 4090, above. Not modelled here.",
         "",
     ]

@@ -18,7 +18,7 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.perf import Batch, TableTime
 
 TOKEN_BUDGET = 8192
-"""Tokens of one iteration, which the records do not state: the default of vLLM's server on these GPUs (``EngineArgs.get_batch_defaults``)."""
+"""Tokens of one iteration, which the records do not state: the default of vLLM's server there (``EngineArgs.get_batch_defaults``)."""
 _COLUMNS = (
     "backend",
     "backend_version",

@@ -86,7 +86,7 @@ SYNCHRONOUS_STEP = EngineOverhead(
 
 CHECKED = {
     ("h100_sxm", "Llama-3.1-8B", 1): "Checked against 42 recorded closed loops of the model in 16 bits on one H100 (TensorRT-LLM 1.0.0rc3, "
-    "aiconfigurator's silicon_sample.csv): TPOT MAPE 3.0 % (bias +2.1 %), without the CPU overhead 2.6 % (-1.4 %); nothing is fitted to them.",
+    "aiconfigurator's silicon_sample.csv): TPOT MAPE 3.0 % (bias +2.1 %), without the CPU overhead 2.6 % (-1.4 %).",
     ("h200_sxm", "Llama-3.1-8B", 1): "Checked by leaving out what was measured; against no recorded run.",
 }
 """(system, model, GPUs) -> what a shipped calibration was checked against; measured by ``llmsched fidelity`` (docs/fidelity.md)."""
@@ -200,6 +200,7 @@ def build(profile: Profile, shape: DenseModel, name: str, overhead: EngineOverhe
         one_call: whether several prompts have their own time in a call (``several_prompts``); without, they are read as
             one prompt of the same attention work.
     """
+    linear = linear_seconds(profile, shape)
     decode, prefill = decode_rule(profile, shape), prefill_rule(profile, shape)
     rows, full, head = decode.rows, prefill.rows, profile.prefill[1, 1]
     chunk = full.length[full.length <= MAX_CHUNK]
@@ -209,7 +210,7 @@ def build(profile: Profile, shape: DenseModel, name: str, overhead: EngineOverhe
     blocks = kv_blocks(profile, shape)
     return TableTime(
         tokens=profile.tokens,
-        linear=linear_seconds(profile, shape),
+        linear=linear,
         decode_batch=rows.batch,
         decode_kv=rows.length,
         decode=shape.layers * continued(rows),
@@ -285,7 +286,8 @@ def _notes(profile: Profile, shape: DenseModel, overhead: EngineOverhead, heads:
         f"Overhead ({overhead.constant * 1e3:.3g} ms + {overhead.per_request * 1e6:.3g} us a request): {overhead.source}.",
         f"num_blocks is computed, not read from an engine: {system.memory / 2**30:.0f} GiB x {GPU_MEMORY_UTILIZATION} "
         f"- {shape.parameters * BYTES / 1e9:.2f} GB of weights - {system.reserve / 2**30:.1f} GiB (the system file's other_mem).",
-        f"Operators without a measurement: {system.launch * 1e6:.0f} us + bytes / ({system.bandwidth / 1e9:.0f} GB/s x {system.efficiency}).",
+        f"Operators without a measurement: {system.launch * 1e6:.0f} us + bytes / ({system.bandwidth / 1e9:.0f} GB/s x "
+        f"{system.efficiency}).",
         "A chunk over a context is derived: cost(context + chunk) - cost(context) of full prefills, at least one tile's walk.",
     ]
     if shape.gpus > 1:
@@ -295,7 +297,8 @@ def _notes(profile: Profile, shape: DenseModel, overhead: EngineOverhead, heads:
         )
     notes += [f"{what} attention: {rule.rule}." for what, rule in zip(("Decode", "Prefill"), heads, strict=True) if rule.rule]
     notes.append(
-        "Several prompts in one batch have their measured extra time, as prompts of equal length; over a context it is taken to be the same."
+        "Several prompts in one batch have their measured extra time, as prompts of equal length; over a context it is taken to be the "
+        "same."
         if one_call
         else "Several prompts in one batch are read as one with the same attention work."
     )

@@ -1,7 +1,8 @@
 """Calibrations from Vidur: the tables of its execution-time predictor, evaluated on its own grid; or its raw CSV profiles.
 
-SOURCE is a folder with ``attention.csv`` and ``mlp.csv`` (``vidur_csv``), of any dense decoder, or an NPZ file with the arrays of ``ARRAYS`` (or a folder with one ``*_tables.npz``): the random
-forests of ``sklearn_execution_time_predictor.py`` and ``random_forrest_execution_time_predictor.py``
+SOURCE is a folder with ``attention.csv`` and ``mlp.csv`` (``vidur_csv``), of any dense decoder; or an NPZ file with the
+arrays of ``ARRAYS`` (or a folder with one ``*_tables.npz``): the random forests of
+``sklearn_execution_time_predictor.py`` and ``random_forrest_execution_time_predictor.py``
 (microsoft/vidur @ 7d47513) evaluated at every point they round to. Where ``*_iterations.csv`` lies
 beside it, the fit error is measured on those iteration times; otherwise it says that it was not.
 """

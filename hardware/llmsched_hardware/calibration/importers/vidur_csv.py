@@ -8,10 +8,10 @@
     per_sequence[s]   lm_head and sampler, where the folder has them
 
 Operators count per layer as in Vidur (``execution_time.py`` of microsoft/vidur @ 7d47513): each once, ``add`` too. The write of keys
-and values of T tokens is the line through the measured writes of 1 to n decodes. (FlashInfer's write of one whole chunk, which
-Frontier's file holds as well, is another kernel that vLLM does not run; its cost is stated and not used.) A chunk over more of the cache than
-was measured goes on along its last two points; a chunk that was measured without context alone, with the seconds per
-token and token of the largest chunk that has one.
+and values of T tokens is the line through the measured writes of 1 to n decodes. (Frontier's file also holds FlashInfer's
+write of one whole chunk, at a fraction of the memory's bandwidth; vLLM has a kernel of its own for that. Its cost is stated and
+not used.) A chunk over more of the cache than was measured goes on along its last two points; a chunk that was measured
+without context alone, with the seconds per token and token of the largest chunk that has one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Origin:
     engine: str
     memory: float
     notes: str = ""
-    numbers: str = "float16"
+    numbers: str = "16 bits"
 
 
 FRONTIER_A800 = Origin(
@@ -93,7 +93,9 @@ def linear_table(profile: CsvProfile, model: DenseModel) -> tuple[FloatArray, Fl
 
     layer = sum(of(name) for name in PER_LAYER) + write_seconds(profile, tokens)
     ends = of("input_layernorm") + (of("emb") if "emb" in profile.operators else 0.0)
-    return tokens, np.asarray(model.layers * layer + ends, dtype=np.float64)
+    seconds = np.asarray(model.layers * layer + ends, dtype=np.float64)
+    seconds[-1] = seconds.max()  # where repeats scatter, the line beyond the last point must not fall
+    return tokens, seconds
 
 
 def decode_table(profile: CsvProfile) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -285,7 +287,8 @@ def _notes(profile: CsvProfile, model: DenseModel, origin: Origin, blocks: int |
         chunk = max(profile.prefill_write)
         measured = 1e6 * profile.prefill_write[chunk]
         notes.append(
-            f"Writes of keys and values: the line through those of decodes, {1e6 * float(write_seconds(profile, np.array([chunk]))[0]):.0f} us a "
+            "Writes of keys and values: the line through those of decodes, "
+            f"{1e6 * float(write_seconds(profile, np.array([chunk]))[0]):.0f} us a "
             f"layer at {chunk} tokens; the profile's own write of one chunk of {chunk} takes {measured:.0f} us and is not used."
         )
     elif not profile.write:
