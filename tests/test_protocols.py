@@ -334,7 +334,7 @@ def test_own_models_of_the_four_kinds_are_taken(reader: Any, packed: np.ndarray)
         (T, changed(TABLE, 12, 43), "must be where 4 of its"),
         (T, changed(TABLE, 21, 9.0), "increasing"),
         (T, changed(TABLE, -1, math.nan), "its table, must be finite"),
-        (M, np.array([0.0, 0.0]), "gives 2 numbers, must be at least 17"),
+        (M, np.array([0.0, 0.0]), "gives 2 numbers, must be at least 29"),
         (M, changed(MIX, 15, 1e9), r"\[15\]"),
         (M, changed(MIX, -1, math.inf), "its table, must be finite"),
         (F, RuntimeError("no"), None),
@@ -438,7 +438,7 @@ class ByLoad(IterationTimeModel):
 def test_batches_of_another_width_are_refused(batches: np.ndarray) -> None:
     for model in (LinearTime(1.0, 1.0), TableTime(**TABLES), ByLoad()):
         for ask in (model.seconds_of, functools.partial(type(model).evaluate, model.pack())):
-            with pytest.raises(ConfigError, match=r"batches: shape .*, must be \(n, 11\)"):
+            with pytest.raises(ConfigError, match=r"batches: shape .*, must be \(n, 16\)"):
                 ask(batches)
     assert LinearTime(1.0, 1.0).seconds_of(np.zeros((0, BATCH_FIELDS))).shape == (0,)
 

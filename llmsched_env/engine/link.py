@@ -10,6 +10,7 @@ import numba
 from llmsched_env.compiled import compile_elsewhere
 from llmsched_env.engine import prefix_cache, priority, segments
 from llmsched_env.engine.async_step import async_step
+from llmsched_env.engine.contexts import describe_contexts
 from llmsched_env.engine.schedule_paper import schedule_paper
 from llmsched_env.engine.schedule_vllm import schedule_vllm
 from llmsched_env.engine.state import Code, Engine, Pool
@@ -64,6 +65,7 @@ def link(code: Code, engine: EngineConfig, layout: QueueLayout, schedule: int | 
         _share_compiling(engine)
     code.step = address_of(async_step if engine.async_scheduling else step, (Engine, Decision))
     code.seconds = engine.time_model.address()
+    code.describe_contexts = address_of(describe_contexts, (Engine,)) if engine.time_model.reads_contexts else 0
     if layout.num_segments > 1:
         for name, (function, arguments) in _BOUNDARIES.items():
             setattr(code, name, address_of(function, arguments))

@@ -10,6 +10,7 @@ from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_outside
 from llmsched_env.engine.residents import admit, computed, preempt, running_members
 from llmsched_env.engine.state import BOUNDARY, ENTERING, PREFILL, Engine
+from llmsched_env.pointers import call
 
 
 @compiled
@@ -87,3 +88,5 @@ def describe_paper_batch(engine: Engine) -> None:
     batch.prefill_context64 = 0.0
     batch.sampled = float(decodes)
     batch.load = float(load)
+    if engine.code.describe_contexts != 0:
+        call(engine.code.describe_contexts, engine)

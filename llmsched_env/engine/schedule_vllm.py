@@ -320,3 +320,5 @@ def describe_batch(engine: Engine) -> None:
     batch.prefill_work = work
     batch.sampled = float(decodes + finishing)
     batch.load = float(decode_kv + prefill_load)
+    if engine.code.describe_contexts != 0:
+        call(engine.code.describe_contexts, engine)

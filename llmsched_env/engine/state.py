@@ -284,6 +284,7 @@ class Code(Record):
     close_seat: int  # (pool, r)
     queue_in_order: int  # (engine, r)
     serve_by_priority: int  # (engine, deferred, most) -> int
+    describe_contexts: int  # (engine)
 
 
 class Cadence(Record):

@@ -88,6 +88,9 @@ def _evaluate(address, handle, rows, seconds, valid):  # type: ignore[no-untyped
         batch.batch_size = rows[i, 10]
         batch.started = rows[i, 11]
         batch.finished = rows[i, 12]
+        batch.decode_longest = rows[i, 13]
+        batch.decode_shortest = rows[i, 14]
+        batch.decode_squares = rows[i, 15]
         batch.out_of_range = 0
         seconds[i] = call_float(address, batch)
         valid[i] = 1.0 - batch.out_of_range
@@ -128,12 +131,17 @@ class IterationTimeModel(ABC):
     Attributes:
         compiled_seconds: compiled function ``(batch) -> float``, seconds > 0; ``batch.model`` is what ``pack`` returned. It
             sets ``batch.out_of_range`` to 1 where it has to go beyond the data behind it.
+        reads_contexts: whether it reads the contexts of single decodes (``Batch.decode_longest`` and the two after it).
     """
 
     __slots__ = ()
 
     compiled_seconds: ClassVar[Any]
     provenance: Provenance = Provenance()
+
+    @property
+    def reads_contexts(self) -> bool:
+        return False
 
     @abstractmethod
     def pack(self) -> FloatArray:

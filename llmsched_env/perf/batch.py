@@ -35,6 +35,9 @@ class BatchSums(Record):
     batch_size: float
     started: float
     finished: float
+    decode_longest: float
+    decode_shortest: float
+    decode_squares: float
     out_of_range: int  # set to 1 by a model that had to go beyond the data behind it
 
     def array(self) -> npt.NDArray[np.float64]:
@@ -60,6 +63,11 @@ class Batch:
         batch_size: requests, those included that take a boundary slot without a token.
         started: requests that enter with this batch, from outside: for the first time or again after an eviction.
         finished: requests that ended since the batch before.
+        decode_longest, decode_shortest: largest and smallest context + 1 of a decode (tokens).
+        decode_squares: sum over decodes of (context + 1)**2.
+
+    An engine fills the last three only for a time model that asks for them (``IterationTimeModel.reads_contexts``), because
+    they cost a walk over the residents; 0 elsewhere.
     """
 
     decodes: float = 0.0
@@ -75,6 +83,9 @@ class Batch:
     batch_size: float = 0.0
     started: float = 0.0
     finished: float = 0.0
+    decode_longest: float = 0.0
+    decode_shortest: float = 0.0
+    decode_squares: float = 0.0
 
     def array(self) -> npt.NDArray[np.float64]:
         """(BATCH_FIELDS,) float64."""
@@ -96,4 +107,7 @@ BATCH_FIELDS = len(fields(Batch))
     BATCH_SIZE,
     STARTED,
     FINISHED,
+    DECODE_LONGEST,
+    DECODE_SHORTEST,
+    DECODE_SQUARES,
 ) = range(BATCH_FIELDS)

@@ -14,9 +14,10 @@ import numpy as np
 from llmsched_env import checks
 from llmsched_env.compiled import compiled
 from llmsched_env.errors import ConfigError
-from llmsched_env.perf.base import FloatArray, IterationTimeModel, Provenance, check_axis, check_provenance, check_values
+from llmsched_env.perf.base import MOST, FloatArray, IterationTimeModel, Provenance, check_axis, check_provenance, check_values
 from llmsched_env.perf.batch import BatchSums
 from llmsched_env.perf.interpolation import inside, last_at_or_below, locate, value_1d
+from llmsched_env.perf.skew import READINGS, S_ALPHA, S_CHUNK, S_CONTEXT, S_DECODES, S_FIELDS, S_LONGEST, S_RATE, S_READING, alpha_of
 
 # Header of the packed array: (start, size) of every axis, the start of every table, the measured reach of mixed batches.
 H_TOKENS = 1
@@ -29,7 +30,8 @@ H_DECODES = 11
 H_DECODE_KV = 13
 H_ATTENTION = 15
 H_MIXED_DECODES = 16
-H_FIELDS = 17
+H_SKEW = 17
+H_FIELDS = H_SKEW + S_FIELDS
 
 
 @compiled
@@ -107,7 +109,22 @@ def mixed_attention_seconds(batch: BatchSums) -> float:
         good = good and n <= model[H_MIXED_DECODES]
     if not good:
         batch.out_of_range = 1
-    return seconds + _attention(model, chunk, context, n, kv)
+    attention = _attention(model, chunk, context, n, kv)
+    if n > 1.0 and model[H_SKEW + S_ALPHA] != 0.0 and batch.decode_longest - 1.0 > kv:
+        alpha = alpha_of(batch, H_SKEW)
+        longest = _attention(model, chunk, context, n, batch.decode_longest - 1.0)
+        if longest > attention:
+            attention = max(attention + alpha * (longest - attention), 0.0)
+    return seconds + attention
+
+
+_EDGES = (
+    ("skew_chunk", S_CHUNK),
+    ("skew_decodes", S_DECODES),
+    ("skew_rate", S_RATE),
+    ("skew_longest", S_LONGEST),
+    ("skew_context", S_CONTEXT),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -142,9 +159,13 @@ class MixedAttentionTime(IterationTimeModel):
         prefill: (C, D) seconds of attention without decodes.
         decode: (E, F) seconds of attention without prefill.
         mixed: (C, D, M, F) seconds of attention with both, for the first M >= 2 points of ``decode_batch``.
+        skew: alpha of decodes of unequal contexts (``llmsched_env.perf.skew``) by cell, one cell more on each axis than it has edges;
+            None: attention is read at the mean context alone. The longest context may lie beyond ``decode_context``.
+        skew_chunk, skew_decodes, skew_rate, skew_longest, skew_context: upper edges of the cells.
+        skew_reading: one of ``llmsched_env.perf.skew.READINGS``.
 
     Raises:
-        ConfigError: axes that do not increase, shapes that do not fit, negative or non-finite seconds.
+        ConfigError: axes that do not increase, shapes that do not fit, negative or non-finite seconds, a correction in part.
     """
 
     compiled_seconds: ClassVar[Any] = mixed_attention_seconds
@@ -160,6 +181,13 @@ class MixedAttentionTime(IterationTimeModel):
     prefill: FloatArray
     decode: FloatArray
     mixed: FloatArray
+    skew: FloatArray | None = None
+    skew_chunk: FloatArray | None = None
+    skew_decodes: FloatArray | None = None
+    skew_rate: FloatArray | None = None
+    skew_longest: FloatArray | None = None
+    skew_context: FloatArray | None = None
+    skew_reading: str | None = None
     provenance: Provenance = field(default=Provenance(name="mixed-attention"))
     _packed: FloatArray = field(init=False)
 
@@ -188,10 +216,34 @@ class MixedAttentionTime(IterationTimeModel):
             arrays[name] = check_values("time_model", name, getattr(self, name), expected)
         if arrays["linear"][0] == 0:
             raise ConfigError("time_model.linear: begins with 0, an iteration must take time")
+        arrays |= self._skew_arrays()
         for name, array in arrays.items():
             array.flags.writeable = False
             object.__setattr__(self, name, array)
         object.__setattr__(self, "_packed", self._pack())
+
+    def _skew_arrays(self) -> dict[str, FloatArray]:
+        """The correction for unequal contexts, checked; none of its fields or all."""
+        names = ("skew", *(name for name, _ in _EDGES), "skew_reading")
+        missing = [name for name in names if getattr(self, name) is None]
+        if len(missing) == len(names):
+            return {}
+        if missing:
+            raise ConfigError(f"time_model.{missing[0]}: None, must be there with the other fields of the correction ({', '.join(names)})")
+        if self.skew_reading not in READINGS:
+            raise ConfigError(f"time_model.skew_reading: {checks.shown(self.skew_reading)}, must be one of {', '.join(READINGS)}")
+        arrays = {name: check_axis("time_model", name, getattr(self, name), least=1) for name, _ in _EDGES}
+        alpha = checks.numbers("time_model.skew", self.skew)
+        shape = tuple(arrays[name].size + 1 for name, _ in _EDGES)
+        if alpha.shape != shape:
+            raise ConfigError(f"time_model.skew: shape {alpha.shape}, must be {shape}, one cell more than edges on each axis")
+        if not np.all(np.abs(alpha) <= MOST):
+            raise ConfigError(f"time_model.skew: must be finite, from -{MOST:g} to {MOST:g}")
+        return arrays | {"skew": alpha.copy()}
+
+    @property
+    def reads_contexts(self) -> bool:
+        return self.skew is not None
 
     def _attention_table(self) -> FloatArray:
         """(C + 1, D, E + 1, F): the three attention tables as one whose axes begin with 0 (no prefill, no decode)."""
@@ -227,6 +279,14 @@ class MixedAttentionTime(IterationTimeModel):
                 header[place + 1] = array.size
             parts.append(array.ravel())
             end += array.size
+        if self.skew is not None and self.skew_reading is not None:
+            header[H_SKEW + S_READING] = READINGS.index(self.skew_reading)
+            for place, edges in ((place, getattr(self, name)) for name, place in _EDGES):
+                header[H_SKEW + place], header[H_SKEW + place + 1] = end, edges.size
+                parts.append(edges)
+                end += edges.size
+            header[H_SKEW + S_ALPHA] = end
+            parts.append(self.skew.ravel())
         return np.concatenate(parts)
 
     def pack(self) -> FloatArray:

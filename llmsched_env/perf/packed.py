@@ -9,7 +9,7 @@ import numpy as np
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import mixed_attention as mixed
-from llmsched_env.perf import tables, traffic
+from llmsched_env.perf import skew, tables, traffic
 from llmsched_env.perf.base import CHECKED_TYPES, MOST, PACKED_CHECKS, FloatArray, check_axis
 from llmsched_env.perf.mixed_attention import MixedAttentionTime, mixed_attention_seconds
 from llmsched_env.perf.models import FormulaTime, LinearTime, formula_seconds, linear_seconds
@@ -65,7 +65,20 @@ def _check_table(owner: str, packed: FloatArray) -> None:
 
 def _check_mixed(owner: str, packed: FloatArray) -> None:
     _coefficients(owner, packed, mixed.H_FIELDS, (mixed.H_MIXED_DECODES,))
-    _tables(owner, packed, *_MIXED)
+    axes, values = _MIXED
+    _tables(owner, packed, axes, values)
+    if packed[mixed.H_SKEW + skew.S_ALPHA] != 0:
+        _check_skew(owner, packed)
+
+
+def _check_skew(owner: str, packed: FloatArray) -> None:
+    cells = 1
+    for edges in (skew.S_CHUNK, skew.S_DECODES, skew.S_RATE, skew.S_LONGEST, skew.S_CONTEXT):
+        _tables(owner, packed, ((mixed.H_SKEW + edges, 1),), ())
+        cells *= int(packed[mixed.H_SKEW + edges + 1]) + 1
+    alpha = _part(owner, packed, mixed.H_SKEW + skew.S_ALPHA, cells)
+    if not np.all(np.abs(alpha) <= MOST):
+        raise ConfigError(f"{owner}[{mixed.H_SKEW + skew.S_ALPHA}]: its table, must be finite and from -{MOST:g} to {MOST:g}")
 
 
 def _check_traffic(owner: str, packed: FloatArray) -> None:
@@ -85,22 +98,24 @@ def _coefficients(owner: str, packed: FloatArray, size: int, places: tuple[int, 
         checks.number(f"{owner}[{i}]", packed[i], high=MOST)
 
 
-def _tables(owner: str, packed: FloatArray, axes: _Axes, values: _Values) -> None:
-    def part(place: int, size: int) -> FloatArray:
-        start = packed[place]
-        if not (start == np.floor(start) and 1 <= start <= packed.size - size):
-            raise ConfigError(f"{owner}[{place}]: {start}, must be where {size} of its {packed.size} numbers start")
-        return packed[int(start) : int(start) + size]
+def _part(owner: str, packed: FloatArray, place: int, size: int) -> FloatArray:
+    """The ``size`` numbers that start where the header says."""
+    start = packed[place]
+    if not (start == np.floor(start) and 1 <= start <= packed.size - size):
+        raise ConfigError(f"{owner}[{place}]: {start}, must be where {size} of its {packed.size} numbers start")
+    return packed[int(start) : int(start) + size]
 
+
+def _tables(owner: str, packed: FloatArray, axes: _Axes, values: _Values) -> None:
     sizes: dict[int, int] = {}
     for place, least in axes:
         size = packed[place + 1]
         if not (size == np.floor(size) and least <= size <= packed.size):
             raise ConfigError(f"{owner}[{place + 1}]: {size}, must be the length of an axis, from {least}")
         sizes[place] = int(size)
-        check_axis(owner, f"[{place}]", part(place, sizes[place]))
+        check_axis(owner, f"[{place}]", _part(owner, packed, place, sizes[place]), least)
     for place, over in values:
-        found = part(place, math.prod(sizes[axis] for axis in over))
+        found = _part(owner, packed, place, math.prod(sizes[axis] for axis in over))
         if not np.all(np.abs(found) <= MOST):  # below 0 a line may go where it is extrapolated; it is read as 0
             raise ConfigError(f"{owner}[{place}]: its table, must be finite and <= {MOST:g} seconds")
 

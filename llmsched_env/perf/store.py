@@ -208,7 +208,7 @@ def calibration_bytes(model: IterationTimeModel) -> tuple[str, bytes]:
     arrays: dict[str, Any] = {}
     for f in dataclasses.fields(model):  # type: ignore[arg-type]
         value = getattr(model, f.name)
-        if f.name == "provenance" or not f.init:
+        if f.name == "provenance" or not f.init or value is None:
             continue
         if isinstance(value, np.ndarray):
             if value.size:

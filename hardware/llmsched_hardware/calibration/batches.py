@@ -64,6 +64,8 @@ def batch_of(decodes: Collection[int], chunks: Sequence[Chunk] = (), *, started:
         "started": started,
         "finished": finished,
         "decode_longest": max(decodes, default=-1) + 1,
+        "decode_shortest": min(decodes, default=-1) + 1,
+        "decode_squares": sum((context + 1) ** 2 for context in decodes),
     }
     return Batch(**{name: float(value) for name, value in sums.items() if name in _KNOWN})
 

@@ -1,22 +1,18 @@
 """Import a profile of LLMServingSim's profiler as a calibration: operators by tokens, attention of mixed batches.
 
-The profile is a folder of casys-kaist/LLMServingSim, ``profiler/perf/GPU/MODEL/VARIANT/tp1`` and its
-``meta.yaml`` (in the folder or the one above; CSV files may be gzipped). Each file gives microseconds
-of one operator of one layer; an iteration is composed as the repository's ``profiler/models/llama.yaml``
-lists a Llama's operators: embedding, then per layer norm, qkv, rotary embedding, attention, output
-projection, norm, gate and up, activation, down, and at last norm, lm_head and sampler.
+Each file of the profile (``llmservingsim_profile.py``) gives microseconds of one operator of one layer; an iteration is composed
+as the repository's ``profiler/models/*.yaml`` list a dense decoder's operators: embedding, then per layer norm, qkv, (norm of q and k),
+rotary embedding, attention, output projection, norm, gate and up, activation, down, and at last norm, lm_head and sampler. Where a
+model is shared by several GPUs their sums are added after the output projection and after down (``serving/core/trace_generator.py``).
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import math
-import zlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +20,12 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel, Provenance
 from llmsched_env.perf.base import FloatArray
 from llmsched_env.perf.mixed_attention import MixedAttentionTime
+from llmsched_hardware.calibration.importers.grid import Filled, LeaveOneOut, fill
+from llmsched_hardware.calibration.importers.llmservingsim_profile import Profile, Skew, leave_one_out, read_profile
 
 REPOSITORY = "casys-kaist/LLMServingSim @ 5daddb21a545658d5150b535712d0494584b5278"
 _MICROSECOND = 1e-6
-_ATTENTION = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
-Cell = tuple[int, int, int, int]
+_LAYER = {"layernorm": 2, "qkv_proj": 1, "rotary_emb": 1, "o_proj": 1, "gate_up_proj": 1, "act_fn": 1, "down_proj": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,245 +34,252 @@ class Model:
 
     profile_name: str
     layers: int
+    hidden: int
     per_layer: Mapping[str, int]
-    once: tuple[str, ...]
-    per_sequence: tuple[str, ...]
+    once: tuple[str, ...] = ("embedding", "final_layernorm")
+    per_sequence: tuple[str, ...] = ("lm_head", "sampler")
 
 
-MODELS = {
-    "llama-3.1-8b": Model(
-        profile_name="meta-llama/Llama-3.1-8B",
-        layers=32,  # the model's config.json; the profile itself is of a one-layer copy
-        per_layer={"layernorm": 2, "qkv_proj": 1, "rotary_emb": 1, "o_proj": 1, "gate_up_proj": 1, "act_fn": 1, "down_proj": 1},
-        once=("embedding", "final_layernorm"),
-        per_sequence=("lm_head", "sampler"),
-    )
-}
+# Layers by the model's config.json; the profile itself is of a one-layer copy.
+MODELS = {"llama-3.1-8b": Model("meta-llama/Llama-3.1-8B", layers=32, hidden=4096, per_layer=_LAYER)}
+
+# Operators of a layer by the model_type of config.json: all dense decoders that the repository describes, and those that have the
+# same operators (a bias of qkv is part of qkv_proj).
+FAMILIES = {"llama": _LAYER, "mistral": _LAYER, "qwen2": _LAYER, "qwen3": _LAYER | {"qk_norm": 1}}
 
 # num_gpu_blocks (the null block included) of vLLM where the same repository recorded a run with the profile's GPU and
 # model: bench/examples/RTX4090/Llama-3.1-8B/vllm/meta.json.
 NUM_GPU_BLOCKS = {("NVIDIA GeForce RTX 4090", "meta-llama/Llama-3.1-8B"): 2588}
 
 
-@dataclass(frozen=True, slots=True)
-class LeaveOneOut:
-    """Error of predicting each interior point of a profile from its two neighbours along one axis, relative to the measurement."""
+def model_of(name: str, config: Path | None, profiled: str) -> Model:
+    """The model to compose.
 
-    name: str
-    points: int
-    bias: float
-    mean: float
-    p95: float
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """The raw files, microseconds of one operator of one layer."""
-
-    meta: Mapping[str, str]
-    dense: Mapping[str, Mapping[int, float]]
-    per_sequence: Mapping[str, Mapping[int, float]]
-    attention: Mapping[Cell, float]
-
-
-def _file(source: Path, name: str, parents: bool = False) -> Path:
-    folders = [source, source / "tp1", *([source.parent] if parents else [])]
-    for folder in folders:
-        for path in (folder / name, folder / f"{name}.gz"):
-            if path.is_file():
-                return path
-    raise ConfigError(f"profile {str(source)!r}: no {name} (nor {name}.gz) there, so it is no LLMServingSim profile")
-
-
-def _rows(path: Path, columns: tuple[str, ...]) -> list[list[str]]:
-    """The columns asked for, row by row.
+    Args:
+        name: a key of ``MODELS``, or with ``config`` the profile's name for it, whole or its last part.
+        config: the model's config.json of Hugging Face.
+        profiled: the model of the profile.
 
     Raises:
-        ConfigError: not a CSV file, or a column is missing.
+        ConfigError: unknown name or architecture, a config that is none, or another model than the profile's.
     """
+    if config is None:
+        if name not in MODELS:
+            raise ConfigError(f"--model: {name!r}, must be one of {', '.join(MODELS)} for the format llmservingsim, or give --config")
+        if MODELS[name].profile_name != profiled:
+            raise ConfigError(f"--model: {name!r} is {MODELS[name].profile_name}, the profile is of {profiled}")
+        return MODELS[name]
+    if name.lower() not in (profiled.lower(), profiled.rpartition("/")[2].lower()):
+        raise ConfigError(f"--model: {name!r}, the profile is of {profiled}")
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-        rows = list(csv.DictReader(io.StringIO(text), strict=True))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path.name}: not a CSV file ({error})") from error
-    if not rows:
-        raise ConfigError(f"{path.name}: no rows")
-    for column in columns:
-        if column not in rows[0]:
-            raise ConfigError(f"{path.name}: column {column!r} is missing (found: {', '.join(map(str, rows[0]))})")
-    return [[row[column] for column in columns] for row in rows]
+        record = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config: {config.name}: not a config.json ({error})") from error
+    if not isinstance(record, dict) or record.get("model_type") not in FAMILIES:
+        kind = record.get("model_type") if isinstance(record, dict) else None
+        raise ConfigError(f"--config: model_type {kind!r}, must be one of {', '.join(FAMILIES)} for the format llmservingsim")
+    sizes = {}
+    for key in ("num_hidden_layers", "hidden_size"):
+        value = record.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 10**6:
+            raise ConfigError(f"--config: {key} {value!r}, must be a whole number from 1")
+        sizes[key] = value
+    return Model(profiled, sizes["num_hidden_layers"], sizes["hidden_size"], FAMILIES[record["model_type"]])
 
 
-def _time(path: Path, line: int, at: Iterable[str], time: str) -> tuple[tuple[int, ...], float]:
-    """Coordinates and microseconds of one row."""
-    try:
-        place, value = tuple(int(x) for x in at), float(time)
-    except (TypeError, ValueError):
-        place, value = (-1,), math.nan
-    if min(place) < 0 or not (math.isfinite(value) and value > 0):
-        raise ConfigError(f"{path.name}: line {line}: {', '.join(map(str, at))} takes {time!r}, must be whole numbers and a time > 0")
-    return place, value
+def all_reduce_seconds(source: Path, tensor_parallel: int, tokens: FloatArray, hidden: int) -> FloatArray:
+    """(n,) seconds to add up the outputs of the GPUs that share a model, once, for so many tokens.
 
-
-def _by_layer(path: Path, axis: str) -> dict[str, dict[int, float]]:
-    tables: dict[str, dict[int, float]] = {}
-    for line, (layer, at, text) in enumerate(_rows(path, ("layer", axis, "time_us")), start=2):
-        (x,), time = _time(path, line, (at,), text)
-        tables.setdefault(layer, {})[x] = time
-    return tables
-
-
-def _meta(path: Path) -> dict[str, str]:
-    """``key: value`` lines of the file without regard to nesting; enough for the few keys used."""
-    meta: dict[str, str] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        key, colon, value = line.strip().partition(":")
-        if colon and value.strip():
-            meta.setdefault(key, value.strip().strip("'\""))
-    return meta
-
-
-def read_profile(source: Path) -> Profile:
-    """Read the folder of one profile.
+    The profile holds no collective operation. The repository's simulator computes it from the link of its cluster file (``link_bw``
+    in GB/s of 2**30 bytes, ``link_latency`` in nanoseconds) as a ring: 2 (p - 1) steps, each the latency and 1/p of the bytes.
 
     Raises:
-        ConfigError: a file or a column is missing, a row that is not numbers.
+        ConfigError: no cluster file beside the profile, or no link in it.
     """
-    if not source.is_dir():
-        raise ConfigError(f"profile {str(source)!r}: must be a folder with dense.csv, attention.csv, per_sequence.csv and meta.yaml")
-    meta = _meta(_file(source, "meta.yaml", parents=True))
-    for key in ("gpu", "hardware", "model", "vllm_version", "variant"):
-        if key not in meta:
-            raise ConfigError(f"profile {str(source)!r}: meta.yaml has no {key!r}")
-    attention: dict[Cell, float] = {}
-    path = _file(source, "attention.csv")
-    for line, (*at, text) in enumerate(_rows(path, (*_ATTENTION, "time_us")), start=2):
-        (chunk, context, decodes, kv), time = _time(path, line, at, text)
-        attention[chunk, context, decodes, kv] = time
-    dense = _by_layer(_file(source, "dense.csv"), "tokens")
-    return Profile(meta, dense, _by_layer(_file(source, "per_sequence.csv"), "sequences"), attention)
+    path = next((p for p in (source / "bench_config.json", source.parent / "bench_config.json") if p.is_file()), None)
+    if path is None:
+        raise ConfigError(
+            f"--tensor-parallel: {tensor_parallel}, the profile holds no time of the all-reduce between GPUs, and there is no "
+            "bench_config.json (the simulator's cluster file with link_bw and link_latency) beside it"
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        bandwidth, latency = float(record["link_bw"]), float(record["link_latency"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"bench_config.json: no link_bw and link_latency ({error!r})") from error
+    if not (0 < bandwidth < np.inf and 0 <= latency < np.inf):
+        raise ConfigError(f"bench_config.json: link_bw {bandwidth}, link_latency {latency}, must be above 0 and finite")
+    part = tokens * hidden * 2.0 / tensor_parallel  # bytes of bfloat16
+    return np.asarray(2 * (tensor_parallel - 1) * (latency * 1e-9 + part / (bandwidth * 2**30)))
 
 
 def _column(name: str, tables: Mapping[str, Mapping[int, float]], weights: Mapping[str, int]) -> tuple[FloatArray, FloatArray]:
-    """(axis, seconds): the weighted sum of operators that were measured at the same points."""
+    """(axis, seconds): the weighted sum of operators, each read between its points where others have one.
+
+    Raises:
+        ConfigError: an operator is missing, or was measured over another range than the first.
+    """
     for layer in weights:
         if layer not in tables:
             raise ConfigError(f"{name}: operator {layer!r} is missing (found: {', '.join(sorted(tables))})")
-    axis = sorted(tables[next(iter(weights))])
-    for layer in weights:
-        if sorted(tables[layer]) != axis:
-            raise ConfigError(f"{name}: operator {layer!r} was measured at other points than {next(iter(weights))!r}")
-    seconds = sum(times * np.array([tables[layer][x] for x in axis]) for layer, times in weights.items())
-    return np.array(axis, dtype=np.float64), np.asarray(seconds) * _MICROSECOND
+    first = next(iter(weights))
+    axis = np.array(sorted(set().union(*(tables[layer] for layer in weights))), dtype=np.float64)
+    if axis.size < 2:
+        raise ConfigError(f"{name}: measured at {axis.size} point, must be 2 or more")
+    seconds = np.zeros(axis.size)
+    for layer, times in weights.items():
+        points = sorted(tables[layer])
+        if (points[0], points[-1]) != (axis[0], axis[-1]):
+            raise ConfigError(
+                f"{name}: operator {layer!r} was measured from {points[0]} to {points[-1]}, others (as {first!r}) from "
+                f"{axis[0]:.0f} to {axis[-1]:.0f}"
+            )
+        seconds = seconds + times * np.interp(axis, points, [tables[layer][x] for x in points])
+    return axis, seconds * _MICROSECOND
 
 
-def _grid(attention: Mapping[Cell, float], axes: tuple[list[int], list[int], list[int], list[int]]) -> FloatArray:
-    """Measured values on a full grid.
+@dataclass(frozen=True, slots=True)
+class _Attention:
+    """The three attention tables of a profile, microseconds of one layer, on full grids."""
 
-    Raises:
-        ConfigError: a point of the grid was not measured.
+    chunks: list[int]
+    contexts: list[int]
+    batches: list[int]
+    kvs: list[int]
+    together: list[int]
+    prefill: Filled
+    decode: Filled
+    mixed: Filled
+
+    @classmethod
+    def of(cls, cells: Mapping[tuple[int, ...], float]) -> _Attention:
+        axes: dict[str, list[int]] = {
+            "chunks": sorted({c for c, _, _, _ in cells if c > 0}),
+            "contexts": sorted({x for c, x, _, _ in cells if c > 0}),
+            "batches": sorted({n for c, _, n, _ in cells if c == 0 and n > 0}),
+            "kvs": sorted({k for _, _, n, k in cells if n > 0}),
+            "together": sorted({n for c, _, n, _ in cells if c > 0 and n > 0}),
+        }
+        for name, axis in axes.items():
+            if len(axis) < 2:
+                raise ConfigError(f"attention.csv: {name}: measured at {len(axis)} points, must be 2 or more")
+        batches, together = axes["batches"], axes["together"]
+        if together != batches[: len(together)]:
+            batches = axes["batches"] = sorted({*batches, *together})
+            axes["together"] = together = [n for n in batches if n <= together[-1]]
+        name = "attention.csv"
+        return cls(
+            **axes,
+            prefill=fill(name, cells, (axes["chunks"], axes["contexts"], [0], [0])),
+            decode=fill(name, cells, ([0], [0], batches, axes["kvs"])),
+            mixed=fill(name, cells, (axes["chunks"], axes["contexts"], together, axes["kvs"])),
+        )
+
+    @property
+    def filled(self) -> str:
+        """What was not measured, for the provenance; empty if nothing."""
+        parts = (self.prefill, self.decode, self.mixed)
+        between, beyond = sum(p.interpolated for p in parts), sum(p.extrapolated for p in parts)
+        if between + beyond == 0:
+            return ""
+        total = sum(p.values.size for p in parts)
+        told = f"{total - between - beyond:,} of {total:,} cells of the attention grid measured, {between:,} interpolated between them"
+        return told + (f", {beyond:,} extrapolated beyond them" if beyond else "")
+
+
+def _skew_fields(skew: Skew | None) -> dict[str, Any]:
+    """The fields of ``MixedAttentionTime`` for the profile's correction.
+
+    Cells in which nothing was fitted because so few decodes have no share that small take the next larger share; others the pooled
+    alpha, as in the repository's simulator.
     """
-    table = np.empty([len(axis) for axis in axes])
-    for i, chunk in enumerate(axes[0]):
-        for j, context in enumerate(axes[1]):
-            for k, decodes in enumerate(axes[2]):
-                for m, kv in enumerate(axes[3]):
-                    cell = (chunk, context, decodes, kv)
-                    if cell not in attention:
-                        raise ConfigError(f"attention.csv: no row for {dict(zip(_ATTENTION, cell, strict=True))}")
-                    table[i, j, k, m] = attention[cell]
-    return table
+    if skew is None:
+        return {}
+    alpha = skew.alpha.copy()
+    for share in reversed(range(alpha.shape[2] - 1)):
+        lacking = np.isnan(alpha[:, :, share])
+        alpha[:, :, share][lacking] = alpha[:, :, share + 1][lacking]
+    names = ("skew_chunk", "skew_decodes", "skew_rate", "skew_longest", "skew_context")
+    filled = np.where(np.isnan(alpha), skew.pooled, alpha)
+    return dict(zip(names, skew.edges, strict=True)) | {"skew": filled, "skew_reading": "moments"}
 
 
-def import_profile(source: Path, model: str, name: str, *, config: Path | None = None, tensor_parallel: int = 1) -> IterationTimeModel:
+def _errors(errors: Iterable[LeaveOneOut]) -> str:
+    return "; ".join(f"{e.name} {e.mean:.1%}, {e.bias:+.1%}" for e in errors)
+
+
+def import_profile(
+    source: Path, model: str, name: str, *, config: Path | None = None, tensor_parallel: int = 1
+) -> IterationTimeModel:
     """The calibration of a profile.
 
     Args:
-        source: folder with ``dense.csv``, ``per_sequence.csv``, ``attention.csv`` and ``meta.yaml``.
-        model: a key of ``MODELS``.
+        source: folder with ``dense.csv``, ``per_sequence.csv``, ``attention.csv`` and ``meta.yaml``, or the one above ``tp1``.
+        model: a key of ``MODELS``, or with ``config`` the name of the profiled model.
         name: what the calibration is called.
-        config, tensor_parallel: refused, the profile is of one model on one GPU.
+        config: the model's config.json of Hugging Face, where ``MODELS`` does not hold it.
+        tensor_parallel: GPUs that share the model: the folder ``tpN`` of the profile.
 
     Raises:
-        ConfigError: unknown model, or not the one that was profiled; a missing file, column, operator or grid point.
+        ConfigError: unknown model, or not the one that was profiled; a missing file, column or operator; cells of the attention grid
+            that do not follow from measured ones.
     """
-    if config is not None:
-        raise ConfigError("--config: not for --format llmservingsim, whose profile is of one model (--model)")
-    if tensor_parallel != 1:
-        raise ConfigError(f"--tensor-parallel: {tensor_parallel}, must be 1 for --format llmservingsim")
-    if model not in MODELS:
-        raise ConfigError(f"--model: {model!r}, must be one of {', '.join(MODELS)} for the format llmservingsim")
-    profile = read_profile(source)
-    graph = MODELS[model]
-    if profile.meta["model"] != graph.profile_name:
-        raise ConfigError(f"--model: {model!r} is {graph.profile_name}, the profile is of {profile.meta['model']}")
+    if config is None and model not in MODELS:
+        model_of(model, None, "")  # refused before files are read
+    if tensor_parallel < 1:
+        raise ConfigError(f"--tensor-parallel: {tensor_parallel}, must be >= 1")
+    profile = read_profile(source, tensor_parallel)
+    meta = profile.meta
+    graph = model_of(model, config, meta["model"])
     tokens, linear = _column(
         "dense.csv", profile.dense, {op: times * graph.layers for op, times in graph.per_layer.items()} | dict.fromkeys(graph.once, 1)
     )
+    if tensor_parallel > 1:
+        linear = linear + 2 * graph.layers * all_reduce_seconds(source, tensor_parallel, tokens, graph.hidden)
     sequences, per_sequence = _column("per_sequence.csv", profile.per_sequence, dict.fromkeys(graph.per_sequence, 1))
-
-    cells = profile.attention
-    chunks = sorted({c for c, _, _, _ in cells if c > 0})
-    contexts = sorted({x for c, x, _, _ in cells if c > 0})
-    batches = sorted({n for c, _, n, _ in cells if c == 0})
-    kvs = sorted({k for c, _, n, k in cells if c == 0 and n > 0})
-    together = sorted({n for c, _, n, _ in cells if c > 0 and n > 0})
+    attention = _Attention.of(profile.attention)
     layers = graph.layers * _MICROSECOND
-    blocks = NUM_GPU_BLOCKS.get((profile.meta["gpu"], profile.meta["model"]))
-    errors = leave_one_out(profile)
+    blocks = NUM_GPU_BLOCKS.get((meta["gpu"], meta["model"])) if tensor_parallel == 1 else None
+    notes = [] if blocks is None else [f"num_blocks: vLLM reported {blocks} GPU blocks, one of which is its null block"]
+    if attention.filled:
+        notes.append(attention.filled)
+    if profile.skew is not None:
+        notes.append(
+            "decodes of unequal contexts: the profile's own correction (skew_fit.csv, enabled in its record), by longest, mean and variance"
+        )
+    if tensor_parallel > 1:
+        notes.append("all-reduce: not measured, by the link of the simulator's cluster file")
     return MixedAttentionTime(
         tokens=tokens,
         linear=linear,
         sequences=sequences,
         per_sequence=per_sequence,
-        prefill_chunk=np.array(chunks, dtype=np.float64),
-        prefill_context=np.array(contexts, dtype=np.float64),
-        decode_batch=np.array(batches, dtype=np.float64),
-        decode_context=np.array(kvs, dtype=np.float64),
-        prefill=_grid(cells, (chunks, contexts, [0], [0]))[:, :, 0, 0] * layers,
-        decode=_grid(cells, ([0], [0], batches, kvs))[0, 0] * layers,
-        mixed=_grid(cells, (chunks, contexts, together, kvs)) * layers,
+        prefill_chunk=np.array(attention.chunks, dtype=np.float64),
+        prefill_context=np.array(attention.contexts, dtype=np.float64),
+        decode_batch=np.array(attention.batches, dtype=np.float64),
+        decode_context=np.array(attention.kvs, dtype=np.float64),
+        prefill=attention.prefill.values[:, :, 0, 0] * layers,
+        decode=attention.decode.values[0, 0] * layers,
+        mixed=attention.mixed.values * layers,
+        **_skew_fields(profile.skew),
         provenance=Provenance(
             name=name,
-            source=f"{REPOSITORY}, profiler/perf/{profile.meta['hardware']}/{graph.profile_name}/{profile.meta['variant']}/tp1",
+            source=f"{REPOSITORY}, profiler/perf/{meta['hardware']}/{graph.profile_name}/{meta['variant']}/tp{tensor_parallel}",
             licence="MIT",
-            gpu=profile.meta["gpu"],
-            model=f"{graph.profile_name}, {profile.meta['variant']}, 1 GPU",
-            engine=f"vLLM {profile.meta['vllm_version']} kernels, profiled eagerly; no engine overhead: "
+            gpu=meta["gpu"],
+            model=f"{graph.profile_name}, {meta['variant']}, {tensor_parallel} GPU{'s' if tensor_parallel > 1 else ''}",
+            engine=f"vLLM {meta['vllm_version']} kernels, profiled eagerly; no engine overhead: "
             "vLLM prepares the next batch while one runs (async scheduling)",
-            valid_range=f"{tokens[0]:.0f}-{tokens[-1]:.0f} tokens, up to {sequences[-1]:.0f} requests of {kvs[0]}-{kvs[-1]} tokens, "
-            f"up to {together[-1]} decodes beside a prefill, prefill contexts up to {contexts[-1]} tokens",
+            valid_range=f"{tokens[0]:.0f}-{tokens[-1]:.0f} tokens, up to {sequences[-1]:.0f} requests of "
+            f"{attention.kvs[0]}-{attention.kvs[-1]} tokens, up to {attention.together[-1]} decodes beside a prefill, prefill contexts "
+            f"up to {attention.contexts[-1]} tokens",
             fit_error="measured tables, nothing fitted; leave-one-out error of linear interpolation (mean, bias): "
-            + "; ".join(f"{e.name} {e.mean:.1%}, {e.bias:+.1%}" for e in errors),
+            + _errors(leave_one_out(profile)),
             num_blocks=None if blocks is None else blocks - 1,
-            block_size=None if blocks is None else int(profile.meta.get("block_size", "16")),
-            notes="" if blocks is None else f"num_blocks: vLLM reported {blocks} GPU blocks, one of which is its null block",
+            block_size=None if blocks is None else int(meta.get("block_size", "16")),
+            notes="; ".join(notes),
         ),
     )
 
 
-def leave_one_out(profile: Profile) -> list[LeaveOneOut]:
-    """Error of predicting every interior point from its two neighbours, which lie twice as far apart as in use."""
-    found = []
-    for name, tables in (("operators by tokens", profile.dense), ("lm_head and sampler", profile.per_sequence)):
-        found.append(_neighbour_error(name, tables.values()))
-    for axis, column in enumerate(_ATTENTION):
-        lines: dict[tuple[int, ...], dict[int, float]] = {}
-        for cell, time in profile.attention.items():
-            lines.setdefault((*cell[:axis], *cell[axis + 1 :]), {})[cell[axis]] = time
-        found.append(_neighbour_error(f"attention by {column}", lines.values()))
-    return found
-
-
-def _neighbour_error(name: str, lines: Iterable[Mapping[int, float]]) -> LeaveOneOut:
-    """Relative errors over every interior point of every line {coordinate: time}."""
-    errors: list[float] = []
-    for line in lines:
-        points = sorted(line)
-        for low, x, high in zip(points, points[1:], points[2:], strict=False):
-            weight = (x - low) / (high - low)
-            errors.append((line[low] + weight * (line[high] - line[low])) / line[x] - 1.0)
-    values = np.array(errors)
-    size = np.abs(values)
-    return LeaveOneOut(name, values.size, float(values.mean()), float(size.mean()), float(np.quantile(size, 0.95)))
+__all__ = ["FAMILIES", "MODELS", "Profile", "import_profile", "leave_one_out", "read_profile"]
