@@ -1,0 +1,417 @@
+"""An iteration-time formula and the front end's seconds from benchmark runs.
+
+Two stages. The first solves the equations of ``token_times`` by non-negative least squares; a row is divided by the seconds that the formula
+gives it, so that no bias towards short ones comes in. The second replays the runs in the simulator, policy ``vllm``, with the arrivals and
+lengths of the files, and moves the coefficients, as far as the first stage left them open, until mean times to the first
+token and between tokens (each in thirds of the requests by how many were in the system), mean latency and the upper quantiles agree
+(Gauss-Newton, bounds at 0). Intervals: both stages again with blocks of consecutive time of every run drawn with replacement.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmsched_baselines import Setting, make_policy
+from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.errors import require
+from llmsched_env.metrics import latency, ttft
+from llmsched_env.perf import FormulaTime
+from llmsched_env.perf.base import FloatArray
+from llmsched_env.runner import run_episode
+from llmsched_env.types import BoolArray, EngineConfig, IntArray, LengthStatistics
+from llmsched_hardware.calibration.bench_results import BenchResult
+from llmsched_hardware.calibration.token_times import (
+    COLUMNS,
+    DECODES,
+    FRONTEND,
+    ITERATIONS,
+    KV,
+    TOKENS,
+    WORK,
+    Equations,
+    equations,
+)
+
+KNEES = (16, 32, 64, 128, 256, 512)
+KNEE_ROWS = 30
+KNEE_GAIN = 0.05
+"""Share of the spread of relative errors that a step in the token line must take away."""
+STALL = 8.0
+"""A row that took so many times its modelled seconds is a pause of the machine and is left out."""
+PASSES = 6
+BLOCKS = 25
+REPLICATES = 200
+STEPS = 6
+LOOSE = 0.02
+"""Of a coefficient: how far the second stage may move it, as a standard deviation, beyond what the rows leave open."""
+EXACT = 0.01
+"""Of a figure: how closely the second stage is to match it, as a standard deviation, beyond what chance leaves open."""
+NAMES = ("a", "b", "d1", "d3", "d4", "frontend")
+KNEE_NAMES = ("a", "b", "s", "c", "d1", "d3", "d4", "frontend")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Coefficients of ``FormulaTime`` in use, then the front end's seconds.
+
+    Attributes:
+        values: (P,) float64.
+        knee: tokens at which the token line has a step; 0 for one line.
+    """
+
+    values: FloatArray
+    knee: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return KNEE_NAMES if self.knee else NAMES
+
+    @property
+    def frontend(self) -> float:
+        return float(self.values[-1])
+
+    def formula(self) -> FormulaTime:
+        """The time model."""
+        known = {name: float(value) for name, value in zip(self.names, self.values, strict=True)}
+        line = {"s": known["a"], "c": known["b"], **known}
+        return FormulaTime(
+            a=line["a"], b=line["b"], s=line["s"], c=line["c"], d1=line["d1"], d2=0.0, d3=line["d3"], d4=line["d4"], knee=float(self.knee)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """A run in the simulator, per request: seconds to the first and to the last token, the front end's added; forced evictions."""
+
+    first: FloatArray
+    last: FloatArray
+    preemptions: int
+    iterations: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """What the runs say about one coefficient.
+
+    Attributes:
+        name: of ``FormulaTime``, or ``frontend``.
+        value, low, high: of the fit, and 95 % of the fits to resampled blocks.
+        share: of the seconds of all rows that the term accounts for; NaN for the front end.
+        determined: the interval excludes 0 and its half is within a quarter of the value.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    share: float
+    determined: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Outcome of both stages.
+
+    Attributes:
+        parameters, first: after the second and the first stage.
+        intervals: a coefficient each.
+        equations: of every run.
+        spread: standard deviation of measured over modelled seconds of single iterations; NaN without such rows.
+        drift: by run, measured over modelled seconds of its rows - 1.
+        stalls: rows left out as pauses.
+    """
+
+    parameters: Parameters
+    first: Parameters
+    intervals: tuple[Interval, ...]
+    equations: tuple[Equations, ...]
+    spread: float
+    drift: tuple[float, ...]
+    stalls: int
+
+
+# --- the simulator ----------------------------------------------------------------------------------
+class Replay:
+    """Runs again in the simulator under policy ``vllm``."""
+
+    def __init__(self, results: Sequence[BenchResult], engine: EngineConfig) -> None:
+        self._engine = engine
+        self._backend = SimBackend()
+        self._runs = [(r.workload, LengthStatistics.of(r.prompt_tokens, r.output_tokens, np.ones(len(r))), r.rate) for r in results]
+
+    def __call__(self, parameters: Parameters) -> list[Replayed]:
+        """Every run."""
+        engine = self._engine.replace(time_model=parameters.formula())
+        found = []
+        for workload, statistics, rate in self._runs:
+            policy = make_policy("vllm", Setting(statistics, rate if math.isfinite(rate) else 1.0, engine))
+            log = run_episode(policy, workload, backend=self._backend).log
+            first, last = ttft(log) + parameters.frontend, latency(log) + parameters.frontend
+            found.append(Replayed(first, last, int(log.forced_evictions.sum()), int(self._backend.counters().iterations)))
+        return found
+
+
+# --- first stage ------------------------------------------------------------------------------------
+def _design(rows: FloatArray, knee: int) -> FloatArray:
+    """(M, P) what a row says of each parameter."""
+    tail = [rows[:, KV], rows[:, WORK], rows[:, DECODES], rows[:, FRONTEND]]
+    if not knee:
+        return np.stack([rows[:, ITERATIONS], rows[:, TOKENS], *tail], axis=1)
+    low = rows[:, TOKENS] <= knee * rows[:, ITERATIONS]
+    lines = [rows[:, ITERATIONS] * low, rows[:, TOKENS] * low, rows[:, ITERATIONS] * ~low, rows[:, TOKENS] * ~low]
+    return np.stack([*lines, *tail], axis=1)
+
+
+def _solve(design: FloatArray, seconds: FloatArray, weight: FloatArray) -> FloatArray:
+    """Non-negative coefficients of the smallest squared error relative to the modelled seconds."""
+    nnls = require("scipy.optimize", "cli").nnls
+    root = np.sqrt(weight)
+    modelled = np.full(len(seconds), max(float(np.average(seconds, weights=weight)), 1e-9))
+    values = np.zeros(design.shape[1])
+    for _ in range(PASSES):
+        scaled = design * (root / modelled)[:, None]
+        scale = np.abs(scaled).max(axis=0)
+        scale[scale == 0] = 1.0
+        solution, _ = nnls(scaled / scale, root * seconds / modelled)
+        values = solution / scale
+        modelled = np.maximum(design @ values, 0.05 * modelled)
+    return values
+
+
+def _spread(design: FloatArray, seconds: FloatArray, values: FloatArray) -> float:
+    modelled = design @ values
+    return float(np.sqrt(np.mean((seconds / np.maximum(modelled, 1e-12) - 1.0) ** 2)))
+
+
+def _first_stage(rows: FloatArray, seconds: FloatArray, single: BoolArray) -> Parameters:
+    """The best of one line and of the steps for which there are rows on both sides."""
+    ones = np.ones(len(seconds))
+    design = _design(rows, 0)
+    best = Parameters(_solve(design, seconds, ones))
+    allowed = (1.0 - KNEE_GAIN) * _spread(design, seconds, best.values)
+    each = rows[:, TOKENS] / np.maximum(rows[:, ITERATIONS], 1.0)
+    if not single.any():
+        return best
+    for knee in KNEES:
+        if min(np.count_nonzero(single & (each <= knee)), np.count_nonzero(single & (each > knee))) < KNEE_ROWS:
+            continue
+        design = _design(rows, knee)
+        values = _solve(design, seconds, ones)
+        spread = _spread(design, seconds, values)
+        if spread < allowed and values[0] > 0 and values[2] > 0:
+            best, allowed = Parameters(values, knee), spread
+    return best
+
+
+# --- second stage -----------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Requests of a run whose figures are compared: thirds by how many were in the system when they came."""
+
+    counted: IntArray
+    thirds: tuple[IntArray, ...]
+
+    @classmethod
+    def of(cls, result: BenchResult) -> _Groups:
+        ended = np.sort(result.arrival + result.last)
+        present = np.arange(len(result)) - np.searchsorted(ended, result.arrival)
+        counted = np.flatnonzero(result.counted)
+        order = counted[np.argsort(present[counted], kind="stable")]
+        return cls(counted, tuple(np.sort(part) for part in np.array_split(order, 3)))
+
+    def figures(self, first: FloatArray, last: FloatArray, output: IntArray, weight: FloatArray) -> FloatArray:
+        """(F,) means and quantiles of a run, requests weighted."""
+        rest = output - 1.0
+        found = []
+        for third in self.thirds:
+            w = weight[third]
+            found.append(_ratio(w @ first[third], w.sum()))
+            found.append(_ratio(w @ (last - first)[third], w @ rest[third]))
+        w = weight[self.counted]
+        found.append(_ratio(w @ last[self.counted], w.sum()))
+        for values, share in ((first, 0.9), (last, 0.9)):
+            found.append(_quantile(values[self.counted], w, share))
+        return np.array(found)
+
+
+def _ratio(above: float, below: float) -> float:
+    return float(above / below) if below > 0 else 0.0
+
+
+def _quantile(values: FloatArray, weight: FloatArray, share: float) -> float:
+    """Weighted quantile, interpolated."""
+    order = np.argsort(values, kind="stable")
+    at = np.cumsum(weight[order]) - 0.5 * weight[order]
+    return float(np.interp(share * weight.sum(), at, values[order]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """What the second stage pulls to: measured figures and the coefficients of the first, each with a standard deviation."""
+
+    figures: FloatArray
+    tolerance: FloatArray
+    prior: FloatArray
+    covariance: FloatArray
+
+    def step(self, at: FloatArray, simulated: FloatArray, slopes: FloatArray) -> FloatArray:
+        """The parameters that are best if figures are linear in them."""
+        lsq = require("scipy.optimize", "cli").lsq_linear
+        whiten = np.linalg.inv(np.linalg.cholesky(self.covariance))
+        # in units of the prior's deviation, which differ by ten orders of magnitude
+        unit = np.sqrt(np.diag(self.covariance))
+        system = np.concatenate([slopes / self.tolerance[:, None] * unit, whiten * unit])
+        wanted = np.concatenate([(self.figures - simulated + slopes @ at) / self.tolerance, whiten @ self.prior])
+        low = np.zeros(len(at))
+        low[0] = 0.01 * max(at[0], 1e-9) / unit[0]
+        found: FloatArray = lsq(system, wanted, bounds=(low, np.inf)).x * unit
+        return found
+
+    def cost(self, at: FloatArray, simulated: FloatArray) -> float:
+        off = at - self.prior
+        figures = ((simulated - self.figures) / self.tolerance) ** 2
+        return float(figures.sum() + off @ np.linalg.solve(self.covariance, off))
+
+
+def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> Fit:
+    """Both stages and their intervals.
+
+    Args:
+        results: runs of one server.
+        engine: its settings; the time model is not read.
+        seed: of the resampling.
+    """
+    found = tuple(equations(result, engine, 0.0) for result in results)
+    rows, seconds, single, _ = _joined(found)
+    parameters = _first_stage(rows, seconds, single)
+    found = tuple(equations(result, engine, parameters.frontend) for result in results)
+    rows, seconds, single, _ = _joined(found)
+    parameters = _first_stage(rows, seconds, single)
+    keep = seconds <= STALL * (_design(rows, parameters.knee) @ parameters.values)
+    if not keep.all():
+        parameters = _first_stage(rows[keep], seconds[keep], single[keep])
+    weights = _resampled(results, found, keep, np.random.default_rng(seed))
+    design, taken = _design(rows, parameters.knee)[keep], seconds[keep]
+    firsts = np.array([_solve(design, taken, w) for w, _ in weights])
+    covariance = np.cov(firsts.T) + np.diag((LOOSE * parameters.values) ** 2 + (1e-3 * _units(design, taken)) ** 2)
+    if not (rows[:, FRONTEND] > 0).any():  # nobody found the engine idle: the second stage alone can tell
+        covariance[-1, -1] += float(np.mean([np.median(r.first) for r in results])) ** 2
+    final, intervals = _second_stage(results, engine, parameters, firsts, covariance, [w for _, w in weights], design, taken)
+    modelled = design @ final.values
+    relative = (taken / modelled)[single[keep]]
+    run = np.repeat(np.arange(len(found)), [len(e.seconds) for e in found])[keep]
+    drift = tuple(float(taken[run == k].sum() / modelled[run == k].sum() - 1.0) for k in range(len(found)))
+    spread = float(np.std(relative)) if relative.size else math.nan
+    return Fit(final, parameters, intervals, found, spread, drift, int(np.count_nonzero(~keep)))
+
+
+def _joined(found: Sequence[Equations]) -> tuple[FloatArray, FloatArray, BoolArray, FloatArray]:
+    rows, seconds = np.concatenate([e.rows for e in found]), np.concatenate([e.seconds for e in found])
+    return rows, seconds, np.concatenate([e.single for e in found]), np.concatenate([e.time for e in found])
+
+
+def _units(design: FloatArray, seconds: FloatArray) -> FloatArray:
+    """(P,) the value at which a term alone would make up all seconds."""
+    total = design.sum(axis=0)
+    return np.divide(seconds.sum(), total, out=np.full(len(total), float(seconds.mean())), where=total > 0)
+
+
+def _resampled(
+    results: Sequence[BenchResult], found: Sequence[Equations], keep: BoolArray, rng: np.random.Generator
+) -> list[tuple[FloatArray, list[FloatArray]]]:
+    """Weights of the kept rows and of each run's requests when blocks of its time are drawn with replacement."""
+    drawn = []
+    for _ in range(REPLICATES):
+        rows, requests = [], []
+        for result, e in zip(results, found, strict=True):
+            edges = np.quantile(result.arrival, np.linspace(0, 1, min(BLOCKS, max(len(result) // 4, 2)) + 1)[1:-1])
+            count = np.bincount(rng.integers(0, len(edges) + 1, len(edges) + 1), minlength=len(edges) + 1).astype(float)
+            rows.append(count[np.searchsorted(edges, e.time)])
+            requests.append(count[np.searchsorted(edges, result.arrival)])
+        drawn.append((np.concatenate(rows)[keep], requests))
+    return drawn
+
+
+def _second_stage(
+    results: Sequence[BenchResult],
+    engine: EngineConfig,
+    first: Parameters,
+    firsts: FloatArray,
+    covariance: FloatArray,
+    weights: Sequence[Sequence[FloatArray]],
+    design: FloatArray,
+    seconds: FloatArray,
+) -> tuple[Parameters, tuple[Interval, ...]]:
+    replay = Replay(results, engine)
+    groups = [_Groups.of(result) for result in results]
+
+    def figures(runs: Sequence[tuple[FloatArray, FloatArray]], weight: Sequence[FloatArray]) -> FloatArray:
+        parts = zip(groups, runs, results, weight, strict=True)
+        return np.concatenate([g.figures(f, last, r.output_tokens, w) for g, (f, last), r, w in parts])
+
+    def simulated(values: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
+        return [(run.first, run.last) for run in replay(Parameters(values, first.knee))]
+
+    even = [np.ones(len(result)) for result in results]
+    measured = [(result.first, result.last) for result in results]
+    steps = 0.01 * _units(design, seconds)
+    steps[-1] = 1e-3
+
+    def slopes(values: FloatArray) -> list[list[tuple[FloatArray, FloatArray]]]:
+        """Runs with one parameter after the other a step larger."""
+        return [simulated(values + np.where(np.arange(len(values)) == k, steps, 0.0)) for k in range(len(values))]
+
+    def slope(moved: Sequence[list[tuple[FloatArray, FloatArray]]], base: FloatArray, weight: Sequence[FloatArray]) -> FloatArray:
+        return np.stack([(figures(run, weight) - base) / h for run, h in zip(moved, steps, strict=True)], axis=1)
+
+    at = first.values.copy()
+    at[0] = max(at[0], 0.01 * float(_units(design, seconds)[0]))
+    runs = simulated(at)
+    wanted, base = figures(measured, even), figures(runs, even)
+    chance = np.array([figures(measured, w) - figures(runs, w) for w in weights]).std(axis=0)
+    target = _Target(wanted, np.hypot(chance, EXACT * np.maximum(wanted, 1e-6)), first.values, covariance)
+    cost = target.cost(at, base)
+    for _ in range(STEPS):
+        moved = slopes(at)
+        aim = target.step(at, base, slope(moved, base, even))
+        for share in (1.0, 0.5, 0.25):
+            tried = at + share * (aim - at)
+            there = simulated(tried)
+            found = figures(there, even)
+            if target.cost(tried, found) < cost:
+                break
+        else:
+            break
+        gain = cost - target.cost(tried, found)
+        at, runs, base, cost = tried, there, found, cost - gain
+        if gain < 0.01:
+            break
+    moved = slopes(at)
+    replicates = []
+    for replicate, w in zip(firsts, weights, strict=True):
+        base = figures(runs, w)
+        own = _Target(figures(measured, w), target.tolerance, replicate, covariance)
+        replicates.append(own.step(at, base, slope(moved, base, w)))
+    low, high = np.percentile(np.array(replicates), (2.5, 97.5), axis=0)
+    shares = design.sum(axis=0) * at / float((design @ at).sum())
+    shares[-1] = math.nan
+    names = first.names
+    intervals = tuple(
+        Interval(
+            names[k],
+            float(at[k]),
+            float(min(low[k], at[k])),
+            float(max(high[k], at[k])),
+            float(shares[k]),
+            bool(low[k] > 0 and max(high[k] - at[k], at[k] - low[k]) <= 0.25 * at[k]),
+        )
+        for k in range(len(at))
+    )
+    return Parameters(at, first.knee), intervals
+
+
+assert len(COLUMNS) == len(NAMES)

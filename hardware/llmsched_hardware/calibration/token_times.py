@@ -1,0 +1,221 @@
+"""The engine's iterations, seen through the times at which clients got tokens.
+
+Every running request gets one token an iteration. So the times of all tokens of all requests tell which requests were in
+which iteration, with which contexts, and from one iteration to the next the seconds that it took; who got a first token
+had its prompt computed in that iteration, or in those before it as far as the token budget forced it (vLLM 0.28.0 to 0.33.0,
+``v1/core/sched/scheduler.py`` ``schedule``: running requests first, then the waiting in order of arrival).
+
+Where a file has the times of first and last tokens alone, a request's time from one to the other is the sum of its iterations.
+
+Either way one row is an equation: seconds = number of iterations x a + tokens x b + ... (``COLUMNS``). A row of a request that found the
+engine idle has the front end's seconds in it, too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmsched_env.perf.base import FloatArray
+from llmsched_env.types import BoolArray, EngineConfig, IntArray
+from llmsched_hardware.calibration.bench_results import BenchResult
+
+COLUMNS = ("iterations", "tokens", "kv", "work", "decodes", "frontend")
+"""Of a row: iterations, their tokens, KV tokens of their decodes, prefill work (``Batch.prefill_work``), decodes; 1 for the front end."""
+ITERATIONS, TOKENS, KV, WORK, DECODES, FRONTEND = range(len(COLUMNS))
+SPLIT = 0.3
+"""A first token that comes this share of a usual gap after all others is of the next iteration."""
+MOST_WITHOUT_GAPS = 0.1
+"""Share of requests whose tokens have no times that still lets iterations be told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Equations:
+    """What one run says about iteration times.
+
+    Attributes:
+        rows: (M, len(COLUMNS)) float64.
+        seconds: (M,) float64.
+        time: (M,) float64 seconds of the run at which a row begins.
+        single: (M,) bool: the row is one iteration.
+        longest_chunk: most prompt tokens of a request in one iteration.
+        iterations: counted; 0 where they cannot be told apart.
+        stalled: iterations left out because a running request got no token in them (preempted, or two tokens in one chunk).
+    """
+
+    rows: FloatArray
+    seconds: FloatArray
+    time: FloatArray
+    single: BoolArray
+    longest_chunk: int
+    iterations: int
+    stalled: int
+
+
+@dataclass(slots=True)
+class _Seen:
+    """One iteration: when its first token was seen, requests that got a token, those of them that got their first."""
+
+    time: float
+    members: dict[int, int]  # request -> number of the token, from 0
+    begun: list[int]
+    whole: bool = True  # every request that was running is there, and no other
+
+
+def equations(result: BenchResult, engine: EngineConfig, frontend: float) -> Equations:
+    """The rows of a run.
+
+    Args:
+        frontend: about the seconds that the front end adds to the time to the first token; it tells which prompts had arrived when.
+    """
+    idle_rows, idle_seconds, idle_time = _found_idle(result, engine)
+    told = 1.0 - result.has_gaps.mean() <= MOST_WITHOUT_GAPS
+    seen = _iterations(result) if told else []
+    if told:
+        rows, seconds, time, longest, stalled = _single_rows(result, seen, engine, frontend)
+    else:
+        rows, seconds, time = _request_rows(result)
+        longest, stalled = min(int(result.prompt_tokens.max()), engine.max_num_batched_tokens), 0
+    return Equations(
+        np.concatenate([rows, idle_rows]),
+        np.concatenate([seconds, idle_seconds]),
+        np.concatenate([time, idle_time]),
+        np.concatenate([np.full(len(seconds), told), np.zeros(len(idle_seconds), np.bool_)]),
+        longest,
+        len(seen),
+        stalled,
+    )
+
+
+# --- every token's time is known --------------------------------------------------------------------
+def _iterations(result: BenchResult) -> list[_Seen]:
+    """Iterations in order, of the requests whose tokens all have times."""
+    known = np.flatnonzero(result.has_gaps)
+    times = [result.arrival[i] + result.first[i] + np.concatenate([[0.0], np.cumsum(result.gaps[i])]) for i in known]
+    if not times:
+        return []
+    owner = np.repeat(known, [len(t) for t in times])
+    number = np.concatenate([np.arange(len(t)) for t in times])
+    when = np.concatenate(times)
+    order = np.argsort(when, kind="stable")
+    gaps = np.concatenate([result.gaps[i] for i in known])
+    split = SPLIT * float(np.median(gaps)) if gaps.size else 0.0
+    output = result.output_tokens.tolist()
+    found: list[_Seen] = []
+    expected: set[int] = set()  # got a token in the iteration before, have more to come, and are not in this one yet
+    last = -np.inf
+    for t, i, j in zip(when[order].tolist(), owner[order].tolist(), number[order].tolist(), strict=True):
+        new = not found or i in found[-1].members or (i not in expected and not expected and t - last > split)
+        if new:
+            if found:
+                found[-1].whole &= not expected
+                expected = {r for r, token in found[-1].members.items() if token + 1 < output[r]}
+            found.append(_Seen(t, {}, []))
+        now = found[-1]
+        now.whole &= j == 0 or i in expected
+        expected.discard(i)
+        now.members[i] = j
+        if j == 0:
+            now.begun.append(i)
+        last = t
+    return found
+
+
+def _single_rows(
+    result: BenchResult, seen: list[_Seen], engine: EngineConfig, frontend: float
+) -> tuple[FloatArray, FloatArray, FloatArray, int, int]:
+    """A row for every iteration that began when another ended; the longest chunk, and how many were left out as not whole."""
+    ends = np.array([s.time for s in seen])
+    chunks = _chunks(result, seen, ends, engine, frontend)
+    prompt, output = result.prompt_tokens, result.output_tokens
+    others = [_unseen(result, int(i), ends) for i in np.flatnonzero(~result.has_gaps)]
+    rows, seconds, time = [], [], []
+    stalled = 0
+    for k in range(1, len(seen)):
+        before, now = seen[k - 1], seen[k]
+        if not any(token + 1 < output[i] for i, token in before.members.items()):
+            continue  # the engine may have been idle
+        if not (before.whole and now.whole):
+            stalled += 1
+            continue
+        decodes = [(i, j) for i, j in now.members.items() if j > 0]
+        n, kv = float(len(decodes)), float(sum(int(prompt[i]) + j for i, j in decodes))
+        for first, last, context in others:
+            if first < k <= last:
+                n, kv = n + 1.0, kv + context
+        tokens = n + sum(size for size, _ in chunks[k])
+        work = sum(size * (size / 2 + context) for size, context in chunks[k])
+        rows.append((1.0, tokens, kv, work, n, 0.0))
+        seconds.append(now.time - before.time)
+        time.append(before.time)
+    longest = max((size for parts in chunks for size, _ in parts), default=0)
+    return np.array(rows).reshape(-1, len(COLUMNS)), np.array(seconds), np.array(time), longest, stalled
+
+
+def _unseen(result: BenchResult, i: int, ends: FloatArray) -> tuple[int, int, float]:
+    """First and last iteration of a request whose tokens have no times, and its mean context."""
+    first, last = (int(np.searchsorted(ends, result.arrival[i] + t, "right")) - 1 for t in (result.first[i], result.last[i]))
+    return first, last, float(result.prompt_tokens[i] + result.output_tokens[i] / 2)
+
+
+def _chunks(
+    result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: EngineConfig, frontend: float
+) -> list[list[tuple[int, int]]]:
+    """(tokens, context) of the prefill chunks of every iteration, by the token budget and the order of arrival."""
+    order: list[tuple[int, int]] = [(k, i) for k, s in enumerate(seen) for i in s.begun]
+    for i in np.flatnonzero(~result.has_gaps):
+        order.append((max(_unseen(result, int(i), ends)[0], 0), int(i)))
+    order.sort(key=lambda pair: (pair[0], result.arrival[pair[1]]))
+    chunks: list[list[tuple[int, int]]] = [[] for _ in seen]
+    done = np.zeros(len(result), np.int64)
+    lag = 2 if engine.async_scheduling else 1  # an iteration is scheduled when the one before it, or two before, has ended
+    at = 0
+    for k, s in enumerate(seen):
+        room = engine.max_num_batched_tokens - sum(j > 0 for j in s.members.values())
+        while at < len(order) and order[at][0] <= k:
+            i = order[at][1]
+            size = int(result.prompt_tokens[i] - done[i])
+            chunks[k].append((size, int(done[i])))
+            room -= size
+            at += 1
+        if at < len(order) and room > 0 and k >= lag and engine.enable_chunked_prefill:
+            i = order[at][1]  # its first token comes later: if it had arrived, it got what was left
+            if result.arrival[i] + frontend <= ends[k - lag] and result.prompt_tokens[i] - done[i] > room:
+                chunks[k].append((room, int(done[i])))
+                done[i] += room
+    return chunks
+
+
+# --- first and last tokens alone --------------------------------------------------------------------
+def _request_rows(result: BenchResult) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """A row for every request of more than one token: its time from the first to the last, and what the others did meanwhile."""
+    begin, end = result.arrival + result.first, result.arrival + result.last
+    prompt, rest = result.prompt_tokens.astype(float), result.output_tokens - 1.0
+    span = np.maximum(end - begin, 1e-9)
+    rows, seconds, time = [], [], []
+    for i in np.flatnonzero(rest > 0):
+        low, high = np.maximum(begin, begin[i]), np.minimum(end, end[i])
+        tokens = rest * np.clip(high - low, 0.0, None) / span
+        middle = prompt + 1.0 + rest * ((low + high) / 2 - begin) / span
+        entered = (begin > begin[i]) & (begin <= end[i])
+        decodes = float(tokens.sum())
+        rows.append((rest[i], decodes + prompt[entered].sum(), float(tokens @ middle), 0.5 * float((prompt[entered] ** 2).sum()), decodes, 0.0))
+        seconds.append(float(end[i] - begin[i]))
+        time.append(float(begin[i]))
+    return np.array(rows).reshape(-1, len(COLUMNS)), np.array(seconds), np.array(time)
+
+
+def _found_idle(result: BenchResult, engine: EngineConfig) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """A row for every request that came when all before it had ended: front end and prefill."""
+    ended = np.concatenate([[-np.inf], np.maximum.accumulate(result.arrival + result.last)[:-1]])
+    following = np.concatenate([result.arrival[1:], [np.inf]])
+    alone = (ended < result.arrival) & (following >= result.arrival + 0.5 * result.first)
+    budget = engine.max_num_batched_tokens if engine.enable_chunked_prefill else engine.max_model_len
+    prompt: IntArray = result.prompt_tokens[alone]
+    rows = np.zeros((len(prompt), len(COLUMNS)))
+    rows[:, ITERATIONS] = -(-prompt // budget)
+    rows[:, TOKENS] = prompt
+    rows[:, WORK] = 0.5 * prompt.astype(float) ** 2
+    rows[:, FRONTEND] = 1.0
+    return rows, result.first[alone], result.arrival[alone]
