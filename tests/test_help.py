@@ -14,7 +14,7 @@ from llmsched_env.cli.commands import COMMANDS
 from llmsched_env.errors import MissingExtraError
 from llmsched_hardware import versions
 
-SUBCOMMANDS = [("calibrate", "import"), ("calibrate", "engine")]
+SUBCOMMANDS = [("calibrate", "import"), ("calibrate", "engine"), ("calibrate", "from-bench")]
 EVERY = [*((name,) for name in COMMANDS), *SUBCOMMANDS]
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 import tyro
 
+from llmsched_env.cli.calibrate_bench import FromBench, run_from_bench
 from llmsched_env.cli.calibrate_kernels import Kernels, run_kernels
 from llmsched_env.cli.calibrate_log import FromLog, run_from_log
 from llmsched_env.cli.frame import Assignments, Command, Options, Outcome, Resumable, Screen, check_counts, words
@@ -183,31 +184,37 @@ def found(result: Calibrated, options: Engine) -> dict[str, Any]:
     }
 
 
+Chosen = Import | Engine | FromLog | FromBench | Kernels
+
+
 def chosen(
     subcommand: Annotated[
         Annotated[Import, tyro.conf.subcommand("import")]
         | Annotated[Engine, tyro.conf.subcommand("engine")]
         | Annotated[FromLog, tyro.conf.subcommand("from-log")]
+        | Annotated[FromBench, tyro.conf.subcommand("from-bench")]
         | Annotated[Kernels, tyro.conf.subcommand("kernels")],
         tyro.conf.arg(name=""),
     ],
-) -> Import | Engine | FromLog | Kernels:
+) -> Chosen:
     """Make a calibration: how long an iteration takes for a batch.
 
-    From a raw profile, from the vLLM engine on this machine, or from what an engine has logged of live traffic.
+    From a raw profile, from the vLLM engine on this machine, from what an engine has logged of live traffic, or from a benchmark's results.
 
     The file that it writes is what --calibration of other commands names. kernels measures a raw profile, which import reads.
     """
     return subcommand
 
 
-def run(options: Import | Engine | FromLog | Kernels, screen: Screen) -> Outcome:
+def run(options: Chosen, screen: Screen) -> Outcome:
     """Carry the chosen subcommand out."""
     if isinstance(options, Import):
         return run_import(options, screen)
-    if isinstance(options, Kernels):
-        return run_kernels(options, screen)
-    return run_engine(options, screen) if isinstance(options, Engine) else run_from_log(options, screen)
+    if isinstance(options, Engine):
+        return run_engine(options, screen)
+    if isinstance(options, FromLog):
+        return run_from_log(options, screen)
+    return run_from_bench(options, screen) if isinstance(options, FromBench) else run_kernels(options, screen)
 
 
 COMMAND = Command[Any](

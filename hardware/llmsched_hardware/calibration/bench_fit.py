@@ -1,14 +1,16 @@
 """An iteration-time formula and the front end's seconds from benchmark runs.
 
-Two stages. The first solves the equations of ``token_times`` by non-negative least squares; a row is divided by the seconds that the formula
-gives it, so that no bias towards short ones comes in. The second replays the runs in the simulator, policy ``vllm``, with the arrivals and
-lengths of the files, and moves the coefficients, as far as the first stage left them open, until mean times to the first
-token and between tokens (each in thirds of the requests by how many were in the system), mean latency and the upper quantiles agree
-(Gauss-Newton, bounds at 0). Intervals: both stages again with blocks of consecutive time of every run drawn with replacement.
+Two stages. The first solves the equations of ``token_times`` by non-negative least squares; a row is divided by the seconds that the
+formula gives it, so that no bias towards short ones comes in. The second replays the runs in the simulator, policy ``vllm``, with
+the arrivals and lengths of the files, and moves the coefficients, as far as the first stage left them open, until the figures agree:
+mean times to the first token and between tokens, each in thirds of the requests by how many were in the system, mean latency and the
+90th percentiles (Gauss-Newton, bounds at 0). Intervals: both stages again with blocks of consecutive time drawn with replacement, and
+the profile likelihood of the first stage, which sees coefficients that only their sum is known of.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +27,6 @@ from llmsched_env.runner import run_episode
 from llmsched_env.types import BoolArray, EngineConfig, IntArray, LengthStatistics
 from llmsched_hardware.calibration.bench_results import BenchResult
 from llmsched_hardware.calibration.token_times import (
-    COLUMNS,
     DECODES,
     FRONTEND,
     ITERATIONS,
@@ -43,13 +44,20 @@ KNEE_GAIN = 0.05
 STALL = 8.0
 """A row that took so many times its modelled seconds is a pause of the machine and is left out."""
 PASSES = 6
+BIAS_PASSES = 2
 BLOCKS = 25
 REPLICATES = 200
 STEPS = 6
-LOOSE = 0.02
-"""Of a coefficient: how far the second stage may move it, as a standard deviation, beyond what the rows leave open."""
+LOOSE, LOOSE_SUMS = 0.02, 0.1
+"""Of a coefficient: how far the second stage may move it, as a standard deviation, beyond what the rows leave open. Farther where rows are
+sums over a request's life, in which the tokens of others are spread evenly."""
 EXACT = 0.01
 """Of a figure: how closely the second stage is to match it, as a standard deviation, beyond what chance leaves open."""
+CHI = 3.84
+"""95 % of the chi-squared distribution with one degree of freedom."""
+TRADE = -0.7
+"""Correlation of two estimates below which the runs tell their sum alone."""
+DETERMINED = 0.25
 NAMES = ("a", "b", "d1", "d3", "d4", "frontend")
 KNEE_NAMES = ("a", "b", "s", "c", "d1", "d3", "d4", "frontend")
 
@@ -99,9 +107,10 @@ class Interval:
 
     Attributes:
         name: of ``FormulaTime``, or ``frontend``.
-        value, low, high: of the fit, and 95 % of the fits to resampled blocks.
+        value, low, high: of the fit, and the wider of two intervals of 95 %: of fits to resampled blocks, and by profile likelihood.
         share: of the seconds of all rows that the term accounts for; NaN for the front end.
-        determined: the interval excludes 0 and its half is within a quarter of the value.
+        determined: the interval excludes 0 and reaches no farther than a quarter of the value to either side.
+        partner: the coefficient against which the runs trade it (correlation below ``TRADE``), else empty.
     """
 
     name: str
@@ -110,6 +119,7 @@ class Interval:
     high: float
     share: float
     determined: bool
+    partner: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +183,72 @@ def _solve(design: FloatArray, seconds: FloatArray, weight: FloatArray) -> Float
     modelled = np.full(len(seconds), max(float(np.average(seconds, weights=weight)), 1e-9))
     values = np.zeros(design.shape[1])
     for _ in range(PASSES):
-        scaled = design * (root / modelled)[:, None]
-        scale = np.abs(scaled).max(axis=0)
-        scale[scale == 0] = 1.0
-        solution, _ = nnls(scaled / scale, root * seconds / modelled)
+        factor, scale = _condensed(design, seconds, root / modelled)
+        solution, _ = nnls(factor[:, :-1], factor[:, -1])
         values = solution / scale
         modelled = np.maximum(design @ values, 0.05 * modelled)
     return values
+
+
+def _condensed(design: FloatArray, seconds: FloatArray, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """The weighted equations as (P + 1, P + 1) with the same sums of squares, columns divided by (P,) scales."""
+    scaled = np.column_stack([design, seconds]) * weight[:, None]
+    squares = scaled.T @ scaled
+    scale = np.sqrt(np.diag(squares)[:-1])  # coefficients differ by ten orders of magnitude
+    scale[scale == 0] = 1.0
+    whole = np.append(scale, 1.0)
+    values, vectors = np.linalg.eigh(squares / np.outer(whole, whole))
+    condensed: FloatArray = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
+    return condensed, scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Profile:
+    """What the rows alone leave open.
+
+    Attributes:
+        low, high: (P,) values at which the squared error, all others free, has grown by what chance explains (profile likelihood).
+        correlation: (P, P) of the unconstrained estimates.
+    """
+
+    low: FloatArray
+    high: FloatArray
+    correlation: FloatArray
+
+    def moved(self, by: FloatArray) -> _Profile:
+        """The same about estimates that (P,) ``by`` has been added to."""
+        return _Profile(np.maximum(self.low + by, 0.0), np.maximum(self.high + by, 0.0), self.correlation)
+
+
+def _profile(design: FloatArray, seconds: FloatArray, values: FloatArray, blocks: IntArray) -> _Profile:
+    """Intervals of 95 % by profile likelihood; errors within a block may go together (``blocks``: a number for each row)."""
+    nnls = require("scipy.optimize", "cli").nnls
+    modelled = np.maximum(design @ values, 1e-12)
+    factor, scale = _condensed(design, seconds, 1.0 / modelled)
+    off = seconds / modelled - 1.0
+    best = float((off**2).sum())
+    together = float((np.bincount(blocks, off) ** 2).sum()) / best if best > 0 else 1.0
+    allowed = best + CHI * max(together, 1.0) * best / max(len(seconds) - len(values), 1)
+
+    def cost(k: int, value: float) -> float:
+        others = np.delete(factor[:, :-1], k, axis=1)
+        return float(nnls(others, factor[:, -1] - value * scale[k] * factor[:, k])[1]) ** 2
+
+    def edge(k: int, inside: float, outside: float) -> float:
+        for _ in range(40):
+            middle = 0.5 * (inside + outside)
+            inside, outside = (middle, outside) if cost(k, middle) <= allowed else (inside, middle)
+        return inside
+
+    most = 2.0 * _units(design, seconds)
+    low, high = np.zeros(len(values)), np.zeros(len(values))
+    for k, value in enumerate(values):
+        low[k] = 0.0 if cost(k, 0.0) <= allowed else edge(k, value, 0.0)
+        high[k] = most[k] if cost(k, most[k]) <= allowed else edge(k, value, most[k])
+    gram = factor[:, :-1].T @ factor[:, :-1] + 1e-9 * np.eye(len(values))
+    inverse = np.linalg.inv(gram)
+    deviation = np.sqrt(np.diag(inverse))
+    return _Profile(low, high, inverse / np.outer(deviation, deviation))
 
 
 def _spread(design: FloatArray, seconds: FloatArray, values: FloatArray) -> float:
@@ -219,27 +288,29 @@ class _Groups:
     def of(cls, result: BenchResult) -> _Groups:
         ended = np.sort(result.arrival + result.last)
         present = np.arange(len(result)) - np.searchsorted(ended, result.arrival)
-        counted = np.flatnonzero(result.counted)
+        counted = np.flatnonzero(result.counted).astype(np.int32)
         order = counted[np.argsort(present[counted], kind="stable")]
         return cls(counted, tuple(np.sort(part) for part in np.array_split(order, 3)))
 
     def figures(self, first: FloatArray, last: FloatArray, output: IntArray, weight: FloatArray) -> FloatArray:
         """(F,) means and quantiles of a run, requests weighted."""
-        rest = output - 1.0
+        rest = output.astype(np.float64) - 1.0
         found = []
         for third in self.thirds:
             w = weight[third]
-            found.append(_ratio(w @ first[third], w.sum()))
-            found.append(_ratio(w @ (last - first)[third], w @ rest[third]))
+            found.append(_mean(w, first[third]))
+            found.append(_mean(w, (last - first)[third], rest[third]))
         w = weight[self.counted]
-        found.append(_ratio(w @ last[self.counted], w.sum()))
+        found.append(_mean(w, last[self.counted]))
         for values, share in ((first, 0.9), (last, 0.9)):
             found.append(_quantile(values[self.counted], w, share))
         return np.array(found)
 
 
-def _ratio(above: float, below: float) -> float:
-    return float(above / below) if below > 0 else 0.0
+def _mean(weight: FloatArray, values: FloatArray, count: FloatArray | float = 1.0) -> float:
+    """Weighted mean of values that are sums over ``count`` each; 0 where nothing has weight."""
+    below = float((weight * count).sum())
+    return float((weight * values).sum()) / below if below > 0 else 0.0
 
 
 def _quantile(values: FloatArray, weight: FloatArray, share: float) -> float:
@@ -294,19 +365,45 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
     keep = seconds <= STALL * (_design(rows, parameters.knee) @ parameters.values)
     if not keep.all():
         parameters = _first_stage(rows[keep], seconds[keep], single[keep])
-    weights = _resampled(results, found, keep, np.random.default_rng(seed))
-    design, taken = _design(rows, parameters.knee)[keep], seconds[keep]
+    blocks = [_Blocks.of(result, e) for result, e in zip(results, found, strict=True)]
+    weights = _resampled(blocks, keep, np.random.default_rng(seed))
+    design, taken, solved = _design(rows, parameters.knee)[keep], seconds[keep], parameters
     firsts = np.array([_solve(design, taken, w) for w, _ in weights])
-    covariance = np.cov(firsts.T) + np.diag((LOOSE * parameters.values) ** 2 + (1e-3 * _units(design, taken)) ** 2)
+    if not single.any():
+        better = _without_bias(results, engine, parameters)
+        firsts = np.maximum(firsts + better.values - parameters.values, 0.0)
+        parameters = better
+    loose = LOOSE if single.any() else LOOSE_SUMS
+    covariance = np.cov(firsts.T) + np.diag((loose * parameters.values) ** 2 + (1e-3 * _units(design, taken)) ** 2)
     if not (rows[:, FRONTEND] > 0).any():  # nobody found the engine idle: the second stage alone can tell
         covariance[-1, -1] += float(np.mean([np.median(r.first) for r in results])) ** 2
-    final, intervals = _second_stage(results, engine, parameters, firsts, covariance, [w for _, w in weights], design, taken)
+    final, replicates = _second_stage(results, engine, parameters, firsts, covariance, [w for _, w in weights], design, taken)
+    profile = _profile(design, taken, solved.values, _numbered(blocks)[keep]).moved(parameters.values - solved.values)
+    intervals = _intervals(final, replicates, design, profile)
     modelled = design @ final.values
     relative = (taken / modelled)[single[keep]]
     run = np.repeat(np.arange(len(found)), [len(e.seconds) for e in found])[keep]
     drift = tuple(float(taken[run == k].sum() / modelled[run == k].sum() - 1.0) for k in range(len(found)))
     spread = float(np.std(relative)) if relative.size else math.nan
     return Fit(final, parameters, intervals, found, spread, drift, int(np.count_nonzero(~keep)))
+
+
+def _without_bias(results: Sequence[BenchResult], engine: EngineConfig, solved: Parameters) -> Parameters:
+    """The coefficients at which the first stage, on runs simulated with them, gives what it gave on the measured ones.
+
+    Rows that are sums over requests spread the tokens of others evenly over their lives, which is not so.
+    """
+    replay = Replay(results, engine)
+    values = solved.values
+    for _ in range(BIAS_PASSES):
+        runs = replay(Parameters(np.append(np.maximum(values[:1], 0.1 * solved.values[:1]), values[1:])))
+        again = [
+            equations(dataclasses.replace(result, first=run.first, last=run.last), engine, values[-1])
+            for result, run in zip(results, runs, strict=True)
+        ]
+        rows, seconds, _, _ = _joined(again)
+        values = np.maximum(values + solved.values - _solve(_design(rows, 0), seconds, np.ones(len(seconds))), 0.0)
+    return Parameters(values)
 
 
 def _joined(found: Sequence[Equations]) -> tuple[FloatArray, FloatArray, BoolArray, FloatArray]:
@@ -317,22 +414,39 @@ def _joined(found: Sequence[Equations]) -> tuple[FloatArray, FloatArray, BoolArr
 def _units(design: FloatArray, seconds: FloatArray) -> FloatArray:
     """(P,) the value at which a term alone would make up all seconds."""
     total = design.sum(axis=0)
-    return np.divide(seconds.sum(), total, out=np.full(len(total), float(seconds.mean())), where=total > 0)
+    units: FloatArray = np.divide(seconds.sum(), total, out=np.full(len(total), float(seconds.mean())), where=total > 0)
+    return units
 
 
-def _resampled(
-    results: Sequence[BenchResult], found: Sequence[Equations], keep: BoolArray, rng: np.random.Generator
-) -> list[tuple[FloatArray, list[FloatArray]]]:
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """Blocks of consecutive time of a run with equally many requests: how many, and the number of each row's and each request's."""
+
+    count: int
+    rows: IntArray
+    requests: IntArray
+
+    @classmethod
+    def of(cls, result: BenchResult, e: Equations) -> _Blocks:
+        count = min(BLOCKS, max(len(result) // 4, 2))
+        edges = np.quantile(result.arrival, np.linspace(0, 1, count + 1)[1:-1])
+        rows, requests = (np.searchsorted(edges, times).astype(np.int32) for times in (e.time, result.arrival))
+        return cls(count, rows, requests)
+
+
+def _numbered(blocks: Sequence[_Blocks]) -> IntArray:
+    """The block of every row, blocks of all runs numbered together."""
+    begin = np.cumsum([0, *(b.count for b in blocks)])
+    return np.concatenate([b.rows + first for b, first in zip(blocks, begin[:-1], strict=True)])
+
+
+def _resampled(blocks: Sequence[_Blocks], keep: BoolArray, rng: np.random.Generator) -> list[tuple[FloatArray, list[FloatArray]]]:
     """Weights of the kept rows and of each run's requests when blocks of its time are drawn with replacement."""
     drawn = []
     for _ in range(REPLICATES):
-        rows, requests = [], []
-        for result, e in zip(results, found, strict=True):
-            edges = np.quantile(result.arrival, np.linspace(0, 1, min(BLOCKS, max(len(result) // 4, 2)) + 1)[1:-1])
-            count = np.bincount(rng.integers(0, len(edges) + 1, len(edges) + 1), minlength=len(edges) + 1).astype(float)
-            rows.append(count[np.searchsorted(edges, e.time)])
-            requests.append(count[np.searchsorted(edges, result.arrival)])
-        drawn.append((np.concatenate(rows)[keep], requests))
+        counts = [np.bincount(rng.integers(0, b.count, b.count), minlength=b.count).astype(float) for b in blocks]
+        rows = np.concatenate([count[b.rows] for count, b in zip(counts, blocks, strict=True)])
+        drawn.append((rows[keep], [count[b.requests] for count, b in zip(counts, blocks, strict=True)]))
     return drawn
 
 
@@ -345,7 +459,8 @@ def _second_stage(
     weights: Sequence[Sequence[FloatArray]],
     design: FloatArray,
     seconds: FloatArray,
-) -> tuple[Parameters, tuple[Interval, ...]]:
+) -> tuple[Parameters, FloatArray]:
+    """The parameters, and (R, P) those of the resampled runs."""
     replay = Replay(results, engine)
     groups = [_Groups.of(result) for result in results]
 
@@ -396,22 +511,22 @@ def _second_stage(
         base = figures(runs, w)
         own = _Target(figures(measured, w), target.tolerance, replicate, covariance)
         replicates.append(own.step(at, base, slope(moved, base, w)))
-    low, high = np.percentile(np.array(replicates), (2.5, 97.5), axis=0)
-    shares = design.sum(axis=0) * at / float((design @ at).sum())
+    return Parameters(at, first.knee), np.array(replicates)
+
+
+def _intervals(final: Parameters, replicates: FloatArray, design: FloatArray, profile: _Profile) -> tuple[Interval, ...]:
+    """What (R, P) replicates and the profile say about each parameter: the wider of the two."""
+    values, names = final.values, final.names
+    low, high = np.percentile(replicates, (2.5, 97.5), axis=0)
+    low, high = np.minimum.reduce([low, values, profile.low]), np.maximum.reduce([high, values, profile.high])
+    shares = design.sum(axis=0) * values
+    shares /= shares[:-1].sum()
     shares[-1] = math.nan
-    names = first.names
-    intervals = tuple(
-        Interval(
-            names[k],
-            float(at[k]),
-            float(min(low[k], at[k])),
-            float(max(high[k], at[k])),
-            float(shares[k]),
-            bool(low[k] > 0 and max(high[k] - at[k], at[k] - low[k]) <= 0.25 * at[k]),
-        )
-        for k in range(len(at))
-    )
-    return Parameters(at, first.knee), intervals
-
-
-assert len(COLUMNS) == len(NAMES)
+    correlation = profile.correlation
+    found = []
+    for k, name in enumerate(names):
+        rival = int(np.argmin(correlation[k]))
+        determined = bool(low[k] > 0 and max(high[k] - values[k], values[k] - low[k]) <= DETERMINED * values[k])
+        partner = "" if determined or correlation[k, rival] > TRADE else names[rival]
+        found.append(Interval(name, float(values[k]), float(low[k]), float(high[k]), float(shares[k]), determined, partner))
+    return tuple(found)

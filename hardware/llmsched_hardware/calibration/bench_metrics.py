@@ -62,7 +62,9 @@ def read_counters(before: Path, after: Path) -> ServerCounters:
             continue
         difference = new[name] - old.get(name, 0.0)
         if difference < 0:
-            raise ConfigError(f"--metrics-after: {name} is {new[name]:g} after {old[name]:g}, must not be less: another start of the server")
+            raise ConfigError(
+                f"--metrics-after: {name} is {new[name]:g} after {old[name]:g}, must not be less: another start of the server"
+            )
         found[name] = round(difference)
     blocks = _count(cache, "num_gpu_blocks")
     return ServerCounters(

@@ -222,7 +222,7 @@ def _vllm(label: str, value: Mapping[str, Any]) -> _Rows:
             raise ConfigError(f"{label}: {name} has {len(column)} entries, ttfts {count}; must be as many")
     rows = _Rows(label, "vllm")
     if value.get("max_concurrency") is not None:
-        rows.notes.append("sent with --max-concurrency: requests waited for others to end, and are replayed at the times at which they were sent")
+        rows.notes.append("sent with --max-concurrency, when others had ended; replayed at the times at which they were sent")
     for i in range(count):
         if errors[i] or columns["output_lens"][i] == 0:
             rows.failed += 1
@@ -335,7 +335,7 @@ def _seconds(name: str, metrics: Mapping[str, Any], metric: str, hint: str) -> A
 
 
 def _one_a_token(gaps: FloatArray, output: int) -> FloatArray:
-    """The gaps between ``output`` tokens. A stream may hold one chunk more, without a token (a chat's role, the end): it is joined to the next."""
+    """The gaps between ``output`` tokens. A stream may hold one chunk more, without a token (a chat's role, the end): it is joined."""
     if len(gaps) != output or output < 2:
         return gaps
     return np.concatenate([[gaps[0] + gaps[1]], gaps[2:]]) if gaps[0] <= gaps[-1] else np.concatenate([gaps[:-2], [gaps[-2] + gaps[-1]]])

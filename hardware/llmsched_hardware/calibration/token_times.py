@@ -39,9 +39,10 @@ class Equations:
         seconds: (M,) float64.
         time: (M,) float64 seconds of the run at which a row begins.
         single: (M,) bool: the row is one iteration.
-        longest_chunk: most prompt tokens of a request in one iteration.
+        longest_chunk: most prompt tokens of a request in one iteration of the rows.
         iterations: counted; 0 where they cannot be told apart.
-        stalled: iterations left out because a running request got no token in them (preempted, or two tokens in one chunk).
+        stalled: iterations left out because a running request got no token in them (preempted, or two tokens in one chunk), or because
+            the prompts that ended in them do not fit the token budget.
     """
 
     rows: FloatArray
@@ -76,7 +77,8 @@ def equations(result: BenchResult, engine: EngineConfig, frontend: float) -> Equ
         rows, seconds, time, longest, stalled = _single_rows(result, seen, engine, frontend)
     else:
         rows, seconds, time = _request_rows(result)
-        longest, stalled = min(int(result.prompt_tokens.max()), engine.max_num_batched_tokens), 0
+        longest, stalled = int(result.prompt_tokens.max()), 0
+    longest = min(max(longest, int(idle_rows[:, TOKENS].max(initial=0.0))), engine.max_num_batched_tokens)
     return Equations(
         np.concatenate([rows, idle_rows]),
         np.concatenate([seconds, idle_seconds]),
@@ -129,9 +131,9 @@ def _single_rows(
     ends = np.array([s.time for s in seen])
     chunks = _chunks(result, seen, ends, engine, frontend)
     prompt, output = result.prompt_tokens, result.output_tokens
-    others = [_unseen(result, int(i), ends) for i in np.flatnonzero(~result.has_gaps)]
+    others = [_unseen(result, i, ends) for i in np.flatnonzero(~result.has_gaps).tolist()]
     rows, seconds, time = [], [], []
-    stalled = 0
+    longest = stalled = 0
     for k in range(1, len(seen)):
         before, now = seen[k - 1], seen[k]
         if not any(token + 1 < output[i] for i, token in before.members.items()):
@@ -145,11 +147,14 @@ def _single_rows(
             if first < k <= last:
                 n, kv = n + 1.0, kv + context
         tokens = n + sum(size for size, _ in chunks[k])
+        if tokens > engine.max_num_batched_tokens:  # part of it was computed earlier, unseen
+            stalled += 1
+            continue
+        longest = max(longest, *(size for size, _ in chunks[k]), 0)
         work = sum(size * (size / 2 + context) for size, context in chunks[k])
         rows.append((1.0, tokens, kv, work, n, 0.0))
         seconds.append(now.time - before.time)
         time.append(before.time)
-    longest = max((size for parts in chunks for size, _ in parts), default=0)
     return np.array(rows).reshape(-1, len(COLUMNS)), np.array(seconds), np.array(time), longest, stalled
 
 
@@ -159,13 +164,10 @@ def _unseen(result: BenchResult, i: int, ends: FloatArray) -> tuple[int, int, fl
     return first, last, float(result.prompt_tokens[i] + result.output_tokens[i] / 2)
 
 
-def _chunks(
-    result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: EngineConfig, frontend: float
-) -> list[list[tuple[int, int]]]:
+def _chunks(result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: EngineConfig, frontend: float) -> list[list[tuple[int, int]]]:
     """(tokens, context) of the prefill chunks of every iteration, by the token budget and the order of arrival."""
     order: list[tuple[int, int]] = [(k, i) for k, s in enumerate(seen) for i in s.begun]
-    for i in np.flatnonzero(~result.has_gaps):
-        order.append((max(_unseen(result, int(i), ends)[0], 0), int(i)))
+    order += [(max(_unseen(result, i, ends)[0], 0), i) for i in np.flatnonzero(~result.has_gaps).tolist()]
     order.sort(key=lambda pair: (pair[0], result.arrival[pair[1]]))
     chunks: list[list[tuple[int, int]]] = [[] for _ in seen]
     done = np.zeros(len(result), np.int64)
@@ -200,7 +202,8 @@ def _request_rows(result: BenchResult) -> tuple[FloatArray, FloatArray, FloatArr
         middle = prompt + 1.0 + rest * ((low + high) / 2 - begin) / span
         entered = (begin > begin[i]) & (begin <= end[i])
         decodes = float(tokens.sum())
-        rows.append((rest[i], decodes + prompt[entered].sum(), float(tokens @ middle), 0.5 * float((prompt[entered] ** 2).sum()), decodes, 0.0))
+        work = 0.5 * float((prompt[entered] ** 2).sum())
+        rows.append((rest[i], decodes + prompt[entered].sum(), float(tokens @ middle), work, decodes, 0.0))
         seconds.append(float(end[i] - begin[i]))
         time.append(float(begin[i]))
     return np.array(rows).reshape(-1, len(COLUMNS)), np.array(seconds), np.array(time)
