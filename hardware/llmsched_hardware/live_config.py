@@ -252,7 +252,12 @@ def _named(config: LiveConfig, setting: Setting) -> Policy:
         raise InfeasibleError(f'{error}; plan for another "rate", or set "overload": true') from error
 
 
-def _check_engine(policy: Policy, engine: EngineConfig) -> None:
+def check_possible(policy: Policy) -> None:
+    """Refuse a policy that stands for an engine which no flags of ``vllm serve`` make.
+
+    Raises:
+        ConfigError: naming the policy and the setting.
+    """
     wanted = policy.engine
     if wanted.preset != "vllm":
         raise ConfigError(f"policy {policy.name!r}: its engine is not vLLM's (preset {wanted.preset!r})")
@@ -261,6 +266,11 @@ def _check_engine(policy: Policy, engine: EngineConfig) -> None:
             raise ConfigError(f"policy {policy.name!r} stands for an engine with {name} = {not value}, for which no vLLM has a setting")
     if wanted.scheduling_policy != "fcfs":
         raise ConfigError(f"policy {policy.name!r}: its engine schedules by priority, which no policy in a server does")
+
+
+def _check_engine(policy: Policy, engine: EngineConfig) -> None:
+    check_possible(policy)
+    wanted = policy.engine
     others = list(differing(wanted, engine))
     if others:  # settings that vLLM's flags fix: a policy that stands for others cannot run on this server
         for setting, asked, _ in others:

@@ -129,7 +129,7 @@ class Comparison:
         for at_rates in policies:
             # One short episode compiles the engine, before several processes want it at once.
             with policy_named(f"policy {at_rates[0].name!r}"):
-                run_episode(at_rates[0], _shortest_request(workload))
+                run_episode(at_rates[0], shortest_request(workload))
 
     def content(self) -> str:
         """Digest of what the scenario draws and runs on: a file or a registered name may stand for something else tomorrow."""
@@ -161,7 +161,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _shortest_request(workload: Workload) -> Workload:
+def shortest_request(workload: Workload) -> Workload:
     """The shortest request alone."""
     i = int(np.argmin(workload.prompt_tokens.astype(np.int64) + workload.output_tokens))
     return Workload.of([0.0], workload.prompt_tokens[i : i + 1], workload.output_tokens[i : i + 1], workload.type_id[i : i + 1])

@@ -31,14 +31,14 @@ class Figure:
     caption: str
 
 
-def _pyplot() -> Any:
+def load_pyplot() -> Any:
     require("matplotlib", "cli").use("Agg")
     pyplot = require("matplotlib.pyplot", "cli")
     pyplot.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False})
     return pyplot
 
 
-def _save(pyplot: Any, figure: Any, path: Path) -> None:
+def save_figure(pyplot: Any, figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -83,7 +83,7 @@ def plot_against_rate(
     path: Path, cells: Sequence[Cell], panels: Sequence[tuple[str, str]], labels: dict[str, str], boundary: float, seeds: int
 ) -> None:
     """One log panel a metric over the arrival rate. ``panels``: (metric, axis label)."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     policies = [p for p in labels if any(c.policy == p for c in cells)]
     rates = sorted({c.rate for c in cells})
     figure, grid = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.6), squeeze=False, layout="constrained")
@@ -104,7 +104,7 @@ def plot_against_rate(
     figure.legend(handles, names, loc="outside upper center", ncols=min(3, len(names)), frameon=False)
     band = "bands: 95 % intervals of the mean on the log scale" if seeds > 1 else "one seed, no intervals"
     grid[0][0].set_title(f"{seeds} seed{'s' if seeds > 1 else ''}; {band}", fontsize=9, loc="left")
-    _save(pyplot, figure, path)
+    save_figure(pyplot, figure, path)
 
 
 def _plain_number(value: float, _position: int | None = None) -> str:
@@ -125,7 +125,7 @@ def _plain_minor(axes: Any) -> Any:
 
 def plot_kv(path: Path, recordings: Sequence[Recording], labels: dict[str, str]) -> None:
     """KV occupancy over time, one panel a policy, evictions marked above."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     n = len(recordings)
     figure, grid = pyplot.subplots(n, 1, figsize=(9, 1.1 + 1.7 * n), sharex=True, sharey=True, squeeze=False, layout="constrained")
     for i, (axes, one) in enumerate(zip(grid[:, 0], recordings, strict=True)):
@@ -143,7 +143,7 @@ def plot_kv(path: Path, recordings: Sequence[Recording], labels: dict[str, str])
     grid[-1][0].set_xlim(0, 1.01 * max(one.time[-1] for one in recordings))
     grid[-1][0].set_xlabel("simulated time (s)")
     figure.supylabel("KV occupancy (% of capacity); red marks: evictions", fontsize=10)
-    _save(pyplot, figure, path)
+    save_figure(pyplot, figure, path)
 
 
 def _envelope(time: np.ndarray[Any, Any], values: np.ndarray[Any, Any], points: int = 3000) -> tuple[Any, Any]:
@@ -157,7 +157,7 @@ def _envelope(time: np.ndarray[Any, Any], values: np.ndarray[Any, Any], points: 
 
 def plot_ttft_cdf(path: Path, recordings: Sequence[Recording], labels: dict[str, str]) -> None:
     """Share of requests whose first token came within x seconds."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(8.6, 4.4), layout="constrained")
     for i, one in enumerate(recordings):
         if one.ttft.size == 0:
@@ -173,4 +173,4 @@ def plot_ttft_cdf(path: Path, recordings: Sequence[Recording], labels: dict[str,
     axes.set_ylabel("share of requests")
     # Curves cross the whole of the axes: no corner is free for every comparison.
     figure.legend(loc="outside right upper", frameon=False)
-    _save(pyplot, figure, path)
+    save_figure(pyplot, figure, path)

@@ -249,7 +249,7 @@ def _tuned(bench: Bench, chosen: Sequence[Cell], policy: str, key: str, over: tu
     if grid:
         # Where the engines' own values differ between cells, the defaults are no point of the grid, and the first cell's are the start.
         values = [[shipped.get(n, _shipped_value(policy, place.setting, n)) for n in names] for place in places]
-        start = [_nearest([v * limit for v in grid[n]] if n == "limit" else grid[n], v) for n, v in zip(names, values[0], strict=True)]
+        start = [nearest([v * limit for v in grid[n]] if n == "limit" else grid[n], v) for n, v in zip(names, values[0], strict=True)]
         at_start = options_of(tuple(start))
         if all(at_start == dict(zip(names, own, strict=True)) for own in values):
             # The defaults lie on the grid: their trial is the first point's.
@@ -308,7 +308,7 @@ def _cost(policy: Policy, workload: Workload, backend: SimBackend, objective: st
     return -figures.slo_goodput if objective == "slo_goodput" else figures.latency_mean
 
 
-def _nearest(values: Sequence[Any], value: Any) -> int:
+def nearest(values: Sequence[Any], value: Any) -> int:
     """Index of a value in its grid, of the nearest number where it is not in it."""
     if value in values:
         return list(values).index(value)

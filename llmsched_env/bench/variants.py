@@ -66,7 +66,7 @@ class Variant:
         setting = bench.setting(cell)
         if self.agent is None:
             return make(self.name, setting, dict(self.options))
-        own, engine = _split(dict(self.options))
+        own, engine = split_options(dict(self.options))
         return self.agent.build(replace(setting, overrides={**setting.overrides, **engine}), **own)
 
 
@@ -76,11 +76,11 @@ def make(policy: str, setting: Setting, options: Mapping[str, Any]) -> Policy:
     Raises:
         ConfigError: a refused option.
     """
-    own, engine = _split(options)
+    own, engine = split_options(options)
     return make_policy(policy, replace(setting, overrides={**setting.overrides, **engine}), overload=True, **own)
 
 
-def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Options of the policy, and fields of the engine without their prefix."""
     engine = {name.removeprefix("engine."): value for name, value in options.items() if name.startswith("engine.")}
     return {name: value for name, value in options.items() if not name.startswith("engine.")}, engine

@@ -9,6 +9,7 @@ from typing import Any
 from llmsched_env import __version__
 from llmsched_env.cli import (
     ablation,
+    advise,
     benchmark,
     build_statistics,
     calibrate,
@@ -39,6 +40,7 @@ from llmsched_env.errors import did_you_mean
 MODULES = (
     demo,
     compare,
+    advise,
     replay,
     film,
     evaluate,
