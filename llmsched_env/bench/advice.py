@@ -140,6 +140,8 @@ class Choice:
 
 DEFAULT = Choice("vllm")
 """What ``vllm serve`` runs."""
+FLAGS_ALONE = ("vllm", "sarathi", "prefill-cadence", "prefill-threshold", "active-cap")
+"""Policies that are nothing but flags of vLLM: a server needs nothing of this project for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,8 @@ class Case:
         if not self.windows:
             return self.scenario.statistics
         parts = [self.workload(seed) for seed in self.selection_seeds]
-        prompt, output, types = (np.concatenate([getattr(p, name) for p in parts]) for name in ("prompt_tokens", "output_tokens", "type_id"))
+        names = ("prompt_tokens", "output_tokens", "type_id")
+        prompt, output, types = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
         return TraceLengths(prompt, output, types, self.scenario.source).statistics()
 
     @property

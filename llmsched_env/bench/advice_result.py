@@ -12,12 +12,14 @@ import numpy as np
 
 from llmsched_agents.statistics import Estimate, mean_of, relative_difference
 from llmsched_env.bench.advice import DEFAULT, HIGHER, NAMES, Choice, Objective
-from llmsched_env.bench.advice_search import MOST_OUTSIDE, Study, Tried, outside
+from llmsched_env.bench.advice_search import FLAGS_ALONE, MOST_OUTSIDE, Study, outside
 from llmsched_env.bench.plots import COLOURS, load_pyplot, save_figure
+from llmsched_env.bench.variants import split_options
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.markdown import cell, table
 from llmsched_env.metrics import Summary
-from llmsched_env.types import FloatArray
+from llmsched_env.types import EngineConfig, FloatArray
+from llmsched_hardware.options import differing
 
 HEADINGS = {
     "latency_mean": "latency",
@@ -35,6 +37,7 @@ class Entry:
     """A setting on the parts that the search has not seen.
 
     Attributes:
+        label: what it is, in one line: the policy, and every flag and option that is not the default's.
         selected: mean of the objective on the parts that chose it; better than on others by the luck of being chosen.
         figures: mean of each metric with its interval.
         gains: change of each metric against the default, paired part by part: -0.1 is 10 % less. Of ``slo_goodput`` the difference of
@@ -46,6 +49,7 @@ class Entry:
     """
 
     choice: Choice
+    label: str
     selected: float
     figures: Mapping[str, Estimate]
     gains: Mapping[str, Estimate]
@@ -93,16 +97,16 @@ class Advice:
         return tuple(one for one in self.entries[1:-1] if not one.against_best.excludes_zero)
 
 
-def advice_of(study: Study, ranking: Sequence[Tried], figures: Mapping[Choice, tuple[Summary, ...]]) -> Advice:
+def advice_of(study: Study, figures: Mapping[Choice, tuple[Summary, ...]]) -> Advice:
     """Everything that is said of a finished study.
 
     Args:
-        ranking: of the study; the first ``study.finalists`` of them and the default have figures.
+        figures: of ``study.chosen()`` and the default on the parts of the evaluation.
     """
     objective = study.case.objective
-    chosen = [one for one in ranking if one.choice != DEFAULT][: study.finalists]
-    best = chosen[0].choice if chosen else DEFAULT
-    order = [*(one.choice for one in chosen), DEFAULT]
+    chosen = study.chosen()
+    best = chosen[0] if chosen else DEFAULT
+    order = [*chosen, DEFAULT]
     values = {choice: {m: column(figures[choice], m) for m in objective.metrics} for choice in order}
     entries = tuple(_entry(study, choice, figures[choice], values, best) for choice in order)
     first = entries[0].gains[objective.metric]
@@ -114,6 +118,17 @@ def advice_of(study: Study, ranking: Sequence[Tried], figures: Mapping[Choice, t
     shown = bool(better and best != DEFAULT and study.tried[best].cost < study.tried[DEFAULT].cost and possible)
     found = Advice(objective, entries, len(study.tried), len(study.rows.rows), tied, shown, possible, ())
     return Advice(objective, entries, len(study.tried), len(study.rows.rows), tied, shown, possible, tuple(warnings_of(study, found)))
+
+
+def label_of(choice: Choice, engine: EngineConfig, default: EngineConfig) -> str:
+    """The policy, flags of its engine that differ from the default's, and its own options that are no flags."""
+    if choice == DEFAULT:
+        return "vllm, the default"
+    words = [f"{setting.name}={asked}" for setting, asked, _ in differing(engine, default)]
+    own, _ = split_options(dict(choice.options))
+    if choice.policy not in FLAGS_ALONE:
+        words += [f"{name}={value}" for name, value in own.items()]
+    return f"{choice.policy}: {' '.join(words) or 'flags of the default'}"
 
 
 def column(figures: Sequence[Summary], metric: str) -> FloatArray:
@@ -134,6 +149,7 @@ def _entry(
     seen = study.tried[choice]
     return Entry(
         choice=choice,
+        label=label_of(choice, policy.engine, case.scenario.engine),
         selected=float(column(seen.figures, metric).mean()),
         figures={name: mean_of(own) for name, own in values[choice].items()},
         gains={name: change(own, values[DEFAULT][name], name) for name, own in values[choice].items()},
@@ -221,13 +237,19 @@ def verdict_lines(found: Advice, study: Study) -> list[str]:
     kind = "windows of the trace" if case.windows else "seeds"
     lines = []
     if found.shown:
-        lines.append(f"Advised: {first.choice.text}")
+        lines.append(f"Advised: {first.label}")
     else:
         lines.append("Advised: keep the default; no setting was shown to be better on requests that the search has not seen.")
     if len(found.entries) > 1:
         lines.append(
-            f"{found.objective.name}: {shown_value(first.figures[metric], metric)} for {first.choice.text}, "
+            f"{found.objective.name}: {shown_value(first.figures[metric], metric)} for {first.label}, "
             f"{shown_value(found.default.figures[metric], metric)} for the default; change {shown_change(first.gains[metric], metric)}"
+        )
+    plain = next((one for one in found.entries if one.choice.policy in FLAGS_ALONE), found.default)
+    if found.shown and plain is not first and plain is not found.default:
+        lines.append(
+            f"The best of flags alone, without a policy of this project in the server: {plain.label}; "
+            f"change {shown_change(plain.gains[metric], metric)}"
         )
     lines += [
         f"Settings were chosen on {case.selection} {kind}; figures and intervals (95 %, paired) are of {case.evaluation} others, "
@@ -239,7 +261,7 @@ def verdict_lines(found: Advice, study: Study) -> list[str]:
     if found.equals and found.shown:
         simplest = min((first, *found.equals), key=lambda one: (one.choice.policy != DEFAULT.policy, len(one.choice.options)))
         if simplest is not first:
-            lines.append(f"The simplest of those: {simplest.choice.text}")
+            lines.append(f"The simplest of those: {simplest.label}")
     return lines
 
 
@@ -250,9 +272,9 @@ def rows_of(found: Advice) -> tuple[list[str], list[list[str]]]:
     headings = ["setting", HEADINGS[metric] if metric == "slo_goodput" else NAMES[metric], *changes]
     rows = []
     for i, one in enumerate(found.entries):
-        mark = " (default)" if one.choice == DEFAULT else " **advised**" if i == 0 and found.shown else ""
+        mark = " **advised**" if i == 0 and found.shown else ""
         changes = [shown_change(one.gains[m], m) if one.choice != DEFAULT else "" for m in found.objective.metrics]
-        rows.append([cell(one.choice.text) + mark, shown_value(one.figures[metric], metric), *changes])
+        rows.append([cell(one.label) + mark, shown_value(one.figures[metric], metric), *changes])
     return headings, rows
 
 
@@ -263,13 +285,26 @@ def default_line(found: Advice) -> str:
     return f"The default: {', '.join(shown)}."
 
 
-def page(found: Advice, study: Study, about: Sequence[tuple[str, str]], command: str, how: str) -> list[str]:
+def short_rows(found: Advice) -> tuple[list[str], list[list[str]]]:
+    """The same for a screen: an interval for the objective alone."""
+    metric = found.objective.metric
+    others = [m for m in found.objective.metrics if m != metric]
+    headings = ["setting", NAMES[metric], "change", *(HEADINGS[m] for m in others)]
+    rows = []
+    for one in found.entries:
+        texts = [shown_change(one.gains[metric], metric), *(f"{100 * one.gains[m].value:+.0f} %" for m in others)]
+        rows.append([one.label, shown_value(one.figures[metric], metric), *(texts if one.choice != DEFAULT else [""] * len(texts))])
+    return headings, rows
+
+
+def page(found: Advice, study: Study, about: Sequence[tuple[str, str]], command: str, how: str, engine: Sequence[str] = ()) -> list[str]:
     """The lines of report.md.
 
     Args:
         about: (name, text) of what was searched on what.
         command: that starts the server.
         how: this program's command line.
+        engine: the section of a check on an engine.
     """
     headings, rows = rows_of(found)
     lines = [f"# Settings for {study.case.scenario.name}: {found.objective.name}", ""]
@@ -283,6 +318,7 @@ def page(found: Advice, study: Study, about: Sequence[tuple[str, str]], command:
         "![Change of the objective, and of every metric for the first setting](advice.png)",
         "",
     ]
+    lines += engine
     if found.warnings:
         lines += ["## To know", "", *(f"* {text}" for text in found.warnings), ""]
     lines += ["## What was searched", "", *table(("", ""), [(name, cell(text)) for name, text in about], "l"), "", f"`{how}`", ""]
@@ -296,13 +332,13 @@ def plot(found: Advice, path: Path) -> None:
     others = [one for one in found.entries if one.choice != DEFAULT]
     height = 1.6 + 0.5 * max(len(others), len(found.objective.metrics))
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12.5, height), layout="constrained")
-    _dots(left, [(_wrapped(one.choice.text), one.gains[metric], metric) for one in others])
+    _dots(left, [(_wrapped(one.label), one.gains[metric], metric) for one in others])
     unit = "points" if metric == "slo_goodput" else "%"
     left.set_xlabel(f"{HEADINGS[metric]}: change against the default ({unit})")
     first = found.entries[0]
     _dots(right, [(HEADINGS[m], first.gains[m], m) for m in found.objective.metrics])
     right.set_xlabel("change against the default (%; of a share in points)")
-    right.set_title(_wrapped(first.choice.text), fontsize=9)
+    right.set_title(_wrapped(first.label), fontsize=9)
     save_figure(pyplot, figure, path)
 
 

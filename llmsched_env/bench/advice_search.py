@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmsched_baselines import policy_options
-from llmsched_env.bench.advice import DEFAULT, Case, Choice, Row, refused
+from llmsched_env.bench.advice import DEFAULT, FLAGS_ALONE, Case, Choice, Row, refused
 from llmsched_env.bench.tuning import GRIDS, Point, nearest, search
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import Summary
@@ -31,6 +31,8 @@ REACH = 4, 16
 """Up to so many times the default's, and down to such a part of it."""
 LIMITS = ("max_num_batched_tokens", "max_num_seqs")
 ROUNDS = 3
+OF_A_POLICY = 2
+"""Settings of one policy that are judged: neighbours say little that is new."""
 MOST_OUTSIDE = 0.05
 """Share of iterations beyond the calibration above which a setting is not advised, unless the default goes as far."""
 
@@ -52,7 +54,7 @@ def grid_around(choice_policy: str, shipped: Policy, engine: EngineConfig, ttft_
         engine: the default's.
         ttft_limit: seconds, the unit of ``limit``.
     """
-    own: dict[str, Sequence[Any]] = {name: values for name, values in GRIDS.get(choice_policy, {}).items() if not name.startswith("engine.")}
+    own: Grid = {name: tuple(values) for name, values in GRIDS.get(choice_policy, {}).items() if not name.startswith("engine.")}
     tokens = around(TOKENS, engine.max_num_batched_tokens, TILE_TOKENS // 2)
     seqs = around(SEQS, engine.max_num_seqs)
     limits: Grid = {"engine.max_num_batched_tokens": tokens, "engine.max_num_seqs": seqs}
@@ -121,7 +123,7 @@ class Study:
         budget: simulations in all, those of the evaluation among them.
         finalists: settings beside the default that are simulated on parts that the search has not seen.
         rows: open; takes every simulation as it ends.
-        advance: called after each simulation with its description.
+        advance: called once for each simulation, with its description.
     """
 
     case: Case
@@ -135,6 +137,7 @@ class Study:
 
     def __post_init__(self) -> None:
         self._known = {row.key: row for row in self.rows.rows}
+        self._counted: set[tuple[str, str, int]] = set()
 
     @property
     def settings(self) -> int:
@@ -152,7 +155,11 @@ class Study:
                 raise Stopped
             known = self.case.run(choice, policy if policy is not None else self.case.build(choice), seed)
             self._keep(known)
-        self.advance(choice.text)
+        with self._lock:
+            again = key in self._counted
+            self._counted.add(key)
+        if not again:
+            self.advance(choice.text)
         return known
 
     def _keep(self, row: Row) -> None:
@@ -242,6 +249,18 @@ class Study:
             same = tuple(value for f in one.figures for value in (f.latency_mean, f.latency_p99, f.ttft_mean, f.tpot_mean, f.sim_seconds))
             groups.setdefault(same, one)
         return sorted(groups.values(), key=lambda one: one.cost)
+
+    def chosen(self) -> list[Choice]:
+        """The settings to be judged, the default aside: the best, at most ``OF_A_POLICY`` of each policy, one of flags alone among them."""
+        found: list[Choice] = []
+        ranking = [one.choice for one in self.ranking() if one.choice != DEFAULT]
+        for choice in ranking:
+            if sum(other.policy == choice.policy for other in found) < OF_A_POLICY:
+                found.append(choice)
+        plain = next((choice for choice in found if choice.policy in FLAGS_ALONE), None)
+        if plain is not None and self.finalists > 1 and plain not in found[: self.finalists]:
+            return [*found[: self.finalists - 1], plain]
+        return found[: self.finalists]
 
     @property
     def left_out(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmsched_env.bench.advice import Case, Choice
+from llmsched_env.bench.advice import FLAGS_ALONE, Case, Choice
 from llmsched_env.bench.variants import split_options
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import replacing
@@ -22,8 +22,6 @@ from llmsched_hardware.live_start import start
 from llmsched_hardware.options import POLICY_FLAGS, SETTINGS
 from llmsched_hardware.versions import SUPPORTED_VERSIONS
 
-FLAGS_ALONE = ("vllm", "sarathi", "prefill-cadence", "prefill-threshold", "active-cap")
-"""Policies that are nothing but flags of vLLM: a server needs nothing of this project for them."""
 ALWAYS = ("max_num_batched_tokens", "max_num_seqs", "max_model_len")
 """Settings that stand on the command line whatever their values are."""
 POLICY_FILE = "policy.json"
@@ -120,7 +118,8 @@ def flags_of(engine: EngineConfig, given: Collection[str] = ()) -> list[str]:
     for setting in SETTINGS:
         value = getattr(engine, setting.name)
         own = setting.name not in ("num_blocks", "block_size") and setting.differs(value, getattr(defaults, setting.name))
-        if setting.name in ALWAYS or setting.name in given or own:
+        asked = setting.name in given or (setting.name == "block_size" and "num_blocks" in given)  # a number says nothing without a size
+        if setting.name in ALWAYS or asked or own:
             found.append(setting.flag(value))
     return found
 

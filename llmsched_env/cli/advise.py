@@ -16,7 +16,9 @@ from llmsched_agents.lookup import NamedPolicy, named_policies
 from llmsched_baselines.overrides import parse_overrides, with_calibration
 from llmsched_env import __version__
 from llmsched_env.bench.advice import DEFAULT, Case, Choice, Objective, Row, parse_objective
-from llmsched_env.bench.advice_result import Advice, advice_of, default_line, page, plot, rows_of, verdict_lines
+from llmsched_env.bench.advice_check import RUNS_FILE, Check, Seen, check_engine, check_lines, check_summary, run_check, seen
+from llmsched_env.bench.advice_check import Run as EngineRun
+from llmsched_env.bench.advice_result import Advice, advice_of, default_line, page, plot, short_rows, verdict_lines
 from llmsched_env.bench.advice_search import LIMITS, Study, check_budget
 from llmsched_env.bench.advice_serve import POLICY_FILE, Start, check_server, check_vllm, longest_stay, start_of
 from llmsched_env.bench.comparison import extrapolation_reported
@@ -30,9 +32,13 @@ from llmsched_env.row_file import RowFile
 from llmsched_env.types import EngineConfig
 from llmsched_env.workload import Scenario, load_scenario
 from llmsched_hardware.serve_defaults import serve_limits, served
+from llmsched_hardware.validation_runs import MACHINE_FILE, read_machine
 from llmsched_hardware.versions import SUPPORTED_VERSIONS, installed
 
 ROWS_FILE, SETTINGS_FILE, REPORT_FILE, FIGURE = "rows.csv", "settings.json", "report.md", "advice.png"
+CHECK_SETTINGS = "engine.json"
+LONGEST_LINE = 300
+"""Characters of a warning on the screen."""
 POLICIES = ("vllm", "prefill-threshold", "prefill-cadence", "sarathi", "nested-wait", "generalist")
 BUDGET, SELECTION, EVALUATION, FINALISTS = 2_000, 4, 16, 5
 
@@ -85,6 +91,14 @@ class Advise(TraceOptions, Resumable):
     """engine.FIELD of the server as it is: max_model_len, max_num_batched_tokens, max_num_seqs and so on."""
     vllm: Annotated[str | None, tyro.conf.arg(metavar="VERSION", help_behavior_hint="(default: the one installed, else the newest)")] = None
     """The server's version: flags that it does not have are not searched."""
+    validate: Annotated[str | None, tyro.conf.arg(metavar="MODEL", help_behavior_hint="(default: no)")] = None
+    """Afterwards run the default and the best setting in turns on a vLLM engine here: a shape such as tiny, a Hugging Face id, a folder."""
+    repeats: Annotated[int, tyro.conf.arg(metavar="N")] = 3
+    """Runs of each on the engine."""
+    validate_parts: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    """Parts of the evaluation that the engine is given."""
+    validate_requests: Annotated[int, tyro.conf.arg(metavar="N")] = 200
+    """The first so many requests of each."""
     model: Annotated[str, tyro.conf.arg(metavar="MODEL")] = "MODEL"
     """The model's name on the command line."""
 
@@ -105,7 +119,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class Found:
-    """What was found, for ``--json``; ``advised`` says how to start the server, ``config`` what policy.json holds."""
+    """What was found, for ``--json``; ``advised`` says how to start the server, ``config`` what policy.json holds, ``engine`` what was
+    measured."""
 
     advice: Advice
     advised: Choice
@@ -113,6 +128,7 @@ class Found:
     policy: str
     config: dict[str, Any] | None
     command: str
+    engine: list[Seen]
 
 
 def server_version(given: str | None) -> str:
@@ -178,6 +194,9 @@ def check_numbers(options: Advise) -> None:
         finalists=options.finalists,
         num_requests=options.num_requests,
         jobs=options.jobs,
+        repeats=options.repeats,
+        validate_parts=options.validate_parts,
+        validate_requests=options.validate_requests,
     )
     if options.evaluation < 2:
         raise ConfigError(f"--evaluation: {options.evaluation}, must be >= 2: one part gives no interval")
@@ -279,10 +298,8 @@ def searched(study: Study, jobs: int, screen: Screen) -> Advice:
     with study.rows, screen.progress(study.budget) as bar, extrapolation_reported():
         study.advance = lambda text: bar.advance(description=text[:44])
         study.search(jobs)
-        ranking = study.ranking()
-        chosen = [one.choice for one in ranking if one.choice != DEFAULT][: study.finalists]
-        figures = study.evaluate([*chosen, DEFAULT], jobs)
-    return advice_of(study, ranking, figures)
+        figures = study.evaluate([*study.chosen(), DEFAULT], jobs)
+    return advice_of(study, figures)
 
 
 def starting(planned: Planned, study: Study, found: Advice) -> Start:
@@ -297,25 +314,56 @@ def print_found(found: Advice, study: Study, command: str, screen: Screen) -> No
     for line in verdict_lines(found, study):
         screen.print(line)
     if not screen.quiet:
-        headings, rows = rows_of(found)
+        headings, rows = short_rows(found)
         grid = require("rich.table", "cli").Table(box=require("rich.box", "cli").SIMPLE_HEAD, padding=(0, 1))
         for i, heading in enumerate(headings):
-            grid.add_column(heading.removesuffix(", change"), justify="left" if i == 0 else "right", overflow="fold")
+            grid.add_column(heading, justify="left" if i == 0 else "right", overflow="fold", min_width=28 if i == 0 else None)
         for row in rows:
-            grid.add_row(*(require("rich.text", "cli").Text(text.replace("**", "")) for text in row))
+            grid.add_row(*map(require("rich.text", "cli").Text, row))
         screen.console().print(grid)
         screen.print(default_line(found))
     for text in found.warnings:
-        screen.print(text)
+        screen.print(text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ... (all of it in {REPORT_FILE})")
     screen.print(f"start with: {command}")
 
 
+def checked(options: Advise, study: Study, found: Advice, screen: Screen) -> tuple[list[str], list[Seen]]:
+    """The default and the best setting of the search on a real engine: the report's section, and the figures."""
+    first = found.entries[0].choice
+    if first == DEFAULT:
+        screen.note("note: --validate: there is no other setting to run on the engine")
+        return [], []
+    case = study.case
+    count = min(options.validate_requests, case.num_requests)
+    seeds = case.evaluation_seeds[: options.validate_parts]
+    check = Check(case, options.validate or "", first, seeds, options.repeats, count)
+    check_engine(check)
+    settings = options.out / CHECK_SETTINGS
+    describe = {"model": check.model, "setting": first.text, "parts": list(seeds), "num_requests": count, "case": case.describe()}
+    path = options.out / RUNS_FILE
+    resume = path.exists() and options.resume
+    if resume:
+        check_same_settings(settings, describe)
+    else:
+        (options.out / MACHINE_FILE).unlink(missing_ok=True)
+    rows = RowFile(path, EngineRun, resume=resume)
+    write_settings(settings, describe)
+    with rows, screen.progress(check.total) as bar, extrapolation_reported():
+        run_check(check, rows, options.out, bar)
+    figures = seen(check, rows.rows)
+    screen.print(check_summary(check, figures))
+    return check_lines(check, figures, found, read_machine(options.out)), figures
+
+
 def run(options: Advise, screen: Screen) -> Outcome:
-    """Search, judge, report."""
+    """Search, judge, report; then, where it is asked for, look on an engine."""
     for module in ("matplotlib", "scipy.stats", "rich.progress"):
         require(module, "cli")
     planned = plan(options)
     check_budget(planned.case, options.budget, options.finalists)
+    if options.validate is not None:
+        check_engine(Check(planned.case, options.validate, DEFAULT, (), options.repeats, 1))
+        installed()  # or why not
     study = Study(planned.case, options.budget, options.finalists, kept_rows(options, planned.case))
     found = searched(study, options.jobs or os.cpu_count() or 1, screen)
     start = starting(planned, study, found)
@@ -323,10 +371,18 @@ def run(options: Advise, screen: Screen) -> Outcome:
     command = start.command(options.model, options.out / POLICY_FILE)
     plot(found, options.out / FIGURE)
     about = [*planned.about, ("budget", f"{options.budget} simulations, {study.settings} settings at most")]
-    write_page(options.out / REPORT_FILE, page(found, study, about, command, screen.command))
+
+    def report(section: list[str]) -> None:
+        write_page(options.out / REPORT_FILE, page(found, study, about, command, screen.command, section))
+
+    report([])
     print_found(found, study, command, screen)
+    engine: list[Seen] = []
+    if options.validate is not None:
+        section, engine = checked(options, study, found, screen)
+        report(section)
     screen.print(f"Report: {options.out / REPORT_FILE}")
-    out = Found(found, found.advised.choice, start.flags, start.policy, start.config, command)
+    out = Found(found, found.advised.choice, start.flags, start.policy, start.config, command, engine)
     return Outcome(out, DONE if found.possible else FAILED)
 
 
