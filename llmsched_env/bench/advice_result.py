@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from llmsched_agents.statistics import Estimate, mean_of, relative_difference
-from llmsched_env.bench.advice import DEFAULT, HIGHER, NAMES, Choice, Objective
-from llmsched_env.bench.advice_search import FLAGS_ALONE, MOST_OUTSIDE, Study, outside
+from llmsched_env.bench.advice import DEFAULT, FLAGS_ALONE, HIGHER, NAMES, Choice, Objective
+from llmsched_env.bench.advice_search import MOST_OUTSIDE, Study, outside
 from llmsched_env.bench.plots import COLOURS, load_pyplot, save_figure
 from llmsched_env.bench.variants import split_options
 from llmsched_env.fluid import stability_boundary

@@ -119,7 +119,7 @@ def flags_of(engine: EngineConfig, given: Collection[str] = ()) -> list[str]:
         value = getattr(engine, setting.name)
         own = setting.name not in ("num_blocks", "block_size") and setting.differs(value, getattr(defaults, setting.name))
         asked = setting.name in given or (setting.name == "block_size" and "num_blocks" in given)  # a number says nothing without a size
-        if setting.name in ALWAYS or asked or own:
+        if value is not None and (setting.name in ALWAYS or asked or own):
             found.append(setting.flag(value))
     return found
 
