@@ -13,7 +13,7 @@ import pytest
 
 from llmsched_agents.lookup import named_policies
 from llmsched_agents.statistics import relative_difference
-from llmsched_env.bench import advice
+from llmsched_env.bench import advice, advice_result
 from llmsched_env.bench.advice import DEFAULT, Case, Choice, Objective, Row, parse_objective
 from llmsched_env.bench.advice_check import ENGINE, SIM, Check, Run, check_summary, seen
 from llmsched_env.bench.advice_search import around, check_budget, grid_around
@@ -205,7 +205,9 @@ def test_where_an_iteration_costs_the_same_whatever_is_in_it_more_is_better(scen
     assert not (scenario.parent / "out" / "policy.json").exists()
 
 
-def test_where_prompt_tokens_keep_decodes_waiting_fewer_in_an_iteration_are_better_for_tpot(scenario: Path) -> None:
+def test_where_prompt_tokens_keep_decodes_waiting_fewer_in_an_iteration_are_better_for_tpot(
+    scenario: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = called(DEAR, scenario, "--policies", "vllm", "prefill-threshold", "--budget", 150, "--objective", "tpot", "--rate", 2)
     out = found(scenario, words)
     assert out["advice"]["shown"]
@@ -214,7 +216,14 @@ def test_where_prompt_tokens_keep_decodes_waiting_fewer_in_an_iteration_are_bett
     threshold = [int(flag.split()[1]) for flag in flags if flag.startswith("--long-prefill-token-threshold")]
     assert min([budget, *threshold]) <= 256 < 2_048
     first = out["advice"]["entries"][0]["gains"]
-    assert first["tpot_mean"]["high"] < 0 < first["ttft_mean"]["value"]  # the price is said
+    assert first["tpot_mean"]["high"] < 0 < first["ttft_mean"]["value"]
+    monkeypatch.setattr(advice_result, "DEAR", 0.0)
+    kept = found(scenario, [*words, "--overwrite", "--at-most", "ttft=1.001"])
+    assert any("break a limit of --at-most" in text for text in kept["advice"]["warnings"])
+    assert all(one["gains"]["ttft_mean"]["value"] < first["ttft_mean"]["value"] for one in kept["advice"]["entries"])
+    dear = found(scenario, [*words, "--resume"])  # the same rows, without that limit
+    assert any("has a price: " in text and "TTFT +" in text for text in dear["advice"]["warnings"])
+    assert dear["advice"]["entries"] == out["advice"]["entries"]
 
 
 # --- what is said ---------------------------------------------------------------------------------
@@ -259,9 +268,19 @@ def test_leaving_the_calibration_is_said_and_not_advised(scenario: Path) -> None
     advised = out["advice"]["entries"][0]
     assert dict(advised["choice"]["options"]).get("engine.max_num_seqs", 4) <= 6 and advised["outside"] <= 0.05
     text = " ".join(out["advice"]["warnings"])
-    assert "left out of the advice because they go further beyond the calibration" in text and "MAPE 4 %" in text
+    assert "of the settings tried are not advised, as they go further beyond the calibration" in text and "MAPE 4 %" in text
     wide = found(scenario, [*called(model, scenario, "--policies", "vllm", "--budget", 150), "--overwrite"])
     assert any("lie outside the range of the calibration (up to 6 decodes)" in text for text in wide["advice"]["warnings"])
+
+
+def test_a_setting_that_cannot_carry_the_load_is_not_advised(scenario: Path) -> None:
+    """Fewer residents make every iteration shorter, and TPOT with it, until they no longer keep up."""
+    model = replace(FLAT, b=5e-3, c=1e-5, provenance=replace(FLAT.provenance, name="steep"))
+    words = called(model, scenario, "--policies", "vllm", "--budget", 200, "--objective", "tpot", "--rate", 3)
+    out = found(scenario, words)
+    first = out["advice"]["entries"][0]
+    assert first["boundary"] > 3.0
+    assert any("cannot carry the load, which the default can" in text for text in out["advice"]["warnings"])
 
 
 def test_limits_that_no_request_can_meet_end_with_1(scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -324,6 +343,9 @@ def test_resume_refuses_other_settings(scenario: Path, capsys: pytest.CaptureFix
     ("words", "says"),
     [
         (["--objective", "slo:ttft=-1"], "--objective: ttft='-1', must be a number of seconds > 0"),
+        (["--at-most", "latancy=2"], "--at-most: 'latancy=2', must be METRIC=FACTOR with one of latency, p99, ttft, ttft-p99, tpot; did"),
+        (["--at-most", "p99=0"], "--at-most: p99='0', must be a factor > 0, such as p99=1.2"),
+        (["--at-most", "p99=2", "p99=3"], "--at-most: p99 is there twice"),
         (["--budget", "20"], "--budget: 20 simulations, must be >="),
         (["--evaluation", "1"], "--evaluation: 1, must be >= 2"),
         (["--finalists", "0"], "--finalists: 0, must be >= 1"),

@@ -8,9 +8,10 @@ not one that the search has picked by luck.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ from llmsched_env.workload.lengths import TraceLengths
 LEAST_WINDOW = 20
 """Requests of one window of a trace: fewer say nothing of a queue."""
 
+PRICED = {"latency": "latency_mean", "p99": "latency_p99", "ttft": "ttft_mean", "ttft-p99": "ttft_p99", "tpot": "tpot_mean"}
+"""Metrics that ``--at-most`` can hold, by their word."""
 MEANS = {"latency": "latency_mean", "p99": "latency_p99", "ttft": "ttft_mean", "tpot": "tpot_mean"}
 NAMES = {
     "latency_mean": "mean latency (s)",
@@ -114,6 +117,29 @@ def parse_objective(text: str) -> Objective:
     if not limits:
         raise ConfigError(f"--objective: {text!r} names no limit, must be {_SLO}")
     return Objective(text.strip(), "slo_goodput", limits.get("ttft", math.inf), limits.get("tpot", math.inf))
+
+
+def parse_limits(words: Sequence[str]) -> dict[str, float]:
+    """``latency=1.2 ttft-p99=2``: field of ``Summary`` to the most it may be, as a multiple of the default's.
+
+    Raises:
+        ConfigError: another word (the nearest is given), twice there, or no factor > 0.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if name not in PRICED or not equals:
+            raise ConfigError(f"--at-most: {word!r}, must be METRIC=FACTOR with one of {', '.join(PRICED)}{did_you_mean(name, PRICED)}")
+        if PRICED[name] in found:
+            raise ConfigError(f"--at-most: {name} is there twice")
+        try:
+            factor = float(text)
+        except ValueError:
+            factor = math.nan
+        if not (math.isfinite(factor) and factor > 0):
+            raise ConfigError(f"--at-most: {name}={text!r}, must be a factor > 0, such as {name}=1.2")
+        found[PRICED[name]] = factor
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +253,7 @@ class Case:
         times = whole.arrival[part]
         return Workload.of(times - times[0], whole.prompt_tokens[part], whole.output_tokens[part], whole.type_id[part])
 
-    @property
+    @functools.cached_property
     def statistics(self) -> LengthStatistics:
         """Lengths that policies are told: the scenario's, or those of the windows that the search sees."""
         if not self.windows:

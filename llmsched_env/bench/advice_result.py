@@ -12,10 +12,9 @@ import numpy as np
 
 from llmsched_agents.statistics import Estimate, mean_of, relative_difference
 from llmsched_env.bench.advice import DEFAULT, FLAGS_ALONE, HIGHER, NAMES, Choice, Objective
-from llmsched_env.bench.advice_search import MOST_OUTSIDE, Study, outside
+from llmsched_env.bench.advice_search import Study, outside
 from llmsched_env.bench.plots import COLOURS, load_pyplot, save_figure
 from llmsched_env.bench.variants import split_options
-from llmsched_env.fluid import stability_boundary
 from llmsched_env.markdown import cell, table
 from llmsched_env.metrics import Summary
 from llmsched_env.types import EngineConfig, FloatArray
@@ -30,6 +29,10 @@ HEADINGS = {
     "throughput_tok_s": "tok/s",
     "slo_goodput": "within limits",
 }
+
+
+DEAR = 0.2
+"""A metric that is worse than the default's by more than this share is a price that must be said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,11 @@ class Advice:
         return tuple(one for one in self.entries[1:-1] if not one.against_best.excludes_zero)
 
 
+def worse(change_of: Estimate, metric: str) -> float:
+    """By what share a metric is worse than the default's; below 0 where it is better."""
+    return -change_of.value if metric in HIGHER else change_of.value
+
+
 def advice_of(study: Study, figures: Mapping[Choice, tuple[Summary, ...]]) -> Advice:
     """Everything that is said of a finished study.
 
@@ -155,7 +163,7 @@ def _entry(
         gains={name: change(own, values[DEFAULT][name], name) for name, own in values[choice].items()},
         against_best=change(values[choice][metric], values[best][metric], metric),
         outside=outside([*seen.figures, *figures]),
-        boundary=stability_boundary(case.statistics, policy.engine),
+        boundary=seen.boundary,
         notes=policy.notes,
     )
 
@@ -184,11 +192,11 @@ def warnings_of(study: Study, found: Advice) -> list[str]:
             )
         if found.advised is found.default:
             break
-    if study.left_out:
-        lines.append(
-            f"{study.left_out} settings are left out of the advice because they go further beyond the calibration than the default, in "
-            f"more than {100 * MOST_OUTSIDE:.0f} % of their iterations; calibrate with larger limits to judge them."
-        )
+    lines += [f"{count} of the settings tried are not advised, as they {reason}." for reason, count in study.left_out.items()]
+    dear = [m for m in found.objective.metrics if m != "slo_goodput" and worse(found.advised.gains[m], m) > DEAR]
+    if dear:
+        prices = ", ".join(f"{HEADINGS[m]} {100 * found.advised.gains[m].value:+,.0f} %" for m in dear)
+        lines.append(f"The advised setting has a price: {prices}. --at-most METRIC=FACTOR keeps such settings out.")
     trace = case.scenario.trace
     if trace is not None and trace.dropped:
         lines.append(f"{trace.dropped:,} rows of the trace are left out: {trace.dropped_reason}.")
@@ -286,14 +294,14 @@ def default_line(found: Advice) -> str:
 
 
 def short_rows(found: Advice) -> tuple[list[str], list[list[str]]]:
-    """The same for a screen: an interval for the objective alone."""
+    """The same for a screen: settings by their number, an interval for the objective alone."""
     metric = found.objective.metric
     others = [m for m in found.objective.metrics if m != metric]
-    headings = ["setting", NAMES[metric], "change", *(HEADINGS[m] for m in others)]
+    headings = ["", NAMES[metric], "change", *(HEADINGS[m] for m in others)]
     rows = []
-    for one in found.entries:
-        texts = [shown_change(one.gains[metric], metric), *(f"{100 * one.gains[m].value:+.0f} %" for m in others)]
-        rows.append([one.label, shown_value(one.figures[metric], metric), *(texts if one.choice != DEFAULT else [""] * len(texts))])
+    for i, one in enumerate(found.entries):
+        texts = [shown_change(one.gains[metric], metric), *(f"{100 * one.gains[m].value:+,.0f} %" for m in others)]
+        rows.append([str(i + 1), shown_value(one.figures[metric], metric), *(texts if one.choice != DEFAULT else [""] * len(texts))])
     return headings, rows
 
 

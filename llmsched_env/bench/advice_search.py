@@ -18,10 +18,12 @@ from llmsched_baselines import policy_options
 from llmsched_env.bench.advice import DEFAULT, FLAGS_ALONE, Case, Choice, Row, refused
 from llmsched_env.bench.tuning import GRIDS, Point, nearest, search
 from llmsched_env.errors import ConfigError
+from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import Summary
 from llmsched_env.row_file import RowFile
 from llmsched_env.runner import Policy
 from llmsched_env.types import TILE_TOKENS, EngineConfig
+from llmsched_hardware.options import setting_names
 
 TOKENS = (64, 96, *(base * 2**i for i in range(9) for base in (128, 192)))
 """Token budgets that are tried, around the default's own: 64 to 49,152."""
@@ -35,6 +37,10 @@ OF_A_POLICY = 2
 """Settings of one policy that are judged: neighbours say little that is new."""
 MOST_OUTSIDE = 0.05
 """Share of iterations beyond the calibration above which a setting is not advised, unless the default goes as far."""
+
+OUTSIDE = f"go further beyond the calibration than the default, in more than {100 * MOST_OUTSIDE:.0f} % of their iterations"
+UNSTABLE = "cannot carry the load, which the default can (stability boundary)"
+TOO_DEAR = "break a limit of --at-most"
 
 Grid = dict[str, tuple[Any, ...]]
 
@@ -107,12 +113,18 @@ class Tried:
         cost: mean of ``Objective.cost``; infinite where it is refused or leaves requests unserved.
         outside: share of iterations outside the calibration's range.
         figures: of each part, in the order of ``Case.selection_seeds``; empty where it is refused.
+        boundary: requests/s of the fluid model's stability boundary on its engine; 0 where it is refused.
     """
 
     choice: Choice
     cost: float
     outside: float
     figures: tuple[Summary, ...]
+    boundary: float = 0.0
+
+    def mean(self, metric: str) -> float:
+        """Of one field of ``Summary`` over the parts."""
+        return math.fsum(float(getattr(f, metric)) for f in self.figures) / max(len(self.figures), 1)
 
 
 @dataclass
@@ -123,6 +135,7 @@ class Study:
         budget: simulations in all, those of the evaluation among them.
         finalists: settings beside the default that are simulated on parts that the search has not seen.
         rows: open; takes every simulation as it ends.
+        at_most: field of ``Summary`` to the most it may be, as a multiple of the default's, for a setting to be advised.
         advance: called once for each simulation, with its description.
     """
 
@@ -131,12 +144,14 @@ class Study:
     finalists: int
     rows: RowFile[Row]
     advance: Callable[[str], None] = lambda _: None
+    at_most: Mapping[str, float] = field(default_factory=dict)
     tried: dict[Choice, Tried] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _stopped: bool = False
 
     def __post_init__(self) -> None:
         self._known = {row.key: row for row in self.rows.rows}
+        self._boundaries: dict[tuple[Any, ...], float] = {}
         self._counted: set[tuple[str, str, int]] = set()
 
     @property
@@ -174,16 +189,21 @@ class Study:
             known = [self._known.get((choice.policy, choice.options_text, seed)) for seed in seeds]
         if known[0] is not None and not known[0].figures.end:
             return Tried(choice, math.inf, 0.0, ())
-        policy: Policy | None = None
-        if any(row is None for row in known):
-            try:
-                policy = self.case.build(choice)
-            except ConfigError as error:
-                self._keep(refused(choice, seeds[0], str(error)))
-                return Tried(choice, math.inf, 0.0, ())
+        try:
+            policy = self.case.build(choice)
+        except ConfigError as error:
+            self._keep(refused(choice, seeds[0], str(error)))
+            return Tried(choice, math.inf, 0.0, ())
         figures = tuple(self.row(choice, seed, policy).figures for seed in seeds)
         cost = math.fsum(map(self.case.objective.cost, figures)) / len(figures)
-        return Tried(choice, cost, outside(figures), figures)
+        return Tried(choice, cost, outside(figures), figures, self._boundary(policy.engine))
+
+    def _boundary(self, engine: EngineConfig) -> float:
+        """Of the engine, computed once for each."""
+        key = tuple(getattr(engine, name) for name in setting_names())
+        if key not in self._boundaries:
+            self._boundaries[key] = stability_boundary(self.case.statistics, engine)
+        return self._boundaries[key]
 
     # --- the search -------------------------------------------------------------------------------
     def search(self, jobs: int) -> None:
@@ -206,7 +226,7 @@ class Study:
                         for one in each:
                             self._note(one)
                     if i + 1 < ROUNDS:
-                        best = {name: min(one.cost for one in each) for name, each in zip(left, found, strict=True)}
+                        best = {name: min(map(self._wanted, each)) for name, each in zip(left, found, strict=True)}
                         left = sorted(left, key=lambda name: best[name])[: max(math.ceil(len(left) / 2), 1)]
             except BaseException:
                 self._stopped = True
@@ -228,23 +248,25 @@ class Study:
             options = {option: grid[option][i] for option, i in zip(grid, point, strict=True)}
             choice = Choice(name, tuple((option, value) for option, value in options.items() if value != defaults[option]))
             found.append(self.on_selection(choice))
-            return found[-1].cost
+            return self._wanted(found[-1])
 
         start = [nearest(grid[option], defaults[option]) for option in grid]
         search([len(values) for values in grid.values()], start, trials, cost)
         return found
 
+    def _wanted(self, one: Tried) -> float:
+        """Its cost; infinite where it is not advised, so that the search stays where an advice can come from."""
+        return math.inf if self.excluded(one) else one.cost
+
     # --- what it found ----------------------------------------------------------------------------
     def ranking(self) -> list[Tried]:
         """Settings by cost, one of each group that did the same on every part: the one with the fewest options.
 
-        Those that are refused or leave requests unserved are left out, and those that go beyond the calibration in more than
-        ``MOST_OUTSIDE`` of the iterations and further than the default.
+        Those that are refused or leave requests unserved are left out, and those that ``excluded`` names.
         """
-        allowed = max(MOST_OUTSIDE, self.tried[DEFAULT].outside)
         groups: dict[tuple[float, ...], Tried] = {}
         order = list(self.case.policies)
-        usable = (one for one in self.tried.values() if math.isfinite(one.cost) and one.outside <= allowed)
+        usable = (one for one in self.tried.values() if math.isfinite(one.cost) and not self.excluded(one))
         for one in sorted(usable, key=lambda one: (order.index(one.choice.policy), len(one.choice.options))):
             same = tuple(value for f in one.figures for value in (f.latency_mean, f.latency_p99, f.ttft_mean, f.tpot_mean, f.sim_seconds))
             groups.setdefault(same, one)
@@ -262,11 +284,28 @@ class Study:
             return [*found[: self.finalists - 1], plain]
         return found[: self.finalists]
 
+    def excluded(self, one: Tried) -> str:
+        """Why a setting is not advised whatever it gains; empty where it may be.
+
+        It goes beyond the calibration in more than ``MOST_OUTSIDE`` of the iterations and further than the default; or the load is
+        within the stability boundary under the default and not under it; or it breaks a limit of ``at_most``.
+        """
+        default = self.tried[DEFAULT]
+        if one.choice == DEFAULT:
+            return ""
+        if one.outside > max(MOST_OUTSIDE, default.outside):
+            return OUTSIDE
+        if one.boundary <= self.case.rate < default.boundary:
+            return UNSTABLE
+        if any(one.mean(metric) > factor * default.mean(metric) for metric, factor in self.at_most.items()):
+            return TOO_DEAR
+        return ""
+
     @property
-    def left_out(self) -> int:
-        """Settings that are not advised because they go beyond the calibration."""
-        allowed = max(MOST_OUTSIDE, self.tried[DEFAULT].outside)
-        return sum(math.isfinite(one.cost) and one.outside > allowed for one in self.tried.values())
+    def left_out(self) -> dict[str, int]:
+        """How many settings are not advised, by the reason."""
+        reasons = [self.excluded(one) for one in self.tried.values() if math.isfinite(one.cost)]
+        return {reason: reasons.count(reason) for reason in (OUTSIDE, UNSTABLE, TOO_DEAR) if reason in reasons}
 
     def evaluate(self, choices: Sequence[Choice], jobs: int) -> Mapping[Choice, tuple[Summary, ...]]:
         """Figures on the parts that the search has not seen, in the order of ``Case.evaluation_seeds``."""

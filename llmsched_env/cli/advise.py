@@ -15,7 +15,7 @@ import tyro
 from llmsched_agents.lookup import NamedPolicy, named_policies
 from llmsched_baselines.overrides import parse_overrides, with_calibration
 from llmsched_env import __version__
-from llmsched_env.bench.advice import DEFAULT, Case, Choice, Objective, Row, parse_objective
+from llmsched_env.bench.advice import DEFAULT, Case, Choice, Objective, Row, parse_limits, parse_objective
 from llmsched_env.bench.advice_check import RUNS_FILE, Check, Seen, check_engine, check_lines, check_summary, run_check, seen
 from llmsched_env.bench.advice_check import Run as EngineRun
 from llmsched_env.bench.advice_result import Advice, advice_of, default_line, page, plot, short_rows, verdict_lines
@@ -64,6 +64,8 @@ class Advise(TraceOptions, Resumable):
     """A trace instead of a scenario, cut into windows; --rate rescales its time."""
     objective: Annotated[str, tyro.conf.arg(metavar="latency|p99|ttft|tpot|slo:ttft=S,tpot=S")] = "latency"
     """What to make small: mean latency, P99 latency, mean TTFT, mean TPOT; or the share of requests within both limits, to make large."""
+    at_most: Annotated[tuple[str, ...], tyro.conf.arg(metavar="METRIC=FACTOR [...]", help_behavior_hint="(default: no limit)")] = ()
+    """Advise no setting under which a metric is more than so many times the default's: latency, p99, ttft, ttft-p99, tpot."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Where rows, report and plot go."""
     rate: Annotated[float | None, tyro.conf.arg(metavar="R", help_behavior_hint="(default: the workload's own)")] = None
@@ -233,6 +235,7 @@ def plan(options: Advise) -> Planned:
         ConfigError: an option that cannot be carried out.
     """
     objective = parse_objective(options.objective)
+    parse_limits(options.at_most)
     check_numbers(options)
     version = server_version(options.vllm)
     check_folder("--out", options.out)
@@ -317,10 +320,12 @@ def print_found(found: Advice, study: Study, command: str, screen: Screen) -> No
         headings, rows = short_rows(found)
         grid = require("rich.table", "cli").Table(box=require("rich.box", "cli").SIMPLE_HEAD, padding=(0, 1))
         for i, heading in enumerate(headings):
-            grid.add_column(heading, justify="left" if i == 0 else "right", overflow="fold", min_width=28 if i == 0 else None)
+            grid.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
             grid.add_row(*map(require("rich.text", "cli").Text, row))
         screen.console().print(grid)
+        for i, one in enumerate(found.entries):
+            screen.print(f"{i + 1}  {one.label}")
         screen.print(default_line(found))
     for text in found.warnings:
         screen.print(text if len(text) <= LONGEST_LINE else f"{text[:LONGEST_LINE]} ... (all of it in {REPORT_FILE})")
@@ -364,13 +369,14 @@ def run(options: Advise, screen: Screen) -> Outcome:
     if options.validate is not None:
         check_engine(Check(planned.case, options.validate, DEFAULT, (), options.repeats, 1))
         installed()  # or why not
-    study = Study(planned.case, options.budget, options.finalists, kept_rows(options, planned.case))
+    study = Study(planned.case, options.budget, options.finalists, kept_rows(options, planned.case), at_most=parse_limits(options.at_most))
     found = searched(study, options.jobs or os.cpu_count() or 1, screen)
     start = starting(planned, study, found)
     start.write(options.out / POLICY_FILE)
     command = start.command(options.model, options.out / POLICY_FILE)
     plot(found, options.out / FIGURE)
-    about = [*planned.about, ("budget", f"{options.budget} simulations, {study.settings} settings at most")]
+    kept = [("at most", " ".join(options.at_most) + " times the default's")] if options.at_most else []
+    about = [*planned.about, *kept, ("budget", f"{options.budget} simulations, {study.settings} settings at most")]
 
     def report(section: list[str]) -> None:
         write_page(options.out / REPORT_FILE, page(found, study, about, command, screen.command, section))
