@@ -16,11 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_env.engine.record_backend import RecordView
+from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel
+from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_hardware.calibration.from_log import LogFit, fit_log, iterations_of
 from llmsched_hardware.calibration.iteration_log import IterationLog
-from llmsched_hardware.validation import SIM, Gap, Run, Task, Validation, gaps, run_task
+from llmsched_hardware.validation import ENGINE, SIM, Gap, Run, Task, Validation, gaps, run_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,31 @@ def fit_to_warm_ups(log: IterationLog) -> LogFit | None:
         return None
 
 
+class _OtherTimes(SimBackend):
+    """The simulator with iteration times that its policies do not know of."""
+
+    def __init__(self, model: IterationTimeModel) -> None:
+        super().__init__()
+        self._other = model
+
+    def reset(
+        self,
+        workload: Workload,
+        layout: QueueLayout,
+        engine: EngineConfig,
+        limits: EpisodeLimits,
+        *,
+        reveal_output_length: bool = False,
+    ) -> RecordView:
+        engine = engine.replace(time_model=self._other)
+        return super().reset(workload, layout, engine, limits, reveal_output_length=reveal_output_length)
+
+
 def gaps_with(validation: Validation, model: IterationTimeModel, runs: Sequence[Run]) -> list[Gap]:
-    """The gaps as they were if the simulator had other iteration times; decisions of policies follow from those, too."""
-    scenario = validation.scenario
-    other = replace(validation, scenario=replace(scenario, engine=scenario.engine.replace(time_model=model)))
-    tasks = [Task(p, rate, seed, SIM) for rate, seed, p in itertools.product(validation.rates, validation.seeds, validation.policies)]
-    simulated = [run_task(other, task, None) for task in tasks]
+    """The gaps as they were if the simulator had other iteration times. Policies decide by the calibration's, as they did on the engine."""
+    backend = _OtherTimes(model)
+    tasks = [Task(p, rate, seed, ENGINE) for rate, seed, p in itertools.product(validation.rates, validation.seeds, validation.policies)]
+    simulated = [replace(run_task(validation, task, backend), backend=SIM) for task in tasks]
     return gaps([*simulated, *(run for run in runs if run.backend != SIM)], validation.policies)
 
 

@@ -364,4 +364,3 @@ def _digest(data: bytes) -> str:
 def refused(choice: Choice, seed: int, why: str) -> Row:
     """The row of options that a policy refuses."""
     return Row(choice.policy, choice.options_text, seed, Summary.absent(), 0.0, why)
-

@@ -16,14 +16,14 @@ from llmsched_baselines.overrides import parse_overrides
 from llmsched_env.backends import make_backend
 from llmsched_env.cli.frame import DONE, FAILED, Assignments, Command, Outcome, Resumable, Screen, check_counts, words
 from llmsched_env.errors import ConfigError, EngineError, require
-from llmsched_env.files import check_folder, check_same_settings, goes_on, write_settings
+from llmsched_env.files import check_file, check_folder, check_same_settings, goes_on, write_settings
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.markdown import write_page
 from llmsched_env.perf import CalibrationRangeWarning, load_calibration
 from llmsched_env.row_file import RowFile
 from llmsched_env.workload import Scenario, load_scenario
 from llmsched_hardware.calibration.from_log import LogFit
-from llmsched_hardware.calibration.iteration_log import check_log_path, read_iteration_log
+from llmsched_hardware.calibration.iteration_log import read_iteration_log
 from llmsched_hardware.calibration.settings import backend_settings, engine_config, engine_options
 from llmsched_hardware.validation import Gap, Run, Schedules, Validation, gaps, longest_request, on_engine, rankings
 from llmsched_hardware.validation_iterations import IterationGap, fit_to_warm_ups, gaps_with, iteration_gaps
@@ -177,7 +177,7 @@ def log_file(options: Validate) -> Path:
     if given is None:
         return options.out / LOG_FILE
     path = given / LOG_FILE if given.is_dir() else given
-    check_log_path("--log-iterations", path)
+    check_file("--log-iterations", path)
     return path
 
 
@@ -258,10 +258,10 @@ def run(options: Validate, screen: Screen) -> Outcome:
     """Run what is missing and report on all of it."""
     with warnings.catch_warnings(action="ignore", category=CalibrationRangeWarning):  # said in the report
         plan = planned(options)
+        log = log_file(options)
         for module in ("rich.progress", "scipy.stats"):
             require(module, "cli")
-        log = log_file(options)
-        options.out.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
         backend = make_backend("vllm", clock=options.clock, iteration_log=log, **backend_settings(plan.engine))
         try:
             return (validate_schedules if options.clock == "virtual" else validate_figures)(options, plan, backend, screen)

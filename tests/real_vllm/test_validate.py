@@ -61,8 +61,7 @@ def test_a_quick_validation_reports_errors_spread_and_ranking_and_can_be_resumed
 ) -> None:
     out = tmp_path / "measured"
     given = words(calibration, out, "--quick", "--num-requests", 12, "--loads", 0.9, policies=("vllm", "nested-wait"))
-    given += ["--log-iterations", str(out)]
-    out.mkdir()
+    given += ["--log-iterations", str(out / "iterations.csv")]
     assert validate.main(given) == 0
     printed = capfd.readouterr().out
     assert "latency " in printed and "ranking " in printed

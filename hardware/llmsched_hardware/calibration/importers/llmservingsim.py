@@ -208,9 +208,7 @@ def _errors(errors: Iterable[LeaveOneOut]) -> str:
     return "; ".join(f"{e.name} {e.mean:.1%}, {e.bias:+.1%}" for e in errors)
 
 
-def import_profile(
-    source: Path, model: str, name: str, *, config: Path | None = None, tensor_parallel: int = 1
-) -> IterationTimeModel:
+def import_profile(source: Path, model: str, name: str, *, config: Path | None = None, tensor_parallel: int = 1) -> IterationTimeModel:
     """The calibration of a profile.
 
     Args:
