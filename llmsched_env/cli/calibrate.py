@@ -20,10 +20,12 @@ from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import check_file, goes_on
 from llmsched_env.perf import IterationTimeModel
 from llmsched_env.perf.store import calibration_bytes
-from llmsched_hardware.calibration.engine import SWEEPS, Calibrated, calibrate, report, write
-from llmsched_hardware.calibration.heldout import MOST, hold_out
+from llmsched_hardware.calibration.engine import SWEEPS, TRAFFIC_SHARE, Calibrated, calibrate, report, write
+from llmsched_hardware.calibration.from_log import fit_log
+from llmsched_hardware.calibration.heldout import MOST, hold_out, record_traffic
 from llmsched_hardware.calibration.importers import aiconfigurator, llmservingsim, vidur
 from llmsched_hardware.calibration.settings import engine_options
+from llmsched_hardware.calibration.traffic_fit import LEAST_ROWS
 from llmsched_hardware.real_engine import EngineOptions
 
 
@@ -80,7 +82,8 @@ class Engine(Resumable):
     set: Assignments = ()
     """engine.FIELD of llmsched_hardware.real_engine.EngineOptions."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.json")]
-    """The formula; tables go to FILE.npz, measured points to FILE.points.jsonl."""
+    """The formula; tables go to FILE.npz, measured points to FILE.points.jsonl, the fit to traffic and its log to FILE.traffic.json and
+    FILE.iterations.csv."""
     name: Annotated[str | None, tyro.conf.arg(metavar="NAME", help_behavior_hint="(default: the file's)")] = None
     """Name of the calibration."""
     budget_seconds: Annotated[float, tyro.conf.arg(metavar="S")] = 300.0
@@ -163,6 +166,14 @@ def run_engine(options: Engine, screen: Screen) -> Outcome:
     )
     name = options.name or options.out.stem
     write(result, name, options.out)  # whatever becomes of the engine that the workload needs
+    until = deadline - 2 * result.build_seconds
+    until = time.monotonic() + TRAFFIC_SHARE * (until - time.monotonic())
+    if time.monotonic() < until:
+        blocks = result.limits.num_blocks
+        log = record_traffic(result.formula, result.options, blocks, until, screen.progress, options.out.with_suffix(".iterations.csv"))
+        if log is not None and len(log) >= LEAST_ROWS:
+            result = dataclasses.replace(result, traffic=fit_log(log, name))
+            write(result, name, options.out)
     if time.monotonic() + result.build_seconds < deadline:
         held_out = hold_out(result.models, result.options, result.limits.num_blocks, deadline, screen.progress, options.held_out)
         result = dataclasses.replace(result, held_out=held_out)
@@ -177,6 +188,8 @@ def found(result: Calibrated, options: Engine) -> dict[str, Any]:
     return {
         "calibration": options.out,
         "tables": options.out.with_suffix(".npz"),
+        "traffic": None if result.traffic is None else result.file_of("traffic", options.out),
+        "best": result.best(),
         "points": len(result.sweep.points),
         "left_out": {str(probe): reason for probe, reason in result.sweep.left_out.items()},
         "machine": result.machine,

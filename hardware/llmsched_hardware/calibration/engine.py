@@ -21,6 +21,7 @@ import numpy as np
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.perf import FormulaTime, IterationTimeModel, LinearTime, Provenance, TableTime, save_calibration
 from llmsched_hardware.calibration.fit import batches_of, fit_error, fit_formula, fit_linear, fit_tables
+from llmsched_hardware.calibration.from_log import LogFit
 from llmsched_hardware.calibration.heldout import HeldOut, compile_simulator
 from llmsched_hardware.calibration.plan import CHUNK_STEPS, EngineLimits, Group, plan
 from llmsched_hardware.calibration.points import Point, PointsFile, Probe, combined, drift, seconds_of
@@ -39,8 +40,10 @@ from llmsched_hardware.shapes import is_shape
 
 SWEEPS = 3
 LEAST_POINTS = 8
-SWEEP_SHARE = 0.7
-"""Of the time left after the engine is built; the rest is for the workload that is held out."""
+SWEEP_SHARE, TRAFFIC_SHARE = 0.5, 0.5
+"""Of the time left after the engine is built; of what is left then, less two more buildings. The rest is for the held-out workload."""
+SUFFIXES = {"formula": ".json", "tables": ".npz", "traffic": ".traffic.json"}
+"""Files of the forms that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +74,31 @@ class Calibrated:
     linear: LinearTime
     formula: FormulaTime
     tables: TableTime
+    traffic: LogFit | None = None
     held_out: HeldOut | None = None
 
     @property
     def models(self) -> dict[str, IterationTimeModel]:
-        return {"linear": self.linear, "formula": self.formula, "tables": self.tables}
+        found: dict[str, IterationTimeModel] = {"linear": self.linear, "formula": self.formula, "tables": self.tables}
+        return found if self.traffic is None else found | {"traffic": self.traffic.model}
+
+    def file_of(self, form: str, out: Path) -> Path:
+        """Where a form is kept, beside ``out``."""
+        return out.with_suffix(SUFFIXES[form])
+
+    def best(self) -> str | None:
+        """The form whose simulated mean latency is closest to the engine's on the held-out workload; None where that was not run."""
+        held = self.held_out
+        return None if held is None else min((form for form in SUFFIXES if form in held.checks), key=lambda f: abs(held.checks[f].latency))
 
 
 def write(result: Calibrated, name: str, out: Path) -> None:
-    """The formula to ``out``, the tables beside it."""
-    for form, suffix in (("formula", ".json"), ("tables", ".npz")):
-        model = result.models[form]
-        filed: Any = dataclasses.replace(model, provenance=provenance(result, form, name, out))  # type: ignore[type-var]
-        save_calibration(filed, out.with_suffix(suffix))
+    """The formula to ``out``, the tables and the fit to traffic beside it."""
+    for form in SUFFIXES:
+        if form in result.models:
+            model = result.models[form]
+            filed: Any = dataclasses.replace(model, provenance=provenance(result, form, name, out))  # type: ignore[type-var]
+            save_calibration(filed, result.file_of(form, out))
 
 
 def calibrate(
@@ -203,6 +218,8 @@ def _seconds_needed(group: Group, points: Sequence[Point], limits: EngineLimits)
 def provenance(result: Calibrated, form: str, name: str, out: Path) -> Provenance:
     """Everything a reader needs to judge the file of one form."""
     machine, options, points = result.machine, result.options, combined(result.sweep.points)
+    if form == "traffic":
+        return _traffic_provenance(result, name)
     error = fit_error(result.models[form], batches_of(points), seconds_of(points))
     held = "" if result.held_out is None else f" Held out: {result.held_out.description}: {result.held_out.checks[form]}."
     share = float(np.median([p.execute_seconds / p.seconds for p in points]))
@@ -229,6 +246,19 @@ def provenance(result: Calibrated, form: str, name: str, out: Path) -> Provenanc
         f"The paper's two terms: d0 = {linear.d0:.4g} s, d1 = {linear.d1:.4g} s per KV token, on the measured batches "
         f"{fit_error(linear, batches_of(points), seconds_of(points))}. {_left_out(result)}{other[0].upper()}{other[1:]}.",
     )
+
+
+def _traffic_provenance(result: Calibrated, name: str) -> Provenance:
+    """Of the fit to traffic: what its log says, and the held-out workload."""
+    assert result.traffic is not None
+    own = result.traffic.model.provenance
+    held = "Held out: not run, no time."
+    if result.held_out is not None:
+        held = f"Held out: {result.held_out.description}: {result.held_out.checks['traffic']}."
+    machine = result.machine
+    source = f"llmsched calibrate engine, {machine.date}, {result.traffic.held_out.count:,} iterations of traffic"
+    fit = f"{own.fit_error}. {held}"
+    return dataclasses.replace(own, name=name, source=source, fit_error=fit, num_blocks=machine.num_blocks, block_size=machine.block_size)
 
 
 def _range(points: Sequence[Point]) -> str:
@@ -260,8 +290,9 @@ def report(result: Calibrated, out: Path, points_path: Path, seconds: float) -> 
     """What the program prints at its end."""
     machine, points = result.machine, combined(result.sweep.points)
     batches, measured = batches_of(points), seconds_of(points)
+    traffic = "" if result.traffic is None else f"; {result.file_of('traffic', out)}: fit to traffic"
     lines = [
-        f"{out}: formula; {out.with_suffix('.npz')}: tables; {points_path}: {len(result.sweep.points)} points",
+        f"{out}: formula; {out.with_suffix('.npz')}: tables{traffic}; {points_path}: {len(result.sweep.points)} points",
         f"{'machine':<12} {machine.device}" + (f", driver {machine.driver}" if machine.driver else ""),
         f"{'engine':<12} vLLM {machine.vllm}, {result.options.model}, {machine.dtype}",
         f"{'KV capacity':<12} {machine.num_blocks:,} blocks of {machine.block_size} tokens",
@@ -269,7 +300,10 @@ def report(result: Calibrated, out: Path, points_path: Path, seconds: float) -> 
         f"{'sweeps':<12} {result.sweep.sweeps} over {len(points)} of {result.sweep.planned} batches. {_drift(result)}".rstrip(),
     ]
     for form, model in result.models.items():
-        lines.append(f"{form:<12} measured batches: {fit_error(model, batches, measured)}")
+        if form != "traffic":  # what it is a fit to has a memory, these batches have none
+            lines.append(f"{form:<12} measured batches: {fit_error(model, batches, measured)}")
+        elif result.traffic is not None:
+            lines.append(f"{form:<12} {result.traffic.held_out} (each run by a fit to the others)")
         if result.held_out is not None:
             lines.append(f"{'':<12} held out: {result.held_out.checks[form]}")
     if result.held_out is None:
@@ -278,9 +312,8 @@ def report(result: Calibrated, out: Path, points_path: Path, seconds: float) -> 
         held = result.held_out
         apart = "" if math.isnan(held.spread) else f"; mean latency differs by {100 * held.spread:.1f} % over the engine's warm passes"
         lines.append(f"{'held out':<12} {held.description}, {held.passes} passes{apart}")
-        better = min(("formula", "tables"), key=lambda form: held.checks[form].iterations.mape)
-        file = out if better == "formula" else out.with_suffix(".npz")
-        lines.append(f"{'use':<12} --calibration {file}, the smaller error on iterations of the held-out workload")
+        best = result.best() or "formula"
+        lines.append(f"{'use':<12} --calibration {result.file_of(best, out)}, the smallest error in simulated latency")
     if result.sweep.left_out:
         lines.append(f"{'left out':<12} {len(result.sweep.left_out)} batches:")
         reasons: dict[str, list[Probe]] = {}

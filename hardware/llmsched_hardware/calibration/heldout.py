@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from llmsched_env.runner import Policy, run_episode
 from llmsched_env.types import EngineConfig, IterationReport, Workload
 from llmsched_env.workload import Lognormal, Poisson
 from llmsched_hardware.calibration.fit import FitError, fit_error
+from llmsched_hardware.calibration.iteration_log import IterationLog, read_iteration_log
 from llmsched_hardware.calibration.settings import backend_settings, engine_config
 from llmsched_hardware.progress import Progress
 from llmsched_hardware.real_engine import EngineOptions
@@ -33,6 +36,8 @@ MOST, PILOT = 300, 20
 PASSES = 3
 MARGIN = 1.3
 SEED = 20_251_121
+TRAFFIC_LOADS, TRAFFIC_POLICIES, TRAFFIC_REQUESTS, TRAFFIC_ROUNDS = (0.5, 0.8, 1.1), ("vllm", "sarathi"), 150, 10
+"""Of the traffic that is logged to be fitted: shares of the boundary, policies, requests of an episode, most rounds through all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +89,58 @@ class _Pass:
     wall_seconds: float
 
 
+def _lengths(options: EngineOptions) -> Lognormal:
+    """Lengths of requests that an engine takes."""
+    longest = options.max_model_len
+    return Lognormal(
+        prompt_mean=longest / 12,
+        prompt_sigma=0.8,
+        output_mean=longest / 24,
+        output_sigma=0.8,
+        max_prompt=longest // 2,
+        max_output=longest // 2,
+        max_total=longest,
+    )
+
+
+def record_traffic(
+    model: IterationTimeModel, options: EngineOptions, num_blocks: int, deadline: float, progress: Progress, log: Path
+) -> IterationLog | None:
+    """Run workloads at several loads under two policies and log every iteration; as many rounds as there is time for.
+
+    Args:
+        model: sets the arrival rates.
+        log: where the iterations go; replaced.
+
+    Returns:
+        None where nothing of use fits before the deadline.
+    """
+    log.unlink(missing_ok=True)
+    engine, lengths = engine_config(options, model, num_blocks), _lengths(options)
+    statistics = lengths.statistics()
+    boundary = stability_boundary(statistics, engine)
+    backend = make_backend("vllm", clock="measured", iteration_log=log, **backend_settings(options))
+    rounds = 0
+    try:
+        with progress(TRAFFIC_ROUNDS) as bar:
+            bar.show("traffic to fit")
+            for number in range(TRAFFIC_ROUNDS):
+                begin = time.monotonic()
+                for load, name in itertools.product(TRAFFIC_LOADS, TRAFFIC_POLICIES):
+                    backend.about_episode = {"policy": name, "rate": load * boundary, "seed": number + 1, "repeat": 0, "warm_up": False}
+                    policy = make_policy(name, Setting(statistics, load * boundary, engine))
+                    run_episode(policy, _poisson(lengths, load * boundary, TRAFFIC_REQUESTS, SEED + 1 + number), backend=backend)
+                    if time.monotonic() > deadline:
+                        break
+                rounds += 1
+                bar.advance()
+                if time.monotonic() + (time.monotonic() - begin) > deadline:
+                    break
+    finally:
+        backend.close()
+    return read_iteration_log(log) if rounds else None
+
+
 def hold_out(
     models: Mapping[str, IterationTimeModel], options: EngineOptions, num_blocks: int, deadline: float, progress: Progress, most: int = MOST
 ) -> HeldOut | None:
@@ -100,16 +157,7 @@ def hold_out(
         EngineError: the engine cannot start or dies.
     """
     engine = engine_config(options, models["formula"], num_blocks)
-    longest = options.max_model_len
-    lengths = Lognormal(
-        prompt_mean=longest / 12,
-        prompt_sigma=0.8,
-        output_mean=longest / 24,
-        output_sigma=0.8,
-        max_prompt=longest // 2,
-        max_output=longest // 2,
-        max_total=longest,
-    )
+    lengths = _lengths(options)
     statistics = lengths.statistics()
     rate = LOAD * stability_boundary(statistics, engine)
     policies = {form: make_policy("vllm", Setting(statistics, rate, engine.replace(time_model=m))) for form, m in models.items()}
@@ -150,8 +198,8 @@ def compile_simulator() -> None:
     run_episode(make_policy("vllm", setting), Workload.of([0.0], [8], [2]))
 
 
-def _poisson(lengths: Lognormal, rate: float, size: int) -> Workload:
-    times, sizes = (np.random.default_rng(s) for s in np.random.SeedSequence(SEED).spawn(2))
+def _poisson(lengths: Lognormal, rate: float, size: int, seed: int = SEED) -> Workload:
+    times, sizes = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(2))
     return Workload.of(Poisson(rate).sample(times, size), *lengths.sample(sizes, size))
 
 
