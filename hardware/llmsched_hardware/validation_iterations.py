@@ -20,9 +20,11 @@ from llmsched_env.engine.record_backend import RecordView
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel
+from llmsched_env.perf.batch import FINISHED, PREFILLS, STARTED
 from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_hardware.calibration.from_log import LogFit, fit_log, iterations_of
 from llmsched_hardware.calibration.iteration_log import IterationLog
+from llmsched_hardware.calibration.traffic_fit import new_shapes
 from llmsched_hardware.validation import ENGINE, SIM, Gap, Run, Task, Validation, gaps, run_task
 
 
@@ -46,6 +48,51 @@ class IterationGap:
     def error(self) -> float:
         """Modelled over measured - 1."""
         return self.modelled / self.measured - 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A kind of iterations, and how much of the calibration's error lies in it.
+
+    Attributes:
+        kind: which iterations; each is of the first kind that it fits.
+        iterations, measured, modelled: as in ``IterationGap``.
+        share: of the difference between all measured and all modelled seconds; NaN where there is none.
+    """
+
+    kind: str
+    iterations: int
+    measured: float
+    modelled: float
+    share: float
+
+
+def shares(log: IterationLog, model: IterationTimeModel, shapes: int = 32) -> list[Share]:
+    """Where the error of iteration times lies, over all counted runs.
+
+    Args:
+        shapes: a number of tokens is new where it is not among so many last ones; vLLM's CPU build keeps 32 (``TrafficTime``).
+    """
+    counted = chosen(log, warm_up=False)
+    if not len(counted):
+        return []
+    data, _ = iterations_of(counted)
+    modelled, b = model.seconds_of(data.batches), data.batches
+    left = np.ones(len(data), dtype=bool)
+    missing = float(data.seconds.sum() - modelled.sum())
+    found = []
+    for kind, which in (
+        (f"a number of tokens that is not among the last {shapes}", new_shapes(data.tokens, data.engine, shapes)),
+        ("several prompts at once", b[:, PREFILLS] > 1),
+        ("one prompt", b[:, PREFILLS] == 1),
+        ("decodes alone, somebody started or ended before", b[:, STARTED] + b[:, FINISHED] > 0),
+        ("decodes alone, the batch as before", left),
+    ):
+        own = left & which
+        left = left & ~which
+        measured, by_model = float(data.seconds[own].sum()), float(modelled[own].sum())
+        found.append(Share(kind, int(own.sum()), measured, by_model, (measured - by_model) / missing if missing else math.nan))
+    return found
 
 
 def chosen(log: IterationLog, *, warm_up: bool) -> IterationLog:

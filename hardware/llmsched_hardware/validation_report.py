@@ -12,7 +12,7 @@ from llmsched_env.markdown import table
 from llmsched_env.row_file import csv_writer
 from llmsched_hardware.calibration.from_log import LogFit
 from llmsched_hardware.validation import SIM, Gap, Ranking, Run, Schedules, rankings
-from llmsched_hardware.validation_iterations import IterationGap, within_own_noise
+from llmsched_hardware.validation_iterations import IterationGap, Share, within_own_noise
 from llmsched_hardware.validation_runs import Plan
 
 ERRORS = (
@@ -24,6 +24,9 @@ ERRORS = (
     ("TPOT", "tpot_mean"),
     ("TPOT P99", "tpot_p99"),
 )
+_ON_BATCHES, _OF_WARM_UPS = "## Iteration times on the engine's own batches", "## With iteration times of the warm-up runs"
+ITERATION_HEADINGS = (_ON_BATCHES, _OF_WARM_UPS)
+"""Headings of the parts about iteration times."""
 DEFINITIONS = (
     "Error: simulator / engine - 1, of the mean over seeds; for evictions the difference of their numbers. "
     "Spread: (largest - smallest) / mean over the engine's counted repeats of the same workload. "
@@ -109,7 +112,7 @@ def noise_sentence(found: Sequence[Gap]) -> str:
     return f"{good} of {count} mean latencies lie within the larger of 5 % and twice the engine's own spread."
 
 
-def iteration_parts(own: Sequence[IterationGap], refitted: Sequence[Gap], fit: LogFit | None) -> list[str]:
+def iteration_parts(own: Sequence[IterationGap], where: Sequence[Share], refitted: Sequence[Gap], fit: LogFit | None) -> list[str]:
     """Parts of the page about iteration times: on the engine's own batches, and the simulator with those of the warm-up runs."""
     parts = []
     if own:
@@ -126,14 +129,25 @@ def iteration_parts(own: Sequence[IterationGap], refitted: Sequence[Gap], fit: L
             for g in own
         ]
         parts += [
-            "## Iteration times on the engine's own batches",
+            _ON_BATCHES,
             "Seconds of all counted runs: measured, and what the calibration gives for the same batches. Spread: (largest - smallest) / "
             "mean over repeats of measured over modelled seconds.",
             _table(("req/s", "policy", "iterations", "measured s", "modelled s", "error", "spread"), rows),
         ]
+    if where:
+        kinds = []
+        for s in where:
+            if s.iterations:
+                error = _percent(s.modelled / s.measured - 1.0, signed=True)
+                seconds = (f"{s.measured:.3f}", f"{s.modelled:.3f}")
+                kinds.append((s.kind, f"{s.iterations:,}", *seconds, error, _percent(s.share)))
+        parts += [
+            "Where the error lies: each iteration is of the first kind that it fits; share of all measured less all modelled seconds.",
+            _table(("iterations with", "iterations", "measured s", "modelled s", "error", "share"), kinds),
+        ]
     if fit is not None and refitted:
         parts += [
-            "## With iteration times of the warm-up runs",
+            _OF_WARM_UPS,
             f"The simulator with times fitted to the runs that were not counted ({fit.held_out.count:,} iterations; the machine's speed "
             f"drifted by {_percent(fit.drift)}): what is left here is not the calibration's.",
             error_table(refitted),

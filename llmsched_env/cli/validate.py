@@ -26,7 +26,7 @@ from llmsched_hardware.calibration.from_log import LogFit
 from llmsched_hardware.calibration.iteration_log import read_iteration_log
 from llmsched_hardware.calibration.settings import backend_settings, engine_config, engine_options
 from llmsched_hardware.validation import Gap, Run, Schedules, Validation, gaps, longest_request, on_engine, rankings
-from llmsched_hardware.validation_iterations import IterationGap, fit_to_warm_ups, gaps_with, iteration_gaps
+from llmsched_hardware.validation_iterations import IterationGap, Share, fit_to_warm_ups, gaps_with, iteration_gaps, shares
 from llmsched_hardware.validation_report import facts, iteration_parts, measured_page, summary_lines, virtual_page, write_table
 from llmsched_hardware.validation_runs import (
     FILES,
@@ -220,23 +220,24 @@ def validate_figures(options: Validate, plan: Plan, backend: Any, screen: Screen
     ranks = rankings(found)
     write_table(options.out / TABLE_FILE, found)
     about = facts(plan, read_machine(options.out), screen.command, rows.rows)
-    own, fit, refitted = iterations_say(options, plan, rows.rows)
+    own, where, fit, refitted = iterations_say(options, plan, rows.rows)
     lines = summary_lines(found, ranks)
     if own:
         lines.append(f"{'iterations':<12} {100 * own[-1].error:+.1f} % in total, spread {100 * own[-1].spread:.1f} % over repeats")
-    present(options, screen, measured_page(title(plan), about, found, ranks, iteration_parts(own, refitted, fit)), lines)
-    return Outcome({"gaps": [with_errors(gap) for gap in found], "rankings": ranks, "iterations": own})
+    present(options, screen, measured_page(title(plan), about, found, ranks, iteration_parts(own, where, refitted, fit)), lines)
+    return Outcome({"gaps": [with_errors(gap) for gap in found], "rankings": ranks, "iterations": own, "where": where})
 
 
-def iterations_say(options: Validate, plan: Plan, runs: Sequence[Run]) -> tuple[list[IterationGap], LogFit | None, list[Gap]]:
-    """The calibration on the engine's own batches; a fit to the warm-up runs and the gaps of the simulator with it."""
+def iterations_say(options: Validate, plan: Plan, runs: Sequence[Run]) -> tuple[list[IterationGap], list[Share], LogFit | None, list[Gap]]:
+    """The calibration on the engine's own batches and where its error lies; a fit to the warm-up runs and the simulator's gaps with it."""
     path = log_file(options)
     if not path.exists():
-        return [], None, []
+        return [], [], None, []
     log = read_iteration_log(path)
     fit = fit_to_warm_ups(log)
     mine = [run for run in runs if run.rate in plan.validation.rates]
-    return iteration_gaps(log, plan.calibration), fit, [] if fit is None else gaps_with(plan.validation, fit.model, mine)
+    model = plan.calibration
+    return iteration_gaps(log, model), shares(log, model), fit, [] if fit is None else gaps_with(plan.validation, fit.model, mine)
 
 
 def with_errors(gap: Gap) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Scheduler(Base):
 '''
 
 
-SYNTAX = '''
+SYNTAX = """
 async def everything(a, /, b: int = -1, *rest: str, key=b"\\x00", **more):
     global seen
     async with a as x, b: y = [i async for i in x if i]
@@ -65,7 +65,7 @@ async def everything(a, /, b: int = -1, *rest: str, key=b"\\x00", **more):
         while i: break
         else: pass
     class Inner(Base, metaclass=Meta): field: "list[int]" = 3
-'''
+"""
 
 
 def digest_of(text: str, name: str) -> str | None:

@@ -182,7 +182,8 @@ def test_a_last_line_that_a_kill_cut_off_is_left_out(tmp_path: Path, name: str) 
         except ConfigError as error:
             assert name.endswith("gz") and "empty" in str(error)  # not even the heading is there
         else:
-            assert len(rows) < 20 and (rows == table[: len(rows)]).all()
+            whole_rows = 20 if name.endswith("gz") else 19  # behind the last row a packed piece has a check sum
+            assert len(rows) <= whole_rows and (rows == table[: len(rows)]).all()
 
 
 @pytest.mark.parametrize(

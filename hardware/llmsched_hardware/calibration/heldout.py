@@ -119,7 +119,7 @@ def record_traffic(
     engine, lengths = engine_config(options, model, num_blocks), _lengths(options)
     statistics = lengths.statistics()
     boundary = stability_boundary(statistics, engine)
-    backend = make_backend("vllm", clock="measured", iteration_log=log, **backend_settings(options))
+    backend: Any = make_backend("vllm", clock="measured", iteration_log=log, **backend_settings(options))
     rounds = 0
     try:
         with progress(TRAFFIC_ROUNDS) as bar:

@@ -31,7 +31,9 @@ STALL = 8.0
 FLOOR = 0.01
 """The line by tokens stays above this share of the shortest iteration: an empty batch takes time."""
 GAIN = 0.01
-"""A term is taken in where it lowers the cross-validated error by this share of it."""
+"""More points of the line, or shapes to remember, must lower the cross-validated error by this share of it."""
+SURE, BLOCK = 2.0, 50
+"""A group of terms stays where the error without it is larger by so many standard errors, taken over blocks of so many iterations."""
 FOLDS = 5
 LEAST_ROWS = 100
 KNOTS = (4, 8, 12)
@@ -89,7 +91,7 @@ class Fitted:
         model: without provenance.
         terms: chosen ones.
         predicted: (n,) cross-validated seconds: each run by a fit to the others.
-        without: cross-validated error with one group less, by its first name; ``error`` with all.
+        error: mean of the clipped squared relative errors, cross-validated, with all groups; without: with one less, by its first name.
         stalls: (n,) iterations left out of the fit.
     """
 
@@ -233,10 +235,17 @@ def cross_validated_with(
     return predicted
 
 
-def typical_error(predicted: FloatArray, seconds: FloatArray) -> float:
-    """Mean absolute error relative to the prediction, large ones clipped: what terms are chosen by."""
+def clipped_errors(predicted: FloatArray, seconds: FloatArray) -> FloatArray:
+    """(n,) squared error relative to the prediction, large ones clipped; its mean is what terms are chosen by."""
     error = np.abs(seconds / predicted - 1.0)
-    return float(np.minimum(error, CLIP * np.median(error)).mean())
+    return np.asarray(np.minimum(error, CLIP * np.median(error)) ** 2)
+
+
+def surely_larger(without: FloatArray, errors: FloatArray) -> bool:
+    """Whether (n,) errors without a term are larger than those with it beyond chance."""
+    blocks = max(errors.size // BLOCK, 2)
+    differences = np.array([part.mean() for part in np.array_split(without - errors, blocks)])
+    return bool(differences.mean() > SURE * differences.std(ddof=1) / math.sqrt(blocks))
 
 
 def fit_traffic(data: Iterations, shapes: Sequence[int] = SHAPES) -> Fitted:
@@ -255,8 +264,11 @@ def fit_traffic(data: Iterations, shapes: Sequence[int] = SHAPES) -> Fitted:
     fold = folds_of(data.run)
     stalls = np.zeros(len(data), dtype=bool)
 
+    def errors_of(terms: Terms) -> FloatArray:
+        return clipped_errors(cross_validated(data, terms, fold, stalls), data.seconds)
+
     def error_of(terms: Terms) -> float:
-        return typical_error(cross_validated(data, terms, fold, stalls), data.seconds)
+        return float(errors_of(terms).mean())
 
     start = Terms(knots_of(data.tokens, KNOTS[1]))
     rows = columns(data, start)
@@ -274,11 +286,15 @@ def fit_traffic(data: Iterations, shapes: Sequence[int] = SHAPES) -> Fitted:
         if found < (error if count < len(terms.knots) else (1.0 - GAIN) * error):
             terms, error = other, found
     without: dict[str, float] = {}
+    kept: list[tuple[str, ...]] = []
+    errors_with = errors_of(terms)
     for group in terms.groups:
         other = Terms(terms.knots, tuple(g for g in terms.groups if g != group), terms.shapes if group != GROUPS[-1] else 0)
-        without[group[0]] = error_of(other)
-    kept = tuple(group for group in terms.groups if without[group[0]] > (1.0 + GAIN / 5) * error)
-    terms = Terms(terms.knots, kept, terms.shapes if GROUPS[-1] in kept else 0)
+        errors_without = errors_of(other)
+        without[group[0]] = float(errors_without.mean())
+        if surely_larger(errors_without, errors_with):
+            kept.append(group)
+    terms = Terms(terms.knots, tuple(kept), terms.shapes if GROUPS[-1] in kept else 0)
     rows = columns(data, terms)
     values = solve(rows[~stalls], data.seconds[~stalls], len(terms.knots))
     return Fitted(

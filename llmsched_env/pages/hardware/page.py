@@ -11,7 +11,14 @@ from llmsched_env.perf import FormulaTime, load_calibration
 from llmsched_env.row_file import read_rows
 from llmsched_hardware.shapes import SHAPES
 from llmsched_hardware.validation import Run, Schedules, gaps, rankings
-from llmsched_hardware.validation_report import DEFINITIONS, error_table, ranking_sentence, ranking_table
+from llmsched_hardware.validation_report import (
+    DEFINITIONS,
+    ITERATION_HEADINGS,
+    error_table,
+    noise_sentence,
+    ranking_sentence,
+    ranking_table,
+)
 from llmsched_hardware.validation_runs import MACHINE_FILE, REPORT_FILE, RUNS_FILE, SCHEDULES_FILE, read_machine
 
 CALIBRATE = """# On your own hardware
@@ -155,10 +162,28 @@ def validation_section(folder: Path) -> str:
     runs = read_rows(folder / RUNS_FILE, Run)
     found = gaps(runs, list(dict.fromkeys(run.policy for run in runs)))
     ranks = rankings(found)
-    parts = [f"### {title}: measured clock", facts, "Error of the simulator (spread of the engine):", error_table(found)]
+    parts = [
+        f"### {title}: measured clock",
+        facts,
+        "Error of the simulator (spread of the engine):",
+        error_table(found),
+        noise_sentence(found),
+    ]
     if ranks:
         parts += [ranking_sentence(ranks), ranking_table(ranks)]
+    parts += [f"##{part}" for part in _sections(text) if part.startswith(ITERATION_HEADINGS)]
     return "\n\n".join(parts)
+
+
+def _sections(lines: Sequence[str]) -> list[str]:
+    """Parts of a report that begin with a heading of the second level."""
+    found: list[list[str]] = []
+    for line in lines:
+        if line.startswith("## "):
+            found.append([line])
+        elif found:
+            found[-1].append(line)
+    return ["\n".join(part).strip() for part in found]
 
 
 def page(calibrations: Sequence[Path], validations: Sequence[Path]) -> str:
