@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from reference_vllm import ReferenceVLLM, Request, Step
+from reference_vllm import ReferenceVLLM, Request, Step, context_facts
 
 from llmsched_env.perf import Batch
 from llmsched_env.types import Decision
@@ -74,7 +74,9 @@ class ReferencePaperRules(ReferenceVLLM):
         batch = super()._describe(step)
         slots = [r for r in self.residents if r.ident in self.slots and r.ident in step.scheduled]
         decodes = batch.decodes - len(slots)
-        return replace(batch, decodes=decodes, decode_kv=batch.decode_kv - sum(r.computed + 1 for r in slots), sampled=decodes)
+        kv = batch.decode_kv - sum(r.computed + 1 for r in slots)
+        contexts = [r.computed for r in self.residents if r.decoding and r.ident in step.scheduled and r.ident not in self.slots]
+        return replace(batch, decodes=decodes, decode_kv=kv, sampled=decodes, **context_facts(contexts))
 
     def _sample(self, request: Request, step: Step) -> None:
         if request.computed > request.target and request.ident not in self.slots:

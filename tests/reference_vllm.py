@@ -79,6 +79,16 @@ class Step:
     residents: list[int] = field(default_factory=list)
 
 
+def context_facts(contexts: list[int]) -> dict[str, float]:
+    """What a batch says of the contexts of its decodes, one by one."""
+    with_new = [c + 1 for c in contexts]
+    return {
+        "decode_longest": max(with_new, default=0),
+        "decode_shortest": min(with_new, default=0),
+        "decode_squares": sum(c * c for c in with_new),
+    }
+
+
 class ReferenceVLLM:
     """The engine of one episode. ``done`` tells when no further step makes sense."""
 
@@ -324,6 +334,7 @@ class ReferenceVLLM:
             sampled=sum(r.computed + n == r.tokens for r, n in chunks),
             load=sum(r.computed + n for r, n in chunks),
             batch_size=len(chunks),
+            **context_facts(contexts),
         )
 
     def _sample(self, request: Request, step: Step) -> None:

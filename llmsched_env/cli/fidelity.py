@@ -14,7 +14,8 @@ from llmsched_env.files import check_file
 from llmsched_env.markdown import write_page
 from llmsched_env.pages.fidelity.evidence import MISSED, Paths, folder_of
 from llmsched_env.pages.fidelity.page import PARTS, page
-from llmsched_env.pages.fidelity.rtx4090 import PROMPTS, PROMPTS_SOURCE, write_prompts
+from llmsched_env.pages.fidelity.recorded_prompts import PROMPTS, PROMPTS_SOURCE, write_prompts
+from llmsched_env.pages.fidelity.recorded_run import RTX4090, read_run
 
 WHAT = tyro.conf.create_mutex_group(required=False, title="what to make")
 
@@ -47,7 +48,8 @@ class Fidelity(Options):
 def run(options: Fidelity, screen: Screen) -> Outcome:
     """Measure the parts asked for and write the page, or make the table of prompts."""
     if options.make_prompts is not None:
-        made = write_prompts(folder_of("traces"), options.make_prompts)
+        recorded = read_run(RTX4090, folder_of("traces"))
+        made = write_prompts(options.make_prompts, recorded.workload_sha256, recorded.engine.block_size)
         screen.print(f"{made}: made from {options.make_prompts}")
         return Outcome({"made": made})
     for name in options.parts:

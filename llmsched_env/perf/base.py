@@ -300,8 +300,9 @@ def check_axis(owner: str, name: str, values: npt.ArrayLike, least: int = 2) -> 
         raise ConfigError(f"{owner}.{name}: shape {axis.shape}, must be one-dimensional with >= {least} points")
     if not (np.all(np.isfinite(axis)) and axis[0] >= 0 and np.all(np.diff(axis) > 0)):
         raise ConfigError(f"{owner}.{name}: must be finite, >= 0 and increasing")
-    if axis[-1] > MOST or np.diff(axis).min() < LEAST_STEP:
-        raise ConfigError(f"{owner}.{name}: {axis[-1]:g} at most, steps from {np.diff(axis).min():g}, must be <= {MOST:g}, {LEAST_STEP:g}")
+    step = np.diff(axis).min(initial=np.inf)
+    if axis[-1] > MOST or step < LEAST_STEP:
+        raise ConfigError(f"{owner}.{name}: {axis[-1]:g} at most, steps from {step:g}, must be <= {MOST:g}, {LEAST_STEP:g}")
     return _owned(axis, values)
 
 

@@ -5,14 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 
-from llmsched_env.pages.fidelity import a100, kernels, rtx4090, vidur
+from llmsched_env.pages.fidelity import a100, kernels, recorded_page, vidur
 from llmsched_env.pages.fidelity.evidence import Paths
 from llmsched_env.types import RequestLog
 
 Section = Callable[[Paths], list[str]]
 """Markdown lines that begin with a heading of level 2; raises ConfigError for raw data that are missing or not as expected."""
 
-PARTS: Mapping[str, Section] = {"rtx4090": rtx4090.section, "vidur": vidur.section, "a100": a100.section, "kernels": kernels.section}
+PARTS: Mapping[str, Section] = {
+    "rtx4090": recorded_page.rtx4090,
+    "rtxpro6000": recorded_page.rtxpro6000,
+    "vidur": vidur.section,
+    "a100": a100.section,
+    "kernels": kernels.section,
+}
 """The parts there are, in the order of the page."""
 
 

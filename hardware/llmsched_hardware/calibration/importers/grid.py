@@ -125,10 +125,10 @@ def _each_line(values: FloatArray, x: FloatArray, axis: int, change) -> None:  #
 
 
 def _between(x: FloatArray, line: FloatArray, widest: float) -> None:
-    """Fill a line between known cells at most a factor ``widest`` apart (from 0: the first two points of the axis)."""
+    """Fill a line between known cells at most a factor ``widest`` apart (from 0: over one cell)."""
     known = np.flatnonzero(~np.isnan(line))
     for low, high in itertools.pairwise(known):
-        near = x[high] <= widest * x[low] or high - low == 1 or (x[low] == 0 and low == 0 and high <= 2)
+        near = widest == np.inf or x[high] <= widest * x[low] or (x[low] == 0 and high == 2)
         if high - low > 1 and near:
             between = slice(low + 1, high)
             line[between] = line[low] + (x[between] - x[low]) / (x[high] - x[low]) * (line[high] - line[low])

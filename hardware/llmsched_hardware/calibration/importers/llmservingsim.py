@@ -87,30 +87,43 @@ def model_of(name: str, config: Path | None, profiled: str) -> Model:
     return Model(profiled, sizes["num_hidden_layers"], sizes["hidden_size"], FAMILIES[record["model_type"]])
 
 
-def all_reduce_seconds(source: Path, tensor_parallel: int, tokens: FloatArray, hidden: int) -> FloatArray:
-    """(n,) seconds to add up the outputs of the GPUs that share a model, once, for so many tokens.
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What joins the GPUs that share a model: how many they are, bandwidth in GB/s of 2**30 bytes, latency."""
 
-    The profile holds no collective operation. The repository's simulator computes it from the link of its cluster file (``link_bw``
-    in GB/s of 2**30 bytes, ``link_latency`` in nanoseconds) as a ring: 2 (p - 1) steps, each the latency and 1/p of the bytes.
+    gpus: int
+    gigabytes: float
+    nanoseconds: float
+
+    def all_reduce_seconds(self, size: FloatArray) -> FloatArray:
+        """(n,) seconds to add up so many bytes of every GPU: a ring of 2 (p - 1) steps, each the latency and 1/p of the bytes."""
+        step = self.nanoseconds * 1e-9 + size / self.gpus / (self.gigabytes * 2**30)
+        return np.asarray(2 * (self.gpus - 1) * step)
+
+
+def link_beside(source: Path, gpus: int) -> Link:
+    """The link of the simulator's cluster file ``bench_config.json``, in the folder of the profile or the one above.
+
+    The profile holds no collective operation; the repository's simulator computes it from this file's ``link_bw`` (GB/s) and
+    ``link_latency`` (nanoseconds).
 
     Raises:
-        ConfigError: no cluster file beside the profile, or no link in it.
+        ConfigError: no such file, or no link in it.
     """
     path = next((p for p in (source / "bench_config.json", source.parent / "bench_config.json") if p.is_file()), None)
     if path is None:
         raise ConfigError(
-            f"--tensor-parallel: {tensor_parallel}, the profile holds no time of the all-reduce between GPUs, and there is no "
+            f"--tensor-parallel: {gpus}, the profile holds no time of the all-reduce between GPUs, and there is no "
             "bench_config.json (the simulator's cluster file with link_bw and link_latency) beside it"
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        bandwidth, latency = float(record["link_bw"]), float(record["link_latency"])
+        link = Link(gpus, float(record["link_bw"]), float(record["link_latency"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"bench_config.json: no link_bw and link_latency ({error!r})") from error
-    if not (0 < bandwidth < np.inf and 0 <= latency < np.inf):
-        raise ConfigError(f"bench_config.json: link_bw {bandwidth}, link_latency {latency}, must be above 0 and finite")
-    part = tokens * hidden * 2.0 / tensor_parallel  # bytes of bfloat16
-    return np.asarray(2 * (tensor_parallel - 1) * (latency * 1e-9 + part / (bandwidth * 2**30)))
+    if not (0 < link.gigabytes < np.inf and 0 <= link.nanoseconds < np.inf):
+        raise ConfigError(f"bench_config.json: link_bw {link.gigabytes}, link_latency {link.nanoseconds}, must be above 0 and finite")
+    return link
 
 
 def _column(name: str, tables: Mapping[str, Mapping[int, float]], weights: Mapping[str, int]) -> tuple[FloatArray, FloatArray]:
@@ -227,17 +240,28 @@ def import_profile(source: Path, model: str, name: str, *, config: Path | None =
     if tensor_parallel < 1:
         raise ConfigError(f"--tensor-parallel: {tensor_parallel}, must be >= 1")
     profile = read_profile(source, tensor_parallel)
+    graph = model_of(model, config, profile.meta["model"])
+    link = None if tensor_parallel == 1 else link_beside(source, tensor_parallel)
+    return compose(profile, graph, name, link)
+
+
+def compose(profile: Profile, graph: Model, name: str, link: Link | None = None) -> MixedAttentionTime:
+    """The calibration of a profile that has been read; ``link`` joins the GPUs that share the model.
+
+    Raises:
+        ConfigError: a missing operator; cells of the attention grid that do not follow from measured ones.
+    """
     meta = profile.meta
-    graph = model_of(model, config, meta["model"])
+    gpus = 1 if link is None else link.gpus
     tokens, linear = _column(
         "dense.csv", profile.dense, {op: times * graph.layers for op, times in graph.per_layer.items()} | dict.fromkeys(graph.once, 1)
     )
-    if tensor_parallel > 1:
-        linear = linear + 2 * graph.layers * all_reduce_seconds(source, tensor_parallel, tokens, graph.hidden)
+    if link is not None:
+        linear = linear + 2 * graph.layers * link.all_reduce_seconds(tokens * graph.hidden * 2.0)  # bfloat16
     sequences, per_sequence = _column("per_sequence.csv", profile.per_sequence, dict.fromkeys(graph.per_sequence, 1))
     attention = _Attention.of(profile.attention)
     layers = graph.layers * _MICROSECOND
-    blocks = NUM_GPU_BLOCKS.get((meta["gpu"], meta["model"])) if tensor_parallel == 1 else None
+    blocks = NUM_GPU_BLOCKS.get((meta["gpu"], meta["model"])) if gpus == 1 else None
     notes = [] if blocks is None else [f"num_blocks: vLLM reported {blocks} GPU blocks, one of which is its null block"]
     if attention.filled:
         notes.append(attention.filled)
@@ -245,8 +269,8 @@ def import_profile(source: Path, model: str, name: str, *, config: Path | None =
         notes.append(
             "decodes of unequal contexts: the profile's own correction (skew_fit.csv, enabled in its record), by longest, mean and variance"
         )
-    if tensor_parallel > 1:
-        notes.append("all-reduce: not measured, by the link of the simulator's cluster file")
+    if link is not None:
+        notes.append(f"all-reduce: not measured, a ring over {link.gigabytes:g} GB/s and {link.nanoseconds:g} ns of the cluster file")
     return MixedAttentionTime(
         tokens=tokens,
         linear=linear,
@@ -262,10 +286,10 @@ def import_profile(source: Path, model: str, name: str, *, config: Path | None =
         **_skew_fields(profile.skew),
         provenance=Provenance(
             name=name,
-            source=f"{REPOSITORY}, profiler/perf/{meta['hardware']}/{graph.profile_name}/{meta['variant']}/tp{tensor_parallel}",
+            source=f"{REPOSITORY}, profiler/perf/{meta['hardware']}/{graph.profile_name}/{meta['variant']}/tp{gpus}",
             licence="MIT",
             gpu=meta["gpu"],
-            model=f"{graph.profile_name}, {meta['variant']}, {tensor_parallel} GPU{'s' if tensor_parallel > 1 else ''}",
+            model=f"{graph.profile_name}, {meta['variant']}, {gpus} GPU{'s' if gpus > 1 else ''}",
             engine=f"vLLM {meta['vllm_version']} kernels, profiled eagerly; no engine overhead: "
             "vLLM prepares the next batch while one runs (async scheduling)",
             valid_range=f"{tokens[0]:.0f}-{tokens[-1]:.0f} tokens, up to {sequences[-1]:.0f} requests of "
@@ -280,4 +304,4 @@ def import_profile(source: Path, model: str, name: str, *, config: Path | None =
     )
 
 
-__all__ = ["FAMILIES", "MODELS", "Profile", "import_profile", "leave_one_out", "read_profile"]
+__all__ = ["FAMILIES", "MODELS", "Link", "Model", "Profile", "compose", "import_profile", "leave_one_out", "read_profile"]
