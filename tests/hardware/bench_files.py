@@ -24,10 +24,12 @@ NOISE = 0.3  # an iteration takes from 1 - NOISE / 2 to 1 + NOISE / 2 of what th
 
 @compiled
 def noisy_seconds(batch: BatchSums) -> float:
-    """``FormulaTime`` without a knee, times a number that looks random from batch to batch."""
+    """``FormulaTime``, times a number that looks random from batch to batch."""
     m = batch.model
     n = batch.decodes
-    seconds = m[0] + m[1] * (n + batch.prefill_tokens) + m[2] * batch.decode_kv + m[3] * batch.prefill_work + m[4] * n
+    tokens = n + batch.prefill_tokens
+    seconds = m[0] + m[1] * tokens if tokens <= m[5] else m[6] + m[7] * tokens
+    seconds += m[2] * batch.decode_kv + m[3] * batch.prefill_work + m[4] * n
     mixed = math.sin(12.9898 * batch.load + 78.233 * n + 3.7 * batch.prefill_tokens) * 43758.5453
     return seconds * (1.0 + 0.3 * (mixed - math.floor(mixed) - 0.5))
 
@@ -42,7 +44,7 @@ class NoisyTime(IterationTimeModel):
 
     def pack(self) -> FloatArray:
         t = self.truth
-        return np.array([t.a, t.b, t.d1, t.d3, t.d4])
+        return np.array([t.a, t.b, t.d1, t.d3, t.d4, t.knee, t.s, t.c])
 
 
 TRUTH = FormulaTime(a=8e-3, b=2e-4, s=8e-3, c=2e-4, d1=1e-6, d2=0.0, d3=3e-7, d4=4e-4, knee=0.0)

@@ -10,6 +10,7 @@ import pytest
 from bench_files import ENGINE, FRONTEND, NOISE, TRUTH, Served, aiperf_records, guidellm_report, serve, vllm_result, write
 
 from llmsched_env.errors import ConfigError
+from llmsched_env.perf import FormulaTime
 from llmsched_hardware.calibration.bench_fit import Fit, fit
 from llmsched_hardware.calibration.bench_metrics import ServerCounters
 from llmsched_hardware.calibration.bench_results import BenchResult, read_results
@@ -32,7 +33,7 @@ def runs() -> tuple[list[Served], Served]:
 
 def test_the_iterations_are_those_of_the_server(tmp_path: Path, runs: tuple[list[Served], Served]) -> None:
     result = read(tmp_path, runs[0][1])
-    seen = equations(result, ENGINE, FRONTEND)
+    seen = equations(result, ENGINE)
     rows = seen.rows[seen.single]
     assert len(rows) > 3000 and seen.stalled == 0
     true = rows[:, ITERATIONS] * TRUTH.a + rows[:, TOKENS] * TRUTH.b + rows[:, KV] * TRUTH.d1 + rows[:, WORK] * TRUTH.d3
@@ -45,7 +46,7 @@ def test_the_iterations_are_those_of_the_server(tmp_path: Path, runs: tuple[list
 def test_prompts_longer_than_the_budget_are_seen_in_chunks(tmp_path: Path) -> None:
     engine = ENGINE.replace(max_num_batched_tokens=128, max_num_seqs=64)
     served = serve(2.0, 200, 3, engine)
-    seen = equations(read(tmp_path, served), engine, FRONTEND)
+    seen = equations(read(tmp_path, served), engine)
     rows = seen.rows[seen.single]
     assert seen.longest_chunk == 128 and rows[:, TOKENS].max() <= 128
     mixed = rows[rows[:, TOKENS] > rows[:, DECODES]]
@@ -126,3 +127,30 @@ def test_requests_that_the_engine_cannot_hold(tmp_path: Path, runs: tuple[list[S
     result = read(tmp_path, runs[0][0])
     with pytest.raises(ConfigError, match=r"tokens, the engine takes 256; set engine\.max_model_len"):
         calibrate([result], ENGINE.replace(max_model_len=256), "n")
+
+
+def test_asynchronous_scheduling_is_replayed_as_such(tmp_path: Path) -> None:
+    engine = ENGINE.replace(async_scheduling=True)
+    results = [read(tmp_path, serve(rate, 400, seed, engine), name=f"r{seed}") for seed, rate in enumerate(RATES)]
+    found = calibrate(results, engine, "async", None, [read(tmp_path, serve(OTHER, 400, 7, engine), name="other")])
+    assert all(held(found.fit).values()), found.fit.intervals
+    assert all(abs(found.held_out[0].error(name)) < 0.06 for name in FIGURES)
+    assert "asynchronous scheduling" in found.model.provenance.engine
+
+
+def test_a_step_in_the_token_line_is_found(tmp_path: Path) -> None:
+    truth = FormulaTime(a=9e-3, b=0.0, s=7e-3, c=1.5e-4, d1=4e-7, d2=0.0, d3=0.0, d4=0.0, knee=128.0)
+    results = [read(tmp_path, serve(rate, 400, seed, truth=truth), name=f"r{seed}") for seed, rate in enumerate((3.0, 10.0))]
+    found = calibrate(results, ENGINE, "knee", None, [read(tmp_path, serve(6.0, 400, 7, truth=truth), name="other")])
+    assert found.model.knee == 128.0
+    values = {i.name: i for i in found.fit.intervals}
+    assert values["c"].low <= truth.c <= values["c"].high and values["a"].value == pytest.approx(truth.a, rel=0.1)
+    assert all(abs(found.held_out[0].error(name)) < 0.1 for name in FIGURES)
+
+
+def test_an_engine_that_is_never_idle(tmp_path: Path) -> None:
+    served = serve(12.0, 250, 5)
+    result = read(tmp_path, served)
+    found = calibrate([result], ENGINE, "overload", None, [read(tmp_path, serve(4.0, 300, 6), name="other")])
+    assert equations(result, ENGINE).delay == pytest.approx(FRONTEND, abs=2e-3)
+    assert found.frontend == pytest.approx(FRONTEND, abs=4e-3)

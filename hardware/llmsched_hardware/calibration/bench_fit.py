@@ -48,6 +48,10 @@ BIAS_PASSES = 2
 BLOCKS = 25
 REPLICATES = 200
 STEPS = 6
+LEAST_IDLE = 10
+"""Requests that found the engine idle, for the rows to tell the front end's seconds."""
+UNSURE = 0.2
+"""Of the front end's seconds, where the iterations that requests entered are all that tells them."""
 LOOSE, LOOSE_SUMS = 0.02, 0.1
 """Of a coefficient: how far the second stage may move it, as a standard deviation, beyond what the rows leave open. Farther where rows are
 sums over a request's life, in which the tokens of others are spread evenly."""
@@ -356,10 +360,7 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
         engine: its settings; the time model is not read.
         seed: of the resampling.
     """
-    found = tuple(equations(result, engine, 0.0) for result in results)
-    rows, seconds, single, _ = _joined(found)
-    parameters = _first_stage(rows, seconds, single)
-    found = tuple(equations(result, engine, parameters.frontend) for result in results)
+    found = tuple(equations(result, engine) for result in results)
     rows, seconds, single, _ = _joined(found)
     parameters = _first_stage(rows, seconds, single)
     keep = seconds <= STALL * (_design(rows, parameters.knee) @ parameters.values)
@@ -375,8 +376,11 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
         parameters = better
     loose = LOOSE if single.any() else LOOSE_SUMS
     covariance = np.cov(firsts.T) + np.diag((loose * parameters.values) ** 2 + (1e-3 * _units(design, taken)) ** 2)
-    if not (rows[:, FRONTEND] > 0).any():  # nobody found the engine idle: the second stage alone can tell
-        covariance[-1, -1] += float(np.mean([np.median(r.first) for r in results])) ** 2
+    if np.count_nonzero(rows[:, FRONTEND]) < LEAST_IDLE:  # rows say too little of the front end
+        parameters, unsure = _with_delay(parameters, found, results)
+        covariance[-1, :] = covariance[:, -1] = 0.0
+        covariance[-1, -1] = unsure**2
+        firsts[:, -1] = parameters.frontend
     final, replicates = _second_stage(results, engine, parameters, firsts, covariance, [w for _, w in weights], design, taken)
     profile = _profile(design, taken, solved.values, _numbered(blocks)[keep]).moved(parameters.values - solved.values)
     intervals = _intervals(final, replicates, design, profile)
@@ -388,6 +392,16 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
     return Fit(final, parameters, intervals, found, spread, drift, int(np.count_nonzero(~keep)))
 
 
+def _with_delay(parameters: Parameters, found: Sequence[Equations], results: Sequence[BenchResult]) -> tuple[Parameters, float]:
+    """The front end's seconds by the iterations that requests entered, and how unsure they are; unknown without single iterations."""
+    delays = np.array([e.delay for e in found])
+    if np.isnan(delays).all():
+        return parameters, float(np.mean([np.median(r.first) for r in results]))
+    delays = delays[~np.isnan(delays)]
+    delay = float(delays.mean())
+    return Parameters(np.append(parameters.values[:-1], delay), parameters.knee), UNSURE * delay + float(delays.std())
+
+
 def _without_bias(results: Sequence[BenchResult], engine: EngineConfig, solved: Parameters) -> Parameters:
     """The coefficients at which the first stage, on runs simulated with them, gives what it gave on the measured ones.
 
@@ -397,10 +411,7 @@ def _without_bias(results: Sequence[BenchResult], engine: EngineConfig, solved: 
     values = solved.values
     for _ in range(BIAS_PASSES):
         runs = replay(Parameters(np.append(np.maximum(values[:1], 0.1 * solved.values[:1]), values[1:])))
-        again = [
-            equations(dataclasses.replace(result, first=run.first, last=run.last), engine, values[-1])
-            for result, run in zip(results, runs, strict=True)
-        ]
+        again = [equations(dataclasses.replace(r, first=run.first, last=run.last), engine) for r, run in zip(results, runs, strict=True)]
         rows, seconds, _, _ = _joined(again)
         values = np.maximum(values + solved.values - _solve(_design(rows, 0), seconds, np.ones(len(seconds))), 0.0)
     return Parameters(values)

@@ -12,10 +12,10 @@ import numpy as np
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, Provenance
 from llmsched_env.types import EngineConfig
-from llmsched_hardware.calibration.bench_fit import Fit, Interval, Replay, fit
+from llmsched_hardware.calibration.bench_fit import LEAST_IDLE, Fit, Interval, Replay, fit
 from llmsched_hardware.calibration.bench_metrics import ServerCounters
 from llmsched_hardware.calibration.bench_results import BenchResult
-from llmsched_hardware.calibration.token_times import DECODES, ITERATIONS, KV, TOKENS
+from llmsched_hardware.calibration.token_times import DECODES, FRONTEND, ITERATIONS, KV, TOKENS
 
 UNITS = {
     "a": (1e3, "ms an iteration"),
@@ -206,8 +206,8 @@ def _remarks(results: Sequence[BenchResult], found: Fit, runs: Sequence[Compared
         )
     if not all_of:
         said.append("the files hold no times of single tokens; iterations are seen in sums alone")
-    if not any((~e.single).any() for e in found.equations):
-        said.append("no request found the engine idle: the front end's seconds come from the replay alone")
+    if sum(np.count_nonzero(e.rows[:, FRONTEND]) for e in found.equations) < LEAST_IDLE:
+        said.append("hardly a request found the engine idle: the front end's seconds are known by the iterations that requests entered")
     if counters is not None and counters.preemptions is not None:
         simulated = sum(run.preemptions for run in runs)
         if counters.preemptions or simulated:

@@ -13,6 +13,7 @@ engine idle has the front end's seconds in it, too.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,8 @@ COLUMNS = ("iterations", "tokens", "kv", "work", "decodes", "frontend")
 ITERATIONS, TOKENS, KV, WORK, DECODES, FRONTEND = range(len(COLUMNS))
 SPLIT = 0.3
 """A first token that comes this share of a usual gap after all others is of the next iteration."""
+LEAST_DELAYS = 10
+"""First tokens that tell when a request had come, for the front end's seconds."""
 MOST_WITHOUT_GAPS = 0.1
 """Share of requests whose tokens have no times that still lets iterations be told apart."""
 
@@ -41,6 +44,8 @@ class Equations:
         single: (M,) bool: the row is one iteration.
         longest_chunk: most prompt tokens of a request in one iteration of the rows.
         iterations: counted; 0 where they cannot be told apart.
+        delay: seconds from a request's sending to its being seen by the scheduler and back, by the iteration that it entered; it is
+            the front end's part in the time to the first token. NaN where that is not known.
         stalled: iterations left out because a running request got no token in them (preempted, or two tokens in one chunk), or because
             the prompts that ended in them do not fit the token budget.
     """
@@ -51,6 +56,7 @@ class Equations:
     single: BoolArray
     longest_chunk: int
     iterations: int
+    delay: float
     stalled: int
 
 
@@ -64,17 +70,13 @@ class _Seen:
     whole: bool = True  # every request that was running is there, and no other
 
 
-def equations(result: BenchResult, engine: EngineConfig, frontend: float) -> Equations:
-    """The rows of a run.
-
-    Args:
-        frontend: about the seconds that the front end adds to the time to the first token; it tells which prompts had arrived when.
-    """
+def equations(result: BenchResult, engine: EngineConfig) -> Equations:
+    """The rows of a run on an engine, whose time model is not read."""
     idle_rows, idle_seconds, idle_time = _found_idle(result, engine)
     told = 1.0 - result.has_gaps.mean() <= MOST_WITHOUT_GAPS
     seen = _iterations(result) if told else []
     if told:
-        rows, seconds, time, longest, stalled = _single_rows(result, seen, engine, frontend)
+        rows, seconds, time, longest, stalled = _single_rows(result, seen, engine)
     else:
         rows, seconds, time = _request_rows(result)
         longest, stalled = int(result.prompt_tokens.max()), 0
@@ -86,6 +88,7 @@ def equations(result: BenchResult, engine: EngineConfig, frontend: float) -> Equ
         np.concatenate([np.full(len(seconds), told), np.zeros(len(idle_seconds), np.bool_)]),
         longest,
         len(seen),
+        _delay(result, seen, engine) if seen else math.nan,
         stalled,
     )
 
@@ -124,12 +127,10 @@ def _iterations(result: BenchResult) -> list[_Seen]:
     return found
 
 
-def _single_rows(
-    result: BenchResult, seen: list[_Seen], engine: EngineConfig, frontend: float
-) -> tuple[FloatArray, FloatArray, FloatArray, int, int]:
+def _single_rows(result: BenchResult, seen: list[_Seen], engine: EngineConfig) -> tuple[FloatArray, FloatArray, FloatArray, int, int]:
     """A row for every iteration that began when another ended; the longest chunk, and how many were left out as not whole."""
     ends = np.array([s.time for s in seen])
-    chunks = _chunks(result, seen, ends, engine, frontend)
+    chunks = _chunks(result, seen, ends, engine)
     prompt, output = result.prompt_tokens, result.output_tokens
     others = [_unseen(result, i, ends) for i in np.flatnonzero(~result.has_gaps).tolist()]
     rows, seconds, time = [], [], []
@@ -164,14 +165,15 @@ def _unseen(result: BenchResult, i: int, ends: FloatArray) -> tuple[int, int, fl
     return first, last, float(result.prompt_tokens[i] + result.output_tokens[i] / 2)
 
 
-def _chunks(result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: EngineConfig, frontend: float) -> list[list[tuple[int, int]]]:
+def _chunks(result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: EngineConfig) -> list[list[tuple[int, int]]]:
     """(tokens, context) of the prefill chunks of every iteration, by the token budget and the order of arrival."""
     order: list[tuple[int, int]] = [(k, i) for k, s in enumerate(seen) for i in s.begun]
     order += [(max(_unseen(result, i, ends)[0], 0), i) for i in np.flatnonzero(~result.has_gaps).tolist()]
     order.sort(key=lambda pair: (pair[0], result.arrival[pair[1]]))
     chunks: list[list[tuple[int, int]]] = [[] for _ in seen]
     done = np.zeros(len(result), np.int64)
-    lag = 2 if engine.async_scheduling else 1  # an iteration is scheduled when the one before it, or two before, has ended
+    lag = _lag(engine)
+    delay = np.nan_to_num(_delay(result, seen, engine))
     at = 0
     for k, s in enumerate(seen):
         room = engine.max_num_batched_tokens - sum(j > 0 for j in s.members.values())
@@ -183,10 +185,42 @@ def _chunks(result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: En
             at += 1
         if at < len(order) and room > 0 and k >= lag and engine.enable_chunked_prefill:
             i = order[at][1]  # its first token comes later: if it had arrived, it got what was left
-            if result.arrival[i] + frontend <= ends[k - lag] and result.prompt_tokens[i] - done[i] > room:
+            if result.arrival[i] + delay <= ends[k - lag] and result.prompt_tokens[i] - done[i] > room:
                 chunks[k].append((room, int(done[i])))
                 done[i] += room
     return chunks
+
+
+def _lag(engine: EngineConfig) -> int:
+    """How many iterations before one the last has ended that its scheduler waits for."""
+    return 2 if engine.async_scheduling else 1
+
+
+def _delay(result: BenchResult, seen: list[_Seen], engine: EngineConfig) -> float:
+    """Seconds from a request's sending to its being seen by the scheduler and back, with which the fewest first tokens disagree.
+
+    A request that got its first token in an iteration had come when that one was scheduled, and had not when the one before it was,
+    if there was room for its whole prompt. NaN where there are too few of these.
+    """
+    lag = _lag(engine)
+    prompt = result.prompt_tokens.tolist()
+    most, least = [], []
+    for k in range(lag + 1, len(seen)):
+        before = seen[k - 1]
+        room = engine.max_num_batched_tokens - sum(j > 0 for j in before.members.values()) - sum(prompt[i] for i in before.begun)
+        places = engine.most_active - len(before.members)
+        for i in sorted(seen[k].begun):  # in order of sending
+            room, places = room - prompt[i], places - 1
+            most.append(seen[k - lag].time - result.arrival[i])
+            if room >= 0 and places >= 0:
+                least.append(seen[k - 1 - lag].time - result.arrival[i])
+    if len(least) < LEAST_DELAYS:
+        return math.nan
+    upper, lower = np.sort(most), np.sort(least)
+    tried = np.unique(np.concatenate([[0.0], upper[upper > 0], lower[lower > 0]]))
+    against = np.searchsorted(upper, tried, "left") + len(lower) - np.searchsorted(lower, tried, "left")
+    best = np.flatnonzero(against == against.min())
+    return float(0.5 * (tried[best[0]] + tried[best[-1]]))
 
 
 # --- first and last tokens alone --------------------------------------------------------------------
