@@ -50,8 +50,8 @@ REPLICATES = 200
 STEPS = 6
 LEAST_IDLE = 10
 """Requests that found the engine idle, for the rows to tell the front end's seconds."""
-UNSURE = 0.2
-"""Of the front end's seconds, where the iterations that requests entered are all that tells them."""
+UNSURE = 0.1
+"""Of the front end's seconds, where the iterations that requests entered are all that tells them, beyond what these leave open."""
 LOOSE, LOOSE_SUMS = 0.02, 0.1
 """Of a coefficient: how far the second stage may move it, as a standard deviation, beyond what the rows leave open. Farther where rows are
 sums over a request's life, in which the tokens of others are spread evenly."""
@@ -383,6 +383,9 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
         firsts[:, -1] = parameters.frontend
     final, replicates = _second_stage(results, engine, parameters, firsts, covariance, [w for _, w in weights], design, taken)
     profile = _profile(design, taken, solved.values, _numbered(blocks)[keep]).moved(parameters.values - solved.values)
+    delays = _delays(found)
+    if len(delays):  # the iterations that requests entered bound the front end's seconds, whatever the rows say
+        profile.low[-1], profile.high[-1] = delays[:, 0].min(), delays[:, 2].max()
     intervals = _intervals(final, replicates, design, profile)
     modelled = design @ final.values
     relative = (taken / modelled)[single[keep]]
@@ -394,12 +397,19 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
 
 def _with_delay(parameters: Parameters, found: Sequence[Equations], results: Sequence[BenchResult]) -> tuple[Parameters, float]:
     """The front end's seconds by the iterations that requests entered, and how unsure they are; unknown without single iterations."""
-    delays = np.array([e.delay for e in found])
-    if np.isnan(delays).all():
+    delays = _delays(found)
+    if not len(delays):
         return parameters, float(np.mean([np.median(r.first) for r in results]))
-    delays = delays[~np.isnan(delays)]
-    delay = float(delays.mean())
-    return Parameters(np.append(parameters.values[:-1], delay), parameters.knee), UNSURE * delay + float(delays.std())
+    delay = float(delays[:, 1].mean())
+    unsure = 0.5 * float(delays[:, 2].max() - delays[:, 0].min())
+    return Parameters(np.append(parameters.values[:-1], delay), parameters.knee), UNSURE * delay + 0.5 * unsure
+
+
+def _delays(found: Sequence[Equations]) -> FloatArray:
+    """(runs, 3) of the runs that tell it, ``Equations.delay``."""
+    delays = np.array([e.delay for e in found])
+    known: FloatArray = delays[~np.isnan(delays[:, 1])]
+    return known
 
 
 def _without_bias(results: Sequence[BenchResult], engine: EngineConfig, solved: Parameters) -> Parameters:

@@ -201,7 +201,7 @@ def _remarks(results: Sequence[BenchResult], found: Fit, runs: Sequence[Compared
     stalled, all_of = sum(e.stalled for e in found.equations), sum(e.iterations for e in found.equations)
     if stalled:
         said.append(
-            f"{stalled:,} of {all_of:,} iterations left out: a running request got no token (preempted, or two in one chunk), "
+            f"{stalled:,} of {all_of:,} iterations left out: a preempted request computed its tokens again, "
             "or prompts do not fit the token budget"
         )
     if not all_of:

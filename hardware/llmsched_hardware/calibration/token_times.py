@@ -27,8 +27,13 @@ COLUMNS = ("iterations", "tokens", "kv", "work", "decodes", "frontend")
 ITERATIONS, TOKENS, KV, WORK, DECODES, FRONTEND = range(len(COLUMNS))
 SPLIT = 0.3
 """A first token that comes this share of a usual gap after all others is of the next iteration."""
+NEAR = 12
+"""Iterations about the nearest that are tried for a first token."""
+LATE, PAUSED, LONG = 0.6, 3, 8
+"""A request was preempted where its tokens come later than this share of an iteration, for so many to its last one, or for so many."""
 LEAST_DELAYS = 10
 """First tokens that tell when a request had come, for the front end's seconds."""
+DISAGREE = 4
 MOST_WITHOUT_GAPS = 0.1
 """Share of requests whose tokens have no times that still lets iterations be told apart."""
 
@@ -44,10 +49,10 @@ class Equations:
         single: (M,) bool: the row is one iteration.
         longest_chunk: most prompt tokens of a request in one iteration of the rows.
         iterations: counted; 0 where they cannot be told apart.
-        delay: seconds from a request's sending to its being seen by the scheduler and back, by the iteration that it entered; it is
-            the front end's part in the time to the first token. NaN where that is not known.
-        stalled: iterations left out because a running request got no token in them (preempted, or two tokens in one chunk), or because
-            the prompts that ended in them do not fit the token budget.
+        delay: (lowest, best, highest) seconds from a request's sending to its being seen by the scheduler and back, by the iteration
+            that it entered; it is the front end's part in the time to the first token. NaN where that is not known.
+        stalled: iterations left out because a request that had been preempted computed its tokens again, or because the prompts that
+            ended in them do not fit the token budget.
     """
 
     rows: FloatArray
@@ -56,7 +61,7 @@ class Equations:
     single: BoolArray
     longest_chunk: int
     iterations: int
-    delay: float
+    delay: tuple[float, float, float]
     stalled: int
 
 
@@ -64,10 +69,10 @@ class Equations:
 class _Seen:
     """One iteration: when its first token was seen, requests that got a token, those of them that got their first."""
 
-    time: float
     members: dict[int, int]  # request -> number of the token, from 0
     begun: list[int]
-    whole: bool = True  # every request that was running is there, and no other
+    whole: bool = True  # nobody computes again what a preemption has cost
+    time: float = math.inf
 
 
 def equations(result: BenchResult, engine: EngineConfig) -> Equations:
@@ -88,58 +93,101 @@ def equations(result: BenchResult, engine: EngineConfig) -> Equations:
         np.concatenate([np.full(len(seconds), told), np.zeros(len(idle_seconds), np.bool_)]),
         longest,
         len(seen),
-        _delay(result, seen, engine) if seen else math.nan,
+        _delay(result, seen, engine) if seen else (math.nan, math.nan, math.nan),
         stalled,
     )
 
 
 # --- every token's time is known --------------------------------------------------------------------
 def _iterations(result: BenchResult) -> list[_Seen]:
-    """Iterations in order, of the requests whose tokens all have times."""
+    """Iterations in order, of the requests whose tokens all have times.
+
+    A request's tokens are in consecutive iterations, so one number a request is sought: the iteration of its first token, such that its
+    times agree with those of the requests before it. A late token, or two that a client reads at once, then move nothing. After a
+    preemption the rest of a request's tokens is placed anew.
+    """
     known = np.flatnonzero(result.has_gaps)
-    times = [result.arrival[i] + result.first[i] + np.concatenate([[0.0], np.cumsum(result.gaps[i])]) for i in known]
-    if not times:
-        return []
-    owner = np.repeat(known, [len(t) for t in times])
-    number = np.concatenate([np.arange(len(t)) for t in times])
-    when = np.concatenate(times)
-    order = np.argsort(when, kind="stable")
-    gaps = np.concatenate([result.gaps[i] for i in known])
-    split = SPLIT * float(np.median(gaps)) if gaps.size else 0.0
-    output = result.output_tokens.tolist()
+    times = {i: result.arrival[i] + result.first[i] + np.concatenate([[0.0], np.cumsum(result.gaps[i])]) for i in known.tolist()}
+    gaps = np.concatenate([result.gaps[i] for i in known]) if len(known) else np.empty(0)
+    usual = float(np.median(gaps)) if gaps.size else 0.0
+    ends = np.empty(sum(len(t) for t in times.values()))
     found: list[_Seen] = []
-    expected: set[int] = set()  # got a token in the iteration before, have more to come, and are not in this one yet
-    last = -np.inf
-    for t, i, j in zip(when[order].tolist(), owner[order].tolist(), number[order].tolist(), strict=True):
-        new = not found or i in found[-1].members or (i not in expected and not expected and t - last > split)
-        if new:
-            if found:
-                found[-1].whole &= not expected
-                expected = {r for r, token in found[-1].members.items() if token + 1 < output[r]}
-            found.append(_Seen(t, {}, []))
-        now = found[-1]
-        now.whole &= j == 0 or i in expected
-        expected.discard(i)
-        now.members[i] = j
-        if j == 0:
-            now.begun.append(i)
-        last = t
+    for i in sorted(times, key=lambda r: float(times[r][0])):
+        rest, number = times[i], 0
+        missed = len(found)
+        while len(rest):
+            k = _place(ends[: len(found)], rest, usual)
+            count = _fitting(ends[k : len(found)], rest)
+            if count < len(rest) and not _paused(ends[: len(found)], rest[count:], k + count, usual):
+                count = len(rest)
+            for _ in range(k + count - len(found)):
+                ends[len(found)] = np.inf
+                found.append(_Seen({}, []))
+            for seen in found[missed : k + 1] if number else ():
+                seen.whole = False  # preempted before, and its tokens computed again
+            if number == 0:
+                found[k].begun.append(i)
+            for offset in range(count):
+                found[k + offset].members[i] = number + offset
+            ends[k : k + count] = np.minimum(ends[k : k + count], rest[:count])
+            missed, rest, number = k + count, rest[count:], number + count
+    for seen, end in zip(found, ends.tolist(), strict=False):
+        seen.time = end
     return found
+
+
+def _place(ends: FloatArray, times: FloatArray, usual: float) -> int:
+    """The iteration of the first of a request's tokens that agrees best with the ends of iterations seen so far."""
+    if not len(ends) or times[0] > ends[-1] + SPLIT * usual:
+        return len(ends)
+    near = int(np.searchsorted(ends, times[0]))
+    tried = range(max(near - NEAR, 0), min(near + NEAR, len(ends) - 1) + 1)
+    return min(tried, key=lambda k: (_apart(ends, times, k), abs(k - near)))
+
+
+def _apart(ends: FloatArray, times: FloatArray, k: int) -> float:
+    """Median seconds by which a request's times differ from the ends of the iterations from ``k`` on."""
+    count = min(len(times), len(ends) - k)
+    return float(np.median(np.abs(times[:count] - ends[k : k + count]))) if count > 0 else math.inf
+
+
+def _paused(ends: FloatArray, rest: FloatArray, k: int, usual: float) -> bool:
+    """Whether the rest of a request's tokens agrees with later iterations far better than with those from ``k`` on: it was preempted."""
+    later = _place(ends, rest, usual)
+    if later <= k:
+        return False
+    if later == len(ends):  # nobody else got a token since
+        return float(rest[0] - ends[-1]) > LATE * usual
+    return _apart(ends, rest, later) < 0.5 * min(_apart(ends, rest, k), usual)
+
+
+def _fitting(ends: FloatArray, times: FloatArray) -> int:
+    """How many of a request's tokens come in time, the first in the iteration of ``ends[0]``: all, or those before a preemption."""
+    count = min(len(ends), len(times))
+    if count <= PAUSED:
+        return len(times)
+    late = times[: count - 1] - ends[: count - 1] > LATE * np.diff(ends[:count])
+    run = 0
+    for j in range(count - 2, 0, -1):  # from the end: how long it stays late
+        run = run + 1 if late[j] else 0
+        if run >= PAUSED and not late[j - 1] and (run >= LONG or j + run == count - 1):
+            return j
+    return len(times)
 
 
 def _single_rows(result: BenchResult, seen: list[_Seen], engine: EngineConfig) -> tuple[FloatArray, FloatArray, FloatArray, int, int]:
     """A row for every iteration that began when another ended; the longest chunk, and how many were left out as not whole."""
     ends = np.array([s.time for s in seen])
     chunks = _chunks(result, seen, ends, engine)
-    prompt, output = result.prompt_tokens, result.output_tokens
+    prompt = result.prompt_tokens
     others = [_unseen(result, i, ends) for i in np.flatnonzero(~result.has_gaps).tolist()]
     rows, seconds, time = [], [], []
     longest = stalled = 0
     for k in range(1, len(seen)):
         before, now = seen[k - 1], seen[k]
-        if not any(token + 1 < output[i] for i, token in before.members.items()):
+        if not any(i in now.members for i in before.members):
             continue  # the engine may have been idle
-        if not (before.whole and now.whole):
+        if not now.whole:
             stalled += 1
             continue
         decodes = [(i, j) for i, j in now.members.items() if j > 0]
@@ -173,7 +221,7 @@ def _chunks(result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: En
     chunks: list[list[tuple[int, int]]] = [[] for _ in seen]
     done = np.zeros(len(result), np.int64)
     lag = _lag(engine)
-    delay = np.nan_to_num(_delay(result, seen, engine))
+    delay = np.nan_to_num(_delay(result, seen, engine)[1])
     at = 0
     for k, s in enumerate(seen):
         room = engine.max_num_batched_tokens - sum(j > 0 for j in s.members.values())
@@ -196,8 +244,10 @@ def _lag(engine: EngineConfig) -> int:
     return 2 if engine.async_scheduling else 1
 
 
-def _delay(result: BenchResult, seen: list[_Seen], engine: EngineConfig) -> float:
+def _delay(result: BenchResult, seen: list[_Seen], engine: EngineConfig) -> tuple[float, float, float]:
     """Seconds from a request's sending to its being seen by the scheduler and back, with which the fewest first tokens disagree.
+
+    In the middle; before and after it the lowest and the highest with which ``DISAGREE`` more do.
 
     A request that got its first token in an iteration had come when that one was scheduled, and had not when the one before it was,
     if there was room for its whole prompt. NaN where there are too few of these.
@@ -215,12 +265,12 @@ def _delay(result: BenchResult, seen: list[_Seen], engine: EngineConfig) -> floa
             if room >= 0 and places >= 0:
                 least.append(seen[k - 1 - lag].time - result.arrival[i])
     if len(least) < LEAST_DELAYS:
-        return math.nan
+        return math.nan, math.nan, math.nan
     upper, lower = np.sort(most), np.sort(least)
     tried = np.unique(np.concatenate([[0.0], upper[upper > 0], lower[lower > 0]]))
     against = np.searchsorted(upper, tried, "left") + len(lower) - np.searchsorted(lower, tried, "left")
-    best = np.flatnonzero(against == against.min())
-    return float(0.5 * (tried[best[0]] + tried[best[-1]]))
+    best, near = (np.flatnonzero(against <= against.min() + more) for more in (0, DISAGREE))
+    return float(tried[near[0]]), float(0.5 * (tried[best[0]] + tried[best[-1]])), float(tried[near[-1]])
 
 
 # --- first and last tokens alone --------------------------------------------------------------------
