@@ -167,7 +167,7 @@ def _coefficient(interval: Interval) -> str:
 
 
 def _run_lines(kind: str, run: Compared) -> list[str]:
-    lines = [f"{kind:<12} {run.label}: {run.requests} requests, {run.rate:.3g}/s"]
+    lines = [f"{kind:<12} {run.label}: {run.requests} requests, {run.rate:.3g}/s; iterations {100 * run.drift:+.1f} % from the formula"]
     for name in FIGURES:
         label = name.replace("_", " ").replace("ttft", "TTFT").replace("tpot", "TPOT").replace("p99", "P99")
         lines.append(
@@ -203,4 +203,5 @@ def _errors(run: Compared) -> dict[str, Any]:
         "simulated": run.simulated,
         "error": {name: run.error(name) for name in FIGURES},
         "preemptions": run.preemptions,
+        "iterations_off": run.drift,
     }

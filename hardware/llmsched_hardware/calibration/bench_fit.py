@@ -169,6 +169,13 @@ class Replay:
         return found
 
 
+def off_formula(parameters: Parameters, e: Equations) -> float:
+    """Measured over modelled seconds of a run's rows - 1, pauses left out."""
+    modelled = _design(e.rows, parameters.knee) @ parameters.values
+    keep = e.seconds <= STALL * modelled
+    return float(e.seconds[keep].sum() / modelled[keep].sum() - 1.0)
+
+
 # --- first stage ------------------------------------------------------------------------------------
 def _design(rows: FloatArray, knee: int) -> FloatArray:
     """(M, P) what a row says of each parameter."""
@@ -389,8 +396,7 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
     intervals = _intervals(final, replicates, design, profile)
     modelled = design @ final.values
     relative = (taken / modelled)[single[keep]]
-    run = np.repeat(np.arange(len(found)), [len(e.seconds) for e in found])[keep]
-    drift = tuple(float(taken[run == k].sum() / modelled[run == k].sum() - 1.0) for k in range(len(found)))
+    drift = tuple(off_formula(final, e) for e in found)
     spread = float(np.std(relative)) if relative.size else math.nan
     return Fit(final, parameters, intervals, found, spread, drift, int(np.count_nonzero(~keep)))
 

@@ -12,10 +12,10 @@ import numpy as np
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, Provenance
 from llmsched_env.types import EngineConfig
-from llmsched_hardware.calibration.bench_fit import LEAST_IDLE, Fit, Interval, Replay, fit
+from llmsched_hardware.calibration.bench_fit import LEAST_IDLE, Fit, Interval, Replay, fit, off_formula
 from llmsched_hardware.calibration.bench_metrics import ServerCounters
 from llmsched_hardware.calibration.bench_results import BenchResult
-from llmsched_hardware.calibration.token_times import DECODES, FRONTEND, ITERATIONS, KV, TOKENS
+from llmsched_hardware.calibration.token_times import DECODES, FRONTEND, ITERATIONS, KV, TOKENS, equations
 
 UNITS = {
     "a": (1e3, "ms an iteration"),
@@ -42,6 +42,8 @@ class Compared:
         label, rate, requests: of the run.
         measured, simulated: seconds by name (``FIGURES``).
         preemptions: simulated.
+        drift: measured over modelled seconds of the run's own iterations - 1: where it is far from 0 in a run held out, the machine or
+            the batches were others.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Compared:
     measured: dict[str, float]
     simulated: dict[str, float]
     preemptions: int
+    drift: float
 
     def error(self, name: str) -> float:
         """Simulated over measured - 1."""
@@ -158,7 +161,8 @@ def _compared(results: Sequence[BenchResult], engine: EngineConfig, found: Fit) 
             tpot = float(each[~np.isnan(each)].mean()) if not np.isnan(each).all() else math.nan
             values.append((float(last[c].mean()), float(np.percentile(last[c], 99)), float(first[c].mean()), tpot))
         measured, simulated = (dict(zip(FIGURES, v, strict=True)) for v in values)
-        compared.append(Compared(result.label, result.rate, int(c.sum()), measured, simulated, replayed.preemptions))
+        drift = off_formula(found.parameters, equations(result, engine))
+        compared.append(Compared(result.label, result.rate, int(c.sum()), measured, simulated, replayed.preemptions, drift))
     return tuple(compared)
 
 
@@ -228,7 +232,7 @@ def interval_text(interval: Interval) -> str:
 def line(run: Compared) -> str:
     """Errors of a run, in words."""
     errors = ", ".join(f"{name.replace('_', ' ')} {100 * run.error(name):+.1f} %" for name in FIGURES)
-    return f"{run.label} ({run.requests} requests, {run.rate:.3g}/s): {errors}"
+    return f"{run.label} ({run.requests} requests, {run.rate:.3g}/s): {errors}; iterations {100 * run.drift:+.1f} % from the formula"
 
 
 def _described(result: BenchResult) -> str:
