@@ -13,16 +13,17 @@ import pytest
 
 from llmsched_agents.lookup import named_policies
 from llmsched_agents.statistics import relative_difference
-from llmsched_env.bench import advice, advice_result
+from llmsched_baselines import Setting
+from llmsched_env.bench import advice_result
 from llmsched_env.bench.advice import DEFAULT, Case, Choice, Objective, Row, parse_objective
 from llmsched_env.bench.advice_check import ENGINE, SIM, Check, Run, check_summary, seen
-from llmsched_env.bench.advice_search import around, check_budget, grid_around
+from llmsched_env.bench.advice_search import Study, around, check_budget, grid_around
 from llmsched_env.bench.advice_serve import check_server, flags_of, longest_stay, start_of
 from llmsched_env.cli import advise
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import Summary
 from llmsched_env.perf import FormulaTime, Provenance, save_calibration
-from llmsched_env.row_file import read_rows
+from llmsched_env.row_file import RowFile, read_rows
 from llmsched_env.types import EngineConfig
 from llmsched_env.workload import load_scenario
 from llmsched_hardware.live_config import LiveConfig, build_policy
@@ -150,7 +151,7 @@ def test_the_default_is_what_vllm_serve_chooses_by_the_device(device: str, limit
 def test_grids_reach_around_the_default_and_hold_it() -> None:
     assert around((4, 10, 100, 1_000), 40) == (4, 10, 40, 100)
     engine = EngineConfig.vllm(max_num_batched_tokens=1_000, max_num_seqs=100)
-    setting = advice.Setting(load_scenario("lmsys").statistics, 1.0, engine)
+    setting = Setting(load_scenario("lmsys").statistics, 1.0, engine)
     own_options = {"vllm": set(), "sarathi": {"budget", "max_num_seqs"}, "active-cap": {"cap"}, "prefill-threshold": {"threshold"}}
     for name, own in own_options.items():
         shipped = named_policies("--policies", [name])[name].build(setting)
@@ -233,7 +234,7 @@ def test_intervals_are_paired_and_of_requests_that_chose_nothing(scenario: Path)
     rows = read_rows(scenario.parent / "out" / "rows.csv", Row)
     case = case_of(scenario)
     entries = out["advice"]["entries"]
-    judged = {(e["choice"]["policy"], advice.Choice("", tuple(map(tuple, e["choice"]["options"]))).options_text) for e in entries}
+    judged = {(e["choice"]["policy"], Choice("", tuple(map(tuple, e["choice"]["options"]))).options_text) for e in entries}
     assert {(r.policy, r.options) for r in rows if r.seed in case.evaluation_seeds} == judged and len(judged) == 3
     key = (entries[0]["choice"]["policy"], Choice("", tuple(map(tuple, entries[0]["choice"]["options"]))).options_text)
     values = {r.seed: r.figures.latency_mean for r in rows if (r.policy, r.options) == key}
@@ -409,6 +410,22 @@ def test_a_policy_of_this_project_comes_with_its_configuration(scenario: Path, t
     assert live.setting.statistics.mean_output == pytest.approx(case.statistics.mean_output)
     start_of(case, DEFAULT).write(tmp_path / "policy.json")
     assert not (tmp_path / "policy.json").exists()
+
+
+@pytest.mark.parametrize("name", ["nested-wait", "wait", "expected-work", "generalist", "slo"])
+def test_what_is_searched_can_be_started(name: str, scenario: Path, tmp_path: Path) -> None:
+    """Every setting that a search tries and that is not refused: a server with those flags takes the policy."""
+    case = case_of(scenario, policies=("vllm", name))
+    with RowFile(tmp_path / "rows.csv", Row, resume=False) as rows:
+        study = Study(case, 120, 1, rows)
+        study.search(1)
+    served_too = [one.choice for one in study.tried.values() if one.figures and one.choice.policy == name]
+    assert served_too
+    for choice in served_too[:6]:
+        begin = start_of(case, choice)
+        assert begin.policy == name and begin.config is not None
+        fixed = name in ("generalist", "slo")  # an agent brings its token budget
+        assert not fixed or not any(option == "engine.max_num_batched_tokens" for option, _ in choice.options)
 
 
 def test_the_guard_is_longer_than_what_was_simulated() -> None:

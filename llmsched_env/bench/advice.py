@@ -21,6 +21,7 @@ from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting
 from llmsched_env.bench.comparison import shortest_request
 from llmsched_env.bench.variants import split_options
+from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError, did_you_mean, policy_named
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.runner import Policy, run_episode
@@ -268,18 +269,16 @@ class Case:
         """How long a part lasts: for the overflow probability of Nested WAIT."""
         return self.num_requests / self.rate
 
-    def setting(self, engine: Mapping[str, Any]) -> Setting:
-        """What a policy is built for, with fields of the engine that it does not choose itself."""
-        return Setting(self.statistics, self.rate, self.scenario.engine, self.horizon_seconds, engine)
-
     def build(self, choice: Choice) -> Policy:
-        """The policy of a choice.
+        """The policy of a choice, in a server with its flags; what the policy fixes of an engine itself, such as an agent's token budget,
+        wins, as a server must then be started with that.
 
         Raises:
             ConfigError: options that it, the engine or its theory refuses.
         """
-        own, engine = split_options(dict(choice.options))
-        return self.policies[choice.policy].build(self.setting(engine), **own)
+        own, flags = split_options(dict(choice.options))
+        setting = Setting(self.statistics, self.rate, engine_with(self.scenario.engine, flags), self.horizon_seconds)
+        return self.policies[choice.policy].build(setting, **own)
 
     def run(self, choice: Choice, policy: Policy, seed: int) -> Row:
         """One simulation.

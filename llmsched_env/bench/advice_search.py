@@ -241,6 +241,7 @@ class Study:
         text = self.case.policies[name].text
         limit = self.case.objective.ttft_limit
         grid = grid_around(text, shipped, self.case.scenario.engine, limit if math.isfinite(limit) else self.case.scenario.ttft_slo)
+        grid = {option: values for option, values in grid.items() if self._follows(name, option, values)}
         defaults = {option: shipped_value(text, shipped, option) for option in grid}
         found: list[Tried] = []
 
@@ -251,12 +252,30 @@ class Study:
             return self._wanted(found[-1])
 
         start = [nearest(grid[option], defaults[option]) for option in grid]
-        search([len(values) for values in grid.values()], start, trials, cost)
+        if grid:
+            search([len(values) for values in grid.values()], start, trials, cost)
+        else:
+            found.append(self.on_selection(Choice(name)))
         return found
 
     def _wanted(self, one: Tried) -> float:
         """Its cost; infinite where it is not advised, so that the search stays where an advice can come from."""
         return math.inf if self.excluded(one) else one.cost
+
+    def _follows(self, name: str, option: str, values: Sequence[Any]) -> bool:
+        """Whether a policy runs on an engine with another value of this option; all that are not the engine's are its own."""
+        if not option.startswith("engine."):
+            return True
+        field_of = option.removeprefix("engine.")
+        shipped = getattr(self.case.build(Choice(name)).engine, field_of)
+        for value in sorted(values, reverse=True):
+            try:
+                found = getattr(self.case.build(Choice(name, ((option, value),))).engine, field_of)
+            except ConfigError:
+                continue
+            if value != shipped:
+                return bool(found == value)
+        return False
 
     # --- what it found ----------------------------------------------------------------------------
     def ranking(self) -> list[Tried]:
