@@ -33,6 +33,8 @@ REACH = 4, 16
 """Up to so many times the default's, and down to such a part of it."""
 LIMITS = ("max_num_batched_tokens", "max_num_seqs")
 ROUNDS = 3
+HOPELESS = 0.05
+"""Share by which a setting may be worse than the default on the parts that chose, to be judged on others all the same."""
 OF_A_POLICY = 2
 """Settings of one policy that are judged: neighbours say little that is new."""
 MOST_OUTSIDE = 0.05
@@ -292,9 +294,15 @@ class Study:
         return sorted(groups.values(), key=lambda one: one.cost)
 
     def chosen(self) -> list[Choice]:
-        """The settings to be judged, the default aside: the best, at most ``OF_A_POLICY`` of each policy, one of flags alone among them."""
+        """The settings to be judged, the default aside: the best, at most ``OF_A_POLICY`` of each policy, one of flags alone among them.
+
+        What is worse than the default by more than ``HOPELESS`` is not judged, but for the best.
+        """
         found: list[Choice] = []
-        ranking = [one.choice for one in self.ranking() if one.choice != DEFAULT]
+        default = self.tried[DEFAULT].cost
+        worst = default + HOPELESS * abs(default)
+        all_others = [one for one in self.ranking() if one.choice != DEFAULT]
+        ranking = [one.choice for i, one in enumerate(all_others) if i == 0 or one.cost <= worst]
         for choice in ranking:
             if sum(other.policy == choice.policy for other in found) < OF_A_POLICY:
                 found.append(choice)
