@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,13 +86,17 @@ def keep_machine(folder: Path, machine: Mapping[str, Any]) -> None:
     write_settings(folder / MACHINE_FILE, machine)
 
 
-def run_measured(plan: Plan, rows: RowFile[Run], backend: Any, folder: Path, bar: Bar) -> None:
+def run_measured(plan: Plan, rows: RowFile[Run], backend: Any, folder: Path, bar: Bar, deadline: float = math.inf) -> int:
     """Every run that has no row yet; one count of the bar for each task.
 
     Args:
         rows: open; takes each run as it ends.
         backend: ``vllm``, under the plan's clock.
         folder: where the machine is written down.
+        deadline: ``time.monotonic()`` after which no run on the engine ends, as far as the longest so far tells.
+
+    Returns:
+        How many runs on the engine were left out for lack of time.
 
     Raises:
         ConfigError: earlier rows are from another machine.
@@ -99,7 +105,12 @@ def run_measured(plan: Plan, rows: RowFile[Run], backend: Any, folder: Path, bar
     validation = plan.validation
     done = {row.task for row in rows.rows}
     warm: set[tuple[str, float, int]] = set()
+    longest, left_out = 0.0, 0
     for task in validation.tasks():
+        if task.backend == ENGINE and task not in done and time.monotonic() + longest > deadline:
+            left_out += 1
+            bar.advance()
+            continue
         bar.show(f"{task.backend}: {task.policy} at {task.rate:.4g}" + (", warm-up" if task.warm_up else ""))
         if task not in done:
             place = (task.policy, task.rate, task.seed)
@@ -107,12 +118,16 @@ def run_measured(plan: Plan, rows: RowFile[Run], backend: Any, folder: Path, bar
                 _describe_episode(backend, dataclasses.replace(task, warm_up=True))
                 run_task(validation, task, backend)  # resumed: its warm-up ran in another process
             _describe_episode(backend, task)
+            begin = time.monotonic()
             rows.append(run_task(validation, task, backend))
             if task.backend == ENGINE:
+                if warm:  # the first run built the engine
+                    longest = max(longest, time.monotonic() - begin)
                 if not warm:
                     keep_machine(folder, dataclasses.asdict(backend.machine()))
                 warm.add(place)
         bar.advance()
+    return left_out
 
 
 def _describe_episode(backend: Any, task: Task) -> None:

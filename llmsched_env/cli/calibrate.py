@@ -93,7 +93,7 @@ class Engine(Resumable):
     sweeps: Annotated[int, tyro.conf.arg(metavar="N")] = SWEEPS
     """Passes through the plan."""
     held_out: Annotated[int, tyro.conf.arg(metavar="N")] = MOST
-    """Requests of the check at the end."""
+    """Requests of the check at the end; 0: the sweep alone, no traffic and no check."""
 
     @property
     def points(self) -> Path:
@@ -140,7 +140,9 @@ def checked(options: Engine) -> EngineOptions:
         raise ConfigError("--name: empty")
     if not (math.isfinite(options.budget_seconds) and options.budget_seconds > 0):
         raise ConfigError(f"--budget-seconds: {options.budget_seconds:g}, must be finite and > 0")
-    check_counts(max_batch=options.max_batch, sweeps=options.sweeps, held_out=options.held_out)
+    check_counts(max_batch=options.max_batch, sweeps=options.sweeps)
+    if options.held_out < 0:
+        raise ConfigError(f"--held-out: {options.held_out}, must be >= 0")
     engine = engine_options(options.model, words(options.set))
     if options.max_batch is not None and options.max_batch > engine.max_num_seqs:
         raise ConfigError(f"--max-batch: {options.max_batch}, the engine holds {engine.max_num_seqs}; raise --set engine.max_num_seqs")
@@ -161,6 +163,7 @@ def run_engine(options: Engine, screen: Screen) -> Outcome:
         deadline=deadline,
         max_batch=options.max_batch,
         sweeps=options.sweeps,
+        held_out=options.held_out > 0,
         resume=resume,
         progress=screen.progress,
     )
@@ -168,13 +171,13 @@ def run_engine(options: Engine, screen: Screen) -> Outcome:
     write(result, name, options.out)  # whatever becomes of the engine that the workload needs
     until = deadline - 2 * result.build_seconds
     until = time.monotonic() + TRAFFIC_SHARE * (until - time.monotonic())
-    if time.monotonic() < until:
+    if options.held_out and time.monotonic() < until:
         blocks = result.limits.num_blocks
         log = record_traffic(result.formula, result.options, blocks, until, screen.progress, options.out.with_suffix(".iterations.csv"))
         if log is not None and len(log) >= LEAST_ROWS:
             result = dataclasses.replace(result, traffic=fit_log(log, name))
             write(result, name, options.out)
-    if time.monotonic() + result.build_seconds < deadline:
+    if options.held_out and time.monotonic() + result.build_seconds < deadline:
         held_out = hold_out(result.models, result.options, result.limits.num_blocks, deadline, screen.progress, options.held_out)
         result = dataclasses.replace(result, held_out=held_out)
         write(result, name, options.out)
@@ -193,6 +196,7 @@ def found(result: Calibrated, options: Engine) -> dict[str, Any]:
         "points": len(result.sweep.points),
         "left_out": {str(probe): reason for probe, reason in result.sweep.left_out.items()},
         "machine": result.machine,
+        "build_seconds": result.build_seconds,
         "held_out": result.held_out,
     }
 

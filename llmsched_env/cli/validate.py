@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ import tyro
 
 from llmsched_agents.lookup import named_policies, option_owners
 from llmsched_baselines.overrides import parse_overrides
+from llmsched_env import checks
 from llmsched_env.backends import make_backend
 from llmsched_env.cli.frame import DONE, FAILED, Assignments, Command, Outcome, Resumable, Screen, check_counts, words
 from llmsched_env.errors import ConfigError, EngineError, require
@@ -31,6 +33,7 @@ from llmsched_hardware.validation_report import facts, iteration_parts, measured
 from llmsched_hardware.validation_runs import (
     FILES,
     LOG_FILE,
+    MACHINE_FILE,
     REPORT_FILE,
     RUNS_FILE,
     SCHEDULES_FILE,
@@ -99,6 +102,8 @@ class Validate(Resumable):
     """Where an iteration's time comes from: the engine's own steps, the calibration, or real time with real sleeping."""
     log_iterations: Annotated[Path | None, tyro.conf.arg(metavar="FILE|FOLDER", help_behavior_hint="(default: OUT/iterations.csv)")] = None
     """Where the engine's iterations of every run go, warm-ups included: a file that is gone on with, or iterations.csv in a folder."""
+    budget_seconds: Annotated[float | None, tyro.conf.arg(metavar="S", help_behavior_hint="(default: none)")] = None
+    """Begin no run on the engine that would end after so many seconds; the report is of those made. Not under --clock virtual."""
     quick: bool = False
     """A small form: 24 requests, 2 repeats, loads 0.5 and 0.9, lengths scaled to fit."""
 
@@ -153,6 +158,8 @@ def check_numbers(options: Validate) -> None:
     for name, value in (("--warm-ups", options.warm_ups), ("--first-seed", options.first_seed)):
         if value < 0:
             raise ConfigError(f"{name}: {value}, must be >= 0")
+    if options.budget_seconds is not None:
+        checks.number("--budget-seconds", options.budget_seconds, open_low=True, unit="seconds")
     given = [("--rates", rate) for rate in options.rates] + [("--loads", load) for load in options.loads]
     for name, number in (*given, ("--length-scale", 1.0 if options.length_scale is None else options.length_scale)):
         if not (math.isfinite(number) and number > 0):
@@ -211,11 +218,20 @@ def validate_schedules(options: Validate, plan: Plan, backend: Any, screen: Scre
     return Outcome(chosen, DONE if same == len(chosen) else FAILED)
 
 
-def validate_figures(options: Validate, plan: Plan, backend: Any, screen: Screen) -> Outcome:
-    """Under the measured or wall clock: how far are the figures apart?"""
+def validate_figures(options: Validate, plan: Plan, backend: Any, screen: Screen, deadline: float) -> Outcome:
+    """Under the measured or wall clock: how far are the figures apart?
+
+    Args:
+        deadline: ``time.monotonic()`` by which the last run on the engine should end.
+
+    Raises:
+        ConfigError: there was no time for one.
+    """
     validation = plan.validation
     with kept_rows(options, plan, RUNS_FILE, Run) as rows, screen.progress(len(validation.tasks())) as bar:
-        run_measured(plan, rows, backend, options.out, bar)
+        left_out = run_measured(plan, rows, backend, options.out, bar, deadline)
+    if not (options.out / MACHINE_FILE).exists():
+        raise ConfigError(f"--budget-seconds: {options.budget_seconds:g}, no run on the engine began in that time")
     found = gaps([run for run in rows.rows if run.rate in validation.rates], validation.policies)
     ranks = rankings(found)
     write_table(options.out / TABLE_FILE, found)
@@ -224,8 +240,12 @@ def validate_figures(options: Validate, plan: Plan, backend: Any, screen: Screen
     lines = summary_lines(found, ranks)
     if own:
         lines.append(f"{'iterations':<12} {100 * own[-1].error:+.1f} % in total, spread {100 * own[-1].spread:.1f} % over repeats")
+    if left_out:
+        about.append(("Left out", text := f"{left_out} runs on the engine, for lack of time"))
+        lines.append(f"left out: {text}")
     present(options, screen, measured_page(title(plan), about, found, ranks, iteration_parts(own, where, refitted, fit)), lines)
-    return Outcome({"gaps": [with_errors(gap) for gap in found], "rankings": ranks, "iterations": own, "where": where})
+    said = {"gaps": [with_errors(gap) for gap in found], "rankings": ranks, "iterations": own, "where": where, "left_out": left_out}
+    return Outcome(said)
 
 
 def iterations_say(options: Validate, plan: Plan, runs: Sequence[Run]) -> tuple[list[IterationGap], list[Share], LogFit | None, list[Gap]]:
@@ -257,6 +277,7 @@ def present(options: Validate, screen: Screen, page: str, lines: Sequence[str]) 
 
 def run(options: Validate, screen: Screen) -> Outcome:
     """Run what is missing and report on all of it."""
+    deadline = time.monotonic() + (math.inf if options.budget_seconds is None else options.budget_seconds)
     with warnings.catch_warnings(action="ignore", category=CalibrationRangeWarning):  # said in the report
         plan = planned(options)
         log = log_file(options)
@@ -265,7 +286,9 @@ def run(options: Validate, screen: Screen) -> Outcome:
         log.parent.mkdir(parents=True, exist_ok=True)
         backend = make_backend("vllm", clock=options.clock, iteration_log=log, **backend_settings(plan.engine))
         try:
-            return (validate_schedules if options.clock == "virtual" else validate_figures)(options, plan, backend, screen)
+            if options.clock == "virtual":
+                return validate_schedules(options, plan, backend, screen)
+            return validate_figures(options, plan, backend, screen, deadline)
         except EngineError as error:
             raise EngineError(f"{error}; finished runs are kept, go on with --resume") from error
         finally:

@@ -42,6 +42,8 @@ SWEEPS = 3
 LEAST_POINTS = 8
 SWEEP_SHARE, TRAFFIC_SHARE = 0.5, 0.5
 """Of the time left after the engine is built; of what is left then, less two more buildings. The rest is for the held-out workload."""
+SWEEP_ALONE_SHARE = 0.9
+"""The same where there is neither traffic nor a held-out workload; the rest is for the fits."""
 SUFFIXES = {"formula": ".json", "tables": ".npz", "traffic": ".traffic.json"}
 """Files of the forms that are kept."""
 
@@ -102,7 +104,15 @@ def write(result: Calibrated, name: str, out: Path) -> None:
 
 
 def calibrate(
-    options: EngineOptions, points_path: Path, *, deadline: float, max_batch: int | None, sweeps: int, resume: bool, progress: Progress
+    options: EngineOptions,
+    points_path: Path,
+    *,
+    deadline: float,
+    max_batch: int | None,
+    sweeps: int,
+    resume: bool,
+    progress: Progress,
+    held_out: bool = True,
 ) -> Calibrated:
     """Build the engine, sweep, fit; the check on a held-out workload is still to come (``hold_out``).
 
@@ -111,12 +121,14 @@ def calibrate(
         max_batch: most decodes of a probe; None for the engine's sequence cap.
         sweeps: passes through the plan, if there is time.
         resume: go on with the points in the file.
+        held_out: keep time for that check.
 
     Raises:
         ConfigError: settings vLLM refuses, points of another engine, or too few points for a fit.
         EngineError: the engine cannot start or has died; measured points stay on disk.
     """
-    compile_simulator()  # at most once a version; the time it takes is then known before the sweep
+    if held_out:
+        compile_simulator()  # at most once a version; the time it takes is then known before the sweep
     load_vllm()  # once: building again takes no import
     options = with_block_size(options)
     begin = time.monotonic()
@@ -134,7 +146,8 @@ def calibrate(
         )
         now = time.monotonic()
         # The workload runs on an engine that the backend builds itself.
-        until = now + SWEEP_SHARE * max(deadline - now - build_seconds, 0.0)
+        left = deadline - now
+        until = now + max(SWEEP_SHARE * (left - build_seconds) if held_out else SWEEP_ALONE_SHARE * left, 0.0)
         with PointsFile(points_path, fingerprint(options, machine), resume=resume) as file:
             sweep = run_sweep(engine, limits, file, until, sweeps, progress)
     finally:
@@ -238,7 +251,7 @@ def provenance(result: Calibrated, form: str, name: str, out: Path) -> Provenanc
         engine=f"vLLM {machine.vllm}, torch {machine.torch}, stepped synchronously; max_num_seqs {options.max_num_seqs}, "
         f"max_num_batched_tokens {options.max_num_batched_tokens}, max_model_len {options.max_model_len}, {chunked}, {eager}",
         valid_range=_range(points),
-        fit_error=f"on the measured batches: {error}.{held or ' Held out: not run, no time.'}",
+        fit_error=f"on the measured batches: {error}.{held or ' Held out: not run.'}",
         num_blocks=machine.num_blocks,
         block_size=machine.block_size,
         notes=f"Seconds of whole engine steps (scheduling, execution, sampling, bookkeeping); execution and sampling alone are "
@@ -307,7 +320,7 @@ def report(result: Calibrated, out: Path, points_path: Path, seconds: float) -> 
         if result.held_out is not None:
             lines.append(f"{'':<12} held out: {result.held_out.checks[form]}")
     if result.held_out is None:
-        lines.append(f"{'held out':<12} not run, no time")
+        lines.append(f"{'held out':<12} not run")
     else:
         held = result.held_out
         apart = "" if math.isnan(held.spread) else f"; mean latency differs by {100 * held.spread:.1f} % over the engine's warm passes"
