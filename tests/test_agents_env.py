@@ -63,8 +63,13 @@ def test_native_actions_equal_the_plain_adapter(domain: Domain) -> None:
     ours = AgentVecEnv(settings, recipe, 3, num_requests=4)
     placed = [s.placed(recipe) for s in settings]
     vector = LLMSchedVectorEnv(
-        3, scenario=[p.scenario for p in placed], rate=[p.rate for p in placed], engine=[p.engine for p in placed], num_requests=4,
-        action_set="admit", max_admit=4,
+        3,
+        scenario=[p.scenario for p in placed],
+        rate=[p.rate for p in placed],
+        engine=[p.engine for p in placed],
+        num_requests=4,
+        action_set="admit",
+        max_admit=4,
     )
     assert ours.observation_space == SB3VecEnv(vector, flatten=True).observation_space
     theirs = SB3VecEnv(vector)

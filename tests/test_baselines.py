@@ -219,9 +219,7 @@ def test_decisions_are_well_formed() -> None:
         policy = make_policy(name, setting, overload=True)
         backend = make_backend("sim")
         workload = scenario.generate(5, rate=30.0, num_requests=150)
-        view = backend.reset(
-            workload, policy.layout, policy.engine, EpisodeLimits(), reveal_output_length=policy.known_lengths
-        )
+        view = backend.reset(workload, policy.layout, policy.engine, EpisodeLimits(), reveal_output_length=policy.known_lengths)
         while not backend.done:
             decision = policy.decide(view)
             assert isinstance(decision, Decision)

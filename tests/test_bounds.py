@@ -157,9 +157,7 @@ def test_forecasts_of_drawn_rates_are_bounded() -> None:
 
 
 # --- fuzzing the action decoder ---------------------------------------------------------------------------
-_ATOMS = st.one_of(
-    st.integers(), st.integers(-2, 20), st.floats(), st.booleans(), st.none(), st.text(max_size=3), st.complex_numbers()
-)
+_ATOMS = st.one_of(st.integers(), st.integers(-2, 20), st.floats(), st.booleans(), st.none(), st.text(max_size=3), st.complex_numbers())
 _OBJECTS = st.recursive(
     _ATOMS, lambda inner: st.lists(inner, max_size=9) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=2), inner)
 )

@@ -105,9 +105,7 @@ def run_page(page: str) -> None:
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES if blocks(page, "python")]
 )
-def test_the_snippets_of_a_page_run(
-    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_snippets_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if "stable_baselines3" in text_of(page):
         pytest.importorskip("stable_baselines3", reason="stable-baselines3 is not installed (extra: agents)")
     monkeypatch.chdir(tmp_path)

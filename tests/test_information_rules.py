@@ -278,9 +278,7 @@ def uses_scratch(engine, policy, decision):  # type: ignore[no-untyped-def]
         decision.evict[q] = 0
 
 
-@pytest.mark.parametrize(
-    "config",
-    [SMALL, PAPER], ids=lambda c: c.preset)
+@pytest.mark.parametrize("config", [SMALL, PAPER], ids=lambda c: c.preset)
 def test_scratch_may_be_written_and_changes_nothing(config: EngineConfig) -> None:
     rule = Rule(uses_scratch, LAYOUT.num_queues)
     backend, _ = started(config=config)

@@ -75,9 +75,7 @@ def chunk(tokens: float, context: float = 0.0) -> Batch:
 # --- inside the range: against scipy ----------------------------------------------------------------
 
 
-@given(
-    n=st.floats(1, 20), kv=st.floats(0, 1500), tokens=st.floats(1, 400), context=st.floats(0, 300), sampled=st.floats(1, 32)
-)
+@given(n=st.floats(1, 20), kv=st.floats(0, 1500), tokens=st.floats(1, 400), context=st.floats(0, 300), sampled=st.floats(1, 32))
 def test_inside_the_axes_it_is_multilinear_interpolation(n: float, kv: float, tokens: float, context: float, sampled: float) -> None:
     interpolate = pytest.importorskip("scipy.interpolate").RegularGridInterpolator
     model = small()

@@ -29,7 +29,7 @@ from llmsched_env.workload.scenario import Scenario
 
 MODULE = "llmsched_test_things"
 
-SOURCE = '''
+SOURCE = """
 from dataclasses import replace
 
 from llmsched_baselines import Policy
@@ -79,7 +79,7 @@ def slow():
 
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture

@@ -330,7 +330,7 @@ def test_a_policy_that_never_schedules_is_marked(tmp_path: Path, monkeypatch: py
 def test_what_stands_for_something_else_by_now_is_not_mixed_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_compare: Program
 ) -> None:
-    text = '[lengths]\nlognormal = { prompt_mean = 180, prompt_sigma = 1.0, output_mean = 320, output_sigma = 0.8, max_total = 4096 }\n'
+    text = "[lengths]\nlognormal = { prompt_mean = 180, prompt_sigma = 1.0, output_mean = 320, output_sigma = 0.8, max_total = 4096 }\n"
     file = tmp_path / "own.toml"
     file.write_text(text + "[arrivals]\nrate = 5.0\n", encoding="utf-8")
     given = own_policy(tmp_path, monkeypatch, GREEDY)

@@ -40,11 +40,15 @@ def hooks() -> ModuleType:
 
 
 def test_links_out_of_docs_lead_to_the_repository_or_become_names(hooks: ModuleType) -> None:
-    page = "See [the environment](../llmsched_env/env.py#L3), [`env.py`](../llmsched_env/env.py), [results](results.md) and [x](https://a.b)."
+    page = (
+        "See [the environment](../llmsched_env/env.py#L3), [`env.py`](../llmsched_env/env.py), [results](results.md) and [x](https://a.b)."
+    )
     assert hooks.linked(page, "index.md", "") == (
         "See the environment (`llmsched_env/env.py`), `env.py`, [results](results.md) and [x](https://a.b)."
     )
-    assert "[the environment](https://forge.test/o/n/blob/main/llmsched_env/env.py)" in hooks.linked(page, "index.md", "https://forge.test/o/n/")
+    assert "[the environment](https://forge.test/o/n/blob/main/llmsched_env/env.py)" in hooks.linked(
+        page, "index.md", "https://forge.test/o/n/"
+    )
     assert hooks.linked("[up](../../Makefile)", "tutorial/index.md", "") == "up (`Makefile`)"
 
 

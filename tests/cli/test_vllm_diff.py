@@ -70,9 +70,7 @@ def test_gone_new_and_changed_with_their_lines(trees: tuple[str, str], call: Cal
         ["new", "+2", "-0", f"{QUEUE}:FCFSRequestQueue.prepend_request"],
     ]
     assert all(line.endswith("  called and mirrored: order of the waiting; rule 7") for line in lines[:-1])
-    assert lines[-1] == (
-        f"3 of {len(SYMBOLS)} symbols differ from 1.0.0 ({trees[0]}) to 1.1.0 ({trees[1]}), {len(SYMBOLS) - 3} do not"
-    )
+    assert lines[-1] == (f"3 of {len(SYMBOLS)} symbols differ from 1.0.0 ({trees[0]}) to 1.1.0 ({trees[1]}), {len(SYMBOLS) - 3} do not")
     assert call(*trees, "--quiet")[1] == lines[-1] + "\n"
 
 

@@ -80,8 +80,9 @@ class Recount:
                 sums["decodes"] += 1
                 sums["decode_kv"] += held + 1
                 sums["sampled"] += 1
-                if "decode_longest" in sums:
-                    sums["decode_longest"] = max(sums["decode_longest"], held + 1)
+                sums["decode_longest"] = max(sums["decode_longest"], held + 1)
+                sums["decode_shortest"] = min(sums["decode_shortest"] or held + 1, held + 1)
+                sums["decode_squares"] += (held + 1) ** 2
                 continue
             sums["prefills"] += 1
             sums["prefill_tokens"] += tokens
@@ -90,8 +91,7 @@ class Recount:
             sums["prefill_context64"] += (held + 63) // 64 * 64
             sums["prefill_work"] += tokens * (tokens / 2 + held)
             sums["sampled"] += held + tokens >= target
-        if "started" in sums:
-            sums["started"], sums["finished"] = len(entered), self.ended
+        sums["started"], sums["finished"] = len(entered), self.ended
         self.ended = 0
         self.batches.append(Batch(**sums))
         self.begins.append(server.clock)

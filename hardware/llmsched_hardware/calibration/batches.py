@@ -6,13 +6,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
+from operator import mul
 from typing import Any, NamedTuple
 
 from llmsched_env.perf import Batch
-
-_KNOWN = frozenset(field.name for field in dataclasses.fields(Batch))
 
 
 class Chunk(NamedTuple):
@@ -65,9 +63,9 @@ def batch_of(decodes: Collection[int], chunks: Sequence[Chunk] = (), *, started:
         "finished": finished,
         "decode_longest": max(decodes, default=-1) + 1,
         "decode_shortest": min(decodes, default=-1) + 1,
-        "decode_squares": sum((context + 1) ** 2 for context in decodes),
+        "decode_squares": sum(map(mul, decodes, decodes)) + 2 * decode_kv - count,
     }
-    return Batch(**{name: float(value) for name, value in sums.items() if name in _KNOWN})
+    return Batch(**{name: float(value) for name, value in sums.items()})
 
 
 class BatchFollower:

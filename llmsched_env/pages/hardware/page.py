@@ -36,19 +36,23 @@ This page is written by `scripts/hardware_page.py`; every figure comes from the 
 `--model` is a built-in shape (table below; a `config.json` is written here, weights are random, nothing is downloaded), a Hugging
 Face id or a folder. The program builds the engine, steps it one iteration at a time and measures batches from coarse to fine:
 decodes by number and context length up to a nearly full KV cache, prefill chunks by size and context, chunks behind decodes. Each
-shape is run before it is timed, medians are taken, and the plan is gone through several times as long as the time allows. Iterations
-that prefill several prompts at once are not in the plan; the models read them as one chunk of the same sum of squares. Then
-models are fitted (non-negative least squares on relative error), and a workload that was not measured before is run on the engine
-and on the simulator.
+shape is run before it is timed, medians are taken, and the plan is gone through several times as long as the time allows. What such a
+plan cannot show is logged in traffic at three loads under two policies: prompts that start together, requests that end, numbers of
+tokens that were not seen lately. Models are fitted to both (non-negative least squares, rows divided by the predicted time), and a
+workload that was not measured before is run on the engine and on the simulator; the form whose simulated latency is closest is named.
+What else there is to calibrate from, logs of a server and results of a benchmark, is in [Calibrate your
+engine](calibrate-your-engine.md).
 """
 
 FILES = (
     ("`tiny.json`", "the formula of `FormulaTime` with provenance: device, driver, versions, date, KV blocks, range, errors"),
     ("`tiny.npz`", "tables through the measured batches (`TableTime`), the same provenance"),
+    ("`tiny.traffic.json`", "the fit to traffic (`TrafficTime`): terms for what changes between iterations, too"),
     ("`tiny.points.jsonl`", "every measured batch: its sums, seconds of the whole step, seconds of execution alone"),
+    ("`tiny.iterations.csv`", "every iteration of the traffic, which `calibrate.py from-log` reads"),
 )
 
-VALIDATE = """Either of the first two goes wherever a calibration does: `--calibration tiny.json` of every program, or
+VALIDATE = """Any of the first three goes wherever a calibration does: `--calibration tiny.json` of every program, or
 
     gym.make("llmsched_env:LLMSched-v0", engine={"time_model": "tiny.json", "num_blocks": 512, "max_model_len": 1024})
 
@@ -66,15 +70,27 @@ schedules asynchronously hides part of it; the seconds of execution alone are in
         --policies vllm sarathi wait nested-wait --loads 0.5 0.8 1.1 --num-requests 150 --out results/tiny
 
 Writes `runs.csv` (a row a run, as each finishes), `sim_to_real.csv` (every metric by policy and rate: simulator, engine, the
-engine's range over repeats, error) and `report.md`. `--rates` gives arrival rates, `--loads` gives them as shares of the fluid
+engine's range over repeats, error), `iterations.csv` (every iteration of the engine) and `report.md`, which also says how far the
+calibration is off on the engine's own batches and what the simulator does with iteration times of the warm-up runs: an error of the
+calibration and one of the simulator are told apart. `--alternate` takes the engine's settings in turn, so that all policies meet the
+same drift of the machine. `--rates` gives arrival rates, `--loads` gives them as shares of the fluid
 stability boundary. `--length-scale` and `--max-total-tokens` fit a scenario's requests to an engine that takes only short ones; they
 are recorded. `--quick` is a small form of all this. With `--clock virtual` time comes from the calibration while the engine
 computes: every step must then be the same on the simulator, vLLM's scheduler and the engine, and the exit code says so.
 """
 
-GPU = """## On a GPU: the commands
+GPU = """## On a GPU: one script
 
     pip install -e ".[vllm,cli]"
+    python scripts/gpu_measure.py --model llama-3-8b-shape --budget-seconds 540 --out measure.tar.gz
+
+In nine minutes on one machine: it describes the machine, sweeps batches (`calibrate.py engine`), runs traffic at loads 0.5, 0.8 and
+1.1 under several policies and keeps every iteration, fits these (`calibrate.py from-log`), and holds the simulator with the fit
+against the engine on requests it has not seen. If there is time left, schedules under the virtual clock and kernels alone (`calibrate.py kernels`) follow. Each step
+is a process of its own with a share of the time; one that fails is recorded and the rest goes on. The archive is written after every
+step, on Ctrl-C and on SIGTERM, too: `report.md`, `summary.json`, calibrations, iteration logs, tables of the validations, and what each
+step printed. With more time, or for this page, the programs one by one:
+
     for model in llama-2-7b-shape llama-3-8b-shape; do
         python scripts/calibrate.py engine --model $model --max-batch 256 --budget-seconds 900 --out calibrations/$model.json
         python scripts/validate.py --calibration calibrations/$model.json --model $model --scenario azure-conv \\
@@ -88,8 +104,8 @@ They produce one calibration and one sim-to-real table a model, and this page wi
 KV cache that is 97 % full; a load of 1.05 keeps it full.
 """
 
-OPEN = """**This part is open.** No GPU was available when this page was written; the commands above have been run on the CPU build of vLLM
-with the shape `tiny` alone, and nothing is said here about how close the simulator comes to a GPU.
+OPEN = """**This part is open.** No GPU was available when this page was written; the script and the commands above have been run on the CPU
+build of vLLM with the shape `tiny` alone, and nothing is said here about how close the simulator comes to a GPU.
 """
 
 
@@ -119,8 +135,10 @@ def calibration_section(path: Path) -> str:
     facts += [("KV capacity", f"{source.num_blocks:,} blocks of {source.block_size} tokens")] if source.num_blocks else []
     facts += [("Range", source.valid_range), ("Formula", source.fit_error)]
     tables = path.with_suffix(".npz")
-    if tables.exists():
-        facts.append(("Tables", load_calibration(str(tables)).provenance.fit_error))
+    traffic = path.with_suffix(".traffic.json")
+    for name, file in (("Tables", tables), ("Traffic", traffic)):
+        if file.exists():
+            facts.append((name, load_calibration(str(file)).provenance.fit_error))
     facts.append(("Notes", source.notes))
     parts = [f"### `{path.name}`", "\n".join(f"- {name}: {text}" for name, text in facts)]
     if isinstance(formula, FormulaTime):
