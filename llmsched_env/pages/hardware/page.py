@@ -86,10 +86,10 @@ GPU = """## On a GPU: one script
 
 In nine minutes on one machine: it describes the machine, sweeps batches (`calibrate.py engine`), runs traffic at loads 0.5, 0.8 and
 1.1 under several policies and keeps every iteration, fits these (`calibrate.py from-log`), and holds the simulator with the fit
-against the engine on requests it has not seen. If there is time left, schedules under the virtual clock and kernels alone (`calibrate.py kernels`) follow. Each step
-is a process of its own with a share of the time; one that fails is recorded and the rest goes on. The archive is written after every
-step, on Ctrl-C and on SIGTERM, too: `report.md`, `summary.json`, calibrations, iteration logs, tables of the validations, and what each
-step printed. With more time, or for this page, the programs one by one:
+against the engine on requests it has not seen. If there is time left, schedules under the virtual clock and kernels alone
+(`calibrate.py kernels`) follow. Each step is a process of its own with a share of the time; one that fails is recorded and the rest
+goes on. The archive is written after every step, on Ctrl-C and on SIGTERM, too: `report.md`, `summary.json`, calibrations, iteration
+logs, tables of the validations, and what each step printed. With more time, or for this page, the programs one by one:
 
     for model in llama-2-7b-shape llama-3-8b-shape; do
         python scripts/calibrate.py engine --model $model --max-batch 256 --budget-seconds 900 --out calibrations/$model.json
