@@ -22,7 +22,9 @@ from llmsched_env.perf.traffic import COEFFICIENTS
 
 IntArray = npt.NDArray[np.int64]
 
-ROUNDS = 8
+RIDGE = 1e-10
+"""Columns may be multiples of one another, as tokens and decodes are where nothing is prefilled."""
+ROUNDS = 6
 """Of a fit: predicted times, which the rows are divided by, settle within a few."""
 CLIP = 4.0
 """Residuals beyond so many typical ones (median absolute) count as that many (Huber)."""
@@ -175,9 +177,12 @@ def solve(rows: FloatArray, seconds: FloatArray, num_knots: int) -> FloatArray:
         scaled = rows * (weight / predicted)[:, None]
         scale = np.abs(scaled).max(axis=0)
         scale[scale == 0] = 1.0
-        # The same least squares in as many rows as columns: a log has tens of thousands.
-        q, r = np.linalg.qr(scaled / scale)
-        solution, _ = nnls(r, q.T @ ((seconds - rows @ floor) * weight / predicted), maxiter=50 * rows.shape[1])
+        scaled = scaled / scale
+        # The same least squares in as many rows as columns, where a log has tens of thousands.
+        squares = scaled.T @ scaled
+        root = np.linalg.cholesky(squares + RIDGE * np.trace(squares) * np.eye(len(squares)))
+        sides = scaled.T @ ((seconds - rows @ floor) * weight / predicted)
+        solution, _ = nnls(root.T, np.linalg.solve(root, sides), maxiter=50 * rows.shape[1])
         found = floor + solution / scale
         predicted = rows @ found
         error = np.abs(seconds / predicted - 1.0)
