@@ -27,7 +27,7 @@ FLOOR = 0.01
 KNEE_GAIN = 0.10
 KNEE_LEAST = 0.002
 KNEE_POINTS = 6
-MOST_KNEES = 200
+MOST_KNEES = 40
 ROUNDS = 4
 # How strongly a table is drawn to the formula, and its deviation from it to that of the neighbours.
 TO_FORMULA = 0.02
