@@ -432,6 +432,8 @@ def test_heads_outside_the_measured_counts_are_those_of_more_requests() -> None:
     found = heads_of({(8, 2): PROFILE.decode[8, 2]}, 32, 8, "decode")
     assert (list(found.rows.batch), found.rule) == ([1, 2, 4, 16, 64, 128], "8/2 heads with 4 n requests")
     np.testing.assert_array_equal(found.rows.seconds[0], PROFILE.decode[8, 2].seconds[2])
+    between = heads_of({(8, 8): PROFILE.decode[8, 8]}, 40, 40, "decode")  # five times the requests, between four and eight
+    np.testing.assert_allclose(between.rows.seconds[0], decode(40, LENGTHS))
     with pytest.raises(ConfigError, match=r"no decode attention of 7/7 heads, nor of counts from which it follows \(has 8/2\)"):
         heads_of({(8, 2): LOW}, 7, 7, "decode")
 

@@ -72,6 +72,44 @@ def chunk(tokens: float, context: float = 0.0) -> Batch:
     return Batch(0, 0, 1, tokens, tokens**2, context, rounded, work, batch_size=1)
 
 
+PROMPTS = {"prompts": [1, 2, 8], "prompt_length": [4, 100], "several_prompts": [[0, 0], [1e-3, 3e-3], [4e-3, 6e-3]]}
+
+
+def prompts(*chunks: float) -> Batch:
+    """Several chunks without context."""
+    squares = sum(c**2 for c in chunks)
+    return Batch(
+        prefills=len(chunks), prefill_tokens=sum(chunks), prefill_squares=squares, prefill_work=squares / 2, batch_size=len(chunks)
+    )
+
+
+def test_several_prompts_take_longer_than_one_of_the_same_work() -> None:
+    with_them, without = small(**PROMPTS), small()
+
+    def extra(*chunks: float) -> float:
+        return with_them.seconds(prompts(*chunks)) - without.seconds(prompts(*chunks))
+
+    assert extra(100) == 0.0
+    assert extra(100, 100) == pytest.approx(3e-3) and extra(4, 4) == pytest.approx(1e-3) and extra(52, 52) == pytest.approx(2e-3)
+    assert extra(*[100] * 5) == pytest.approx(4.5e-3)
+    # 30 and 10 tokens: (40^2 / 1000) = 1.6 prompts of 25 tokens.
+    assert extra(30, 10) == pytest.approx(0.6 * (1e-3 + 2e-3 * 21 / 96))
+    assert with_them.in_range(prompts(20, 20)) and not with_them.in_range(prompts(*[20] * 9))
+
+
+def test_tables_with_several_prompts_come_back_from_their_file(tmp_path: Path) -> None:
+    model = small(**PROMPTS)
+    save_calibration(model, tmp_path / "m.npz")
+    again = load_calibration(tmp_path / "m.npz")
+    np.testing.assert_allclose(again.pack(), model.pack(), rtol=1e-6)
+    seconds, valid = TableTime.evaluate(model.pack(), prompts(50, 50).array()[None])
+    assert (seconds[0], valid[0]) == (model.seconds(prompts(50, 50)), 1.0)
+    wrong = model.pack().copy()
+    wrong[25] = wrong.size  # where several_prompts would begin
+    with pytest.raises(ConfigError, match=r"numbers\[25\]"):
+        TableTime.evaluate(wrong, prompts(50, 50).array()[None])
+
+
 # --- inside the range: against scipy ----------------------------------------------------------------
 
 
@@ -389,6 +427,9 @@ def test_a_formula_without_limits_keeps_them_absent() -> None:
         ({"beyond": "wrap"}, "beyond: 'wrap'"),
         ({"sequences": [1, 2]}, "per_sequence: shape"),
         ({"sequences": (), "per_sequence": [1.0]}, "per_sequence: shape"),
+        ({"prompts": [1, 2], "prompt_length": [1, 9], "several_prompts": [1.0]}, r"several_prompts: shape \(1,\), must be \(2, 2\)"),
+        ({"prompts": [2, 4], "prompt_length": [1, 9], "several_prompts": [[0, 0], [1, 1]]}, "prompts: begins with 2, must begin with 1"),
+        ({"prompts": [1, 2], "several_prompts": [[0.0], [1.0]]}, "several_prompts: shape"),
     ],
 )
 def test_tables_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -164,14 +164,14 @@ class TableTime(IterationTimeModel):
     prefill: FloatArray
     sequences: FloatArray = field(default_factory=lambda: np.empty(0))
     per_sequence: FloatArray = field(default_factory=lambda: np.empty(0))
-    prompts: FloatArray = field(default_factory=lambda: np.empty(0))
-    prompt_length: FloatArray = field(default_factory=lambda: np.empty(0))
-    several_prompts: FloatArray = field(default_factory=lambda: np.empty((0, 0)))
     constant: float = 0.0
     per_request: float = 0.0
     lookup: Lookup = "linear"
     beyond: Beyond = "extrapolate"
     provenance: Provenance = field(default=Provenance(name="tables"))
+    prompts: FloatArray = field(default_factory=lambda: np.empty(0))
+    prompt_length: FloatArray = field(default_factory=lambda: np.empty(0))
+    several_prompts: FloatArray = field(default_factory=lambda: np.empty((0, 0)))
     _packed: FloatArray = field(init=False)
 
     def __post_init__(self) -> None:

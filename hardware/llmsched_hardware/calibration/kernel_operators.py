@@ -234,8 +234,8 @@ class _Attention:
         self.name = chosen
         self._grouped = model.heads != model.kv_heads
         self._functional = machine.torch.nn.functional
-        self._flash = importlib.import_module("flash_attn") if chosen == "flash_attn" else None
-        self._flex = importlib.import_module("torch.nn.attention.flex_attention") if chosen == "flex" else None
+        self._flash = require("flash_attn", "agents") if chosen == "flash_attn" else None
+        self._flex = require("torch.nn.attention.flex_attention", "agents") if chosen == "flex" else None
 
     def _tensors(self, requests: int, queries: int, keys: int) -> tuple[Any, Any, Any]:
         """Queries, keys and values, heads before tokens; after them for flash_attn."""
@@ -257,7 +257,7 @@ class _Attention:
             return lambda: self._functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self._grouped)
         if self.machine.device == "cuda":
             # The kernel with a causal lower right corner takes no groups. A prefill is bound by its arithmetic, which all heads have.
-            bias = importlib.import_module("torch.nn.attention.bias").causal_lower_right(chunk, chunk + context)
+            bias = require("torch.nn.attention.bias", "agents").causal_lower_right(chunk, chunk + context)
             times = self.model.heads // self.model.kv_heads
             wide = [x.repeat_interleave(times, dim=1) for x in (k, v)]
             return lambda: self._functional.scaled_dot_product_attention(q, *wide, attn_mask=bias)

@@ -267,9 +267,9 @@ def _errors(profile: Profile, shape: DenseModel, decode: HeadRule, prefill: Head
         shown = _shown([error for error in gemm_errors(profile) if error.rule in ("along k at the same n", f"{wide}, wide")])
         errors.append(f"GEMMs not measured ({derived}), leave-one-out MAPE on measured ones: {shown}")
     errors.append(f"decode attention continued to twice the measured context: {corner_errors(decode.rows).mape:.1%}")
-    if shape.heads == shape.kv_heads and decode.rule:
+    if decode.rule.endswith("requests"):
         blocks = [f"{e.where}: {e.mape:.1%}" for e in decode_errors(profile) if e.rule.startswith("same blocks")]
-        errors.append(f"decode attention without grouped heads from {decode.rule}, the rule on 8/8: {', '.join(blocks)}")
+        errors.append(f"decode attention from {decode.rule}, the rule on 8/8: {', '.join(blocks)}")
     elif decode.rule:
         errors.append(f"decode attention from {decode.rule}: {_shown(heads_errors(profile.decode, 'decode'))}")
     if prefill.rule:

@@ -200,11 +200,24 @@ def _same_blocks(table: Mapping[Heads, AttentionRows], heads: int, kv_heads: int
         if heads % times or kv_heads % times:
             continue
         same = table.get((heads // times, kv_heads // times))
-        if same is not None and times in same.batch:  # without it not even one request is known
-            chosen = same.batch % times == 0
-            rows = AttentionRows(same.batch[chosen] / times, same.length, same.seconds[chosen])
-            return HeadRule(rows, f"{heads // times}/{kv_heads // times} heads with {times} n requests")
+        if same is None:
+            continue
+        if same.batch[0] > times or same.batch[-1] < times:  # not even one request is known
+            continue
+        exact = same.batch[same.batch % times == 0] / times
+        batch = exact if 1 in exact else np.union1d([1.0], same.batch[same.batch * times <= same.batch[-1]])
+        seconds = np.array([_between_batches(same, times * n) for n in batch])
+        return HeadRule(AttentionRows(batch, same.length, seconds), f"{heads // times}/{kv_heads // times} heads with {times} n requests")
     return None
+
+
+def _between_batches(rows: AttentionRows, batch: float) -> FloatArray:
+    """(S,) seconds of a number of requests: as measured, or linear between the two nearest."""
+    j = int(np.searchsorted(rows.batch, batch))
+    if rows.batch[j] == batch:
+        return rows.seconds[j]
+    weight = (batch - rows.batch[j - 1]) / (rows.batch[j] - rows.batch[j - 1])
+    return np.asarray(rows.seconds[j - 1] + weight * (rows.seconds[j] - rows.seconds[j - 1]), dtype=np.float64)
 
 
 def heads_of(table: Mapping[Heads, AttentionRows], heads: int, kv_heads: int, what: str) -> HeadRule:
@@ -258,7 +271,7 @@ def continued(rows: AttentionRows) -> FloatArray:
         known = ~np.isnan(row)
         row[:] = np.interp(rows.length, rows.length[known], row[known])
         beyond = rows.length > rows.length[known][-1]
-        row[beyond] = _line_on(rows.length[known], row[known], rows.length[beyond])
+        row[beyond] = np.maximum(_line_on(rows.length[known], row[known], rows.length[beyond]), row[known][-1])
     return table
 
 
