@@ -2,7 +2,7 @@
 
 The files are those of ``importers/vidur_profile``: attention.csv, mlp.csv, per_sequence.csv and meta.json, so that
 ``llmsched calibrate import --format vidur FOLDER`` makes a calibration of them. A plan goes from coarse to fine; after its first pass
-the files can be imported, and each row is on disk before the next is measured.
+the files can be imported, and each row is on disk before the next is measured. Tests run it on a CPU; it has not yet run on a GPU.
 """
 
 from __future__ import annotations
