@@ -15,6 +15,7 @@ from llmsched_env.pages.fidelity.recorded import Recorded, fits, read_recorded, 
 from llmsched_env.perf import Batch, Provenance, TableTime
 from llmsched_hardware.calibration.importers.aiconfigurator import CHECKED
 from llmsched_hardware.calibration.importers.dense_model import MODELS
+from llmsched_hardware.calibration.importers.vidur_profile import CsvProfile
 
 HEAD = "backend,backend_version,model_path,system,precision,mode,tp_size,batch_size,isl,osl,silicon_tpot_ms"
 
@@ -85,6 +86,17 @@ def test_unequal_contexts_are_read_at_their_mean() -> None:
     bent = flat(decode_kv=[0, 512, 1024], decode=[[0, 0, 1], [0, 0, 1]])
     whole = bent.seconds(Batch(decodes=2, decode_kv=1024, sampled=2, batch_size=2))
     assert kernels.unequal(bent, 2, 512) == pytest.approx(0.25 / whole)
+
+
+def test_the_rule_for_chunks_is_exact_where_attention_is_its_area() -> None:
+    area = {(c, x): 1e-6 + 1e-10 * c * (c + 2 * x) for c in (64, 128, 512, 1024) for x in (0, 64, 256, 512) if c + x <= 1024}
+    whole = {(c, 0): 1e-6 + 1e-10 * c * c for c in range(64, 1089, 64)}
+    profile = CsvProfile(
+        operators={}, prefill=whole | area, decode={}, write={}, prefill_write={}, per_sequence={}, sizes={}, attention="some", digest=""
+    )
+    found = kernels.chunk_rule_errors(profile, flat(), 32)
+    exact = [error for error in found if error.where == "chunks of 257 to 1024"]
+    assert len(exact) == 2 and all(error.mape < 0.02 and error.cells == 3 for error in exact)
 
 
 def calibration_folder() -> Path:

@@ -215,7 +215,7 @@ def _between_batches(rows: AttentionRows, batch: float) -> FloatArray:
     """(S,) seconds of a number of requests: as measured, or linear between the two nearest."""
     j = int(np.searchsorted(rows.batch, batch))
     if rows.batch[j] == batch:
-        return rows.seconds[j]
+        return np.asarray(rows.seconds[j], dtype=np.float64)
     weight = (batch - rows.batch[j - 1]) / (rows.batch[j] - rows.batch[j - 1])
     return np.asarray(rows.seconds[j - 1] + weight * (rows.seconds[j] - rows.seconds[j - 1]), dtype=np.float64)
 
