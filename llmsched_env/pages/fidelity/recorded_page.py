@@ -286,13 +286,13 @@ def _prefill_iterations(run: Run, elsewhere: Run, theirs: Mapping[str, float]) -
         "",
         f"All together {_signed(_error_of(found))}. An iteration took {1e3 * longer:.1f} ms longer than by the model, beside at most "
         f"80 decodes {1e3 * _longer(few):.1f} ms ({len(few)} iterations), and the error has steps where the profile's GEMM times have "
-        "theirs, every 128 tokens. Other GEMM kernels than those that the profile timed one by one, or the launch of kernels without a CUDA graph "
-        f"(vLLM captures up to {captured} tokens for {run.engine.max_num_seqs} sequences), would look so; the record does not tell which, "
-        "and the profile holds neither. (The median "
-        f"error of {len(other)} such iterations on the RTX 4090 is {_signed(_median_error(other))}.) With {1e3 * longer:.1f} ms added to "
-        f"every iteration of more than {captured} tokens the largest of the fifteen errors would be {_worst(shifted.error)}: that number "
-        "comes from the run itself, so it is no prediction, and **it is not used**. Tried, and not enough: the correction by either "
-        "reading, asynchronous scheduling, padding to CUDA graph sizes (table above). "
+        "theirs, every 128 tokens. Other GEMM kernels than those that the profile timed one by one, or the launch of kernels without a "
+        f"CUDA graph (vLLM captures up to {captured} tokens for {run.engine.max_num_seqs} sequences), would look so; the record does not "
+        f"tell which, and the profile holds neither. (The median error of {len(other)} such iterations on the RTX 4090 is "
+        f"{_signed(_median_error(other))}.) With {1e3 * longer:.1f} ms added to every iteration of more than {captured} tokens the largest "
+        f"of the fifteen errors would be {_worst(shifted.error)}: that number comes from the run itself, so it is no prediction, and "
+        "**it is not used**. Tried, and not enough: the correction by either reading, asynchronous scheduling, padding to CUDA graph "
+        "sizes (table above). "
         f"LLMServingSim's errors of TTFT on this run are {_signed(theirs['TTFT mean'])} in the mean and {_signed(theirs['TTFT median'])} "
         "in the median.",
         "",
