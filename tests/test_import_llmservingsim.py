@@ -234,6 +234,7 @@ def test_operators_follow_the_architecture(write: Write, config: Callable[..., P
     assert qwen3.linear[0] - llama.linear[0] == pytest.approx(3e-6 * 20)
     for same in ("mistral", "qwen2"):
         assert made(source, config(model_type=same)) == llama
+    assert import_profile(source, "", "tiny", config=config()) == import_profile(source, "maker/tiny-1b", "tiny", config=config()) == llama
     assert llama.provenance.model == "maker/Tiny-1B, bf16, 1 GPU" and llama.provenance.num_blocks is None
 
 

@@ -56,7 +56,7 @@ def model_of(name: str, config: Path | None, profiled: str) -> Model:
     """The model to compose.
 
     Args:
-        name: a key of ``MODELS``, or with ``config`` the profile's name for it, whole or its last part.
+        name: a key of ``MODELS``, or with ``config`` the profile's name for it, whole or its last part, or empty.
         config: the model's config.json of Hugging Face.
         profiled: the model of the profile.
 
@@ -69,7 +69,7 @@ def model_of(name: str, config: Path | None, profiled: str) -> Model:
         if MODELS[name].profile_name != profiled:
             raise ConfigError(f"--model: {name!r} is {MODELS[name].profile_name}, the profile is of {profiled}")
         return MODELS[name]
-    if name.lower() not in (profiled.lower(), profiled.rpartition("/")[2].lower()):
+    if name.lower() not in ("", profiled.lower(), profiled.rpartition("/")[2].lower()):
         raise ConfigError(f"--model: {name!r}, the profile is of {profiled}")
     try:
         record = json.loads(config.read_text(encoding="utf-8"))
@@ -226,7 +226,7 @@ def import_profile(source: Path, model: str, name: str, *, config: Path | None =
 
     Args:
         source: folder with ``dense.csv``, ``per_sequence.csv``, ``attention.csv`` and ``meta.yaml``, or the one above ``tp1``.
-        model: a key of ``MODELS``, or with ``config`` the name of the profiled model.
+        model: a key of ``MODELS``, or with ``config`` the name of the profiled model, or empty.
         name: what the calibration is called.
         config: the model's config.json of Hugging Face, where ``MODELS`` does not hold it.
         tensor_parallel: GPUs that share the model: the folder ``tpN`` of the profile.
