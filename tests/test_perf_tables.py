@@ -381,7 +381,7 @@ def test_shipped_calibrations_say_where_they_come_from(name: str) -> None:
     assert (model.provenance.num_blocks is None) == (model.provenance.block_size is None)
     assert load_calibration(name) is model  # read once
     file = next((ROOT / "llmsched_env" / "perf" / "calibrations").glob(f"{name}.*"))
-    assert file.stat().st_size <= 100_000
+    assert file.stat().st_size <= 250_000  # the largest holds a union of two grids of mixed batches
     assert load_calibration(str(file)) == model
 
 
