@@ -274,6 +274,16 @@ def test_leaving_the_calibration_is_said_and_not_advised(scenario: Path) -> None
     assert any("lie outside the range of the calibration (up to 6 decodes)" in text for text in wide["advice"]["warnings"])
 
 
+def test_a_gain_below_the_engines_own_spread_is_said(scenario: Path) -> None:
+    limits = ("--set", "engine.max_num_seqs=4")
+    for spread, says in ((99, "is below it: do not expect to see it"), (1, "A gain below it cannot be seen")):
+        notes = f"Made up. The same batch differs by {spread} % between sweeps (mean of range over median). Else nothing."
+        model = replace(FLAT, provenance=replace(SOURCE, name=f"spread{spread}", notes=notes))
+        words = called(model, scenario, "--policies", "vllm", "--budget", 80, *limits)
+        text = " ".join(found(scenario, [*words, "--overwrite"])["advice"]["warnings"])
+        assert f"The same batch differs by {spread} % between sweeps" in text and says in text and "Else" not in text
+
+
 def test_a_setting_that_cannot_carry_the_load_is_not_advised(scenario: Path) -> None:
     """Fewer residents make every iteration shorter, and TPOT with it, until they no longer keep up."""
     model = replace(FLAT, b=5e-3, c=1e-5, provenance=replace(FLAT.provenance, name="steep"))

@@ -221,7 +221,7 @@ def _change(ours: float, theirs: float, metric: str) -> float:
 
 def check_lines(check: Check, found: Sequence[Seen], advice: Advice, machine: Mapping[str, Any]) -> list[str]:
     """The section of the report."""
-    headings = ("metric", "default, simulated", "measured", "advised, simulated", "measured", "predicted", "measured change", "spread")
+    headings = ("metric", "default, simulated", "measured", "other, simulated", "measured", "predicted", "measured change", "spread")
     rows = []
     for one in found:
         rows.append(
@@ -237,7 +237,7 @@ def check_lines(check: Check, found: Sequence[Seen], advice: Advice, machine: Ma
             )
         )
     parts = f"{len(check.seeds)} parts of the evaluation" if len(check.seeds) > 1 else "one part of the evaluation"
-    metric = check.case.objective.metric
+    first, metric = advice.entries[0], check.case.objective.metric
     return [
         "## On the engine",
         "",
@@ -247,8 +247,8 @@ def check_lines(check: Check, found: Sequence[Seen], advice: Advice, machine: Ma
         "",
         *table(headings, rows, "lr"),
         "",
-        f"The advised setting is {check.advised.text}. Over all parts of the evaluation the simulator predicts "
-        f"{shown_change(advice.entries[0].gains[metric], metric)}.",
+        f"The other setting is {first.label}{', as advised' if advice.shown else ', the best of the search, which is not advised'}. Over "
+        f"all parts of the evaluation the simulator predicts {shown_change(first.gains[metric], metric)}.",
         "",
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,9 +211,17 @@ def warnings_of(study: Study, found: Advice) -> list[str]:
         lines.append(f"The calibration's own error: {source.fit_error.rstrip('.')}. A gain below it may not be there on the engine.")
     spread = [part for part in source.notes.split(". ") if "differs by" in part or "spread" in part]
     if spread:
-        stated = ". ".join(spread).rstrip(".")
-        lines.append(f"The engine's own spread, as the calibration states it: {stated}. A gain below it cannot be seen.")
+        lines.append(f"The engine's own spread, as the calibration states it: {'. '.join(spread).rstrip('.')}. {_seen(found, spread)}")
     return lines
+
+
+def _seen(found: Advice, spread: Sequence[str]) -> str:
+    """Whether the gain would be seen on an engine with that spread."""
+    gain = abs(found.entries[0].gains[found.objective.metric].value)
+    stated = [float(number) / 100 for text in spread for number in re.findall(r"(\d+(?:\.\d+)?) ?%", text)]
+    if found.shown and stated and gain < max(stated):
+        return f"The gain, {100 * gain:.1f} %, is below it: do not expect to see it on the engine."
+    return "A gain below it cannot be seen."
 
 
 # --- in words -------------------------------------------------------------------------------------
