@@ -466,9 +466,13 @@ def test_a_check_takes_turns_and_compares(scenario: Path, tmp_path: Path) -> Non
     rows += [Run(advised, ENGINE, s, r, False, replace(figures, latency_mean=1.5)) for s in (1, 2) for r in (0, 1)]
     rows += [Run(advised, ENGINE, 1, 0, True, replace(figures, latency_mean=99.0))]
     one = next(each for each in seen(check, rows) if each.metric == "latency_mean")
-    assert (one.predicted, one.measured, one.low, one.high) == (-0.5, pytest.approx(-0.4), -0.5, -0.25)
-    assert one.spread == pytest.approx(0.4)
-    assert "agree in sign" in check_summary(check, [one]) and "within the engine's own spread" in check_summary(check, [one])
+    assert one.predicted == -0.5 and one.measured.value == pytest.approx(-0.4) and one.measured.seeds == 4
+    assert -0.5 <= one.measured.low < -0.4 < one.measured.high <= -0.25 and one.spread == pytest.approx(0.4)
+    assert "they agree in sign, and the prediction lies in the interval" in check_summary(check, [one])
+    against = replace(one, predicted=0.1)
+    assert "they do NOT agree in sign, and the prediction does not lie in the interval" in check_summary(check, [against])
+    unsure = replace(one, measured=replace(one.measured, high=0.1))
+    assert "shows neither gain nor loss: the same setting differs by 40.0 %" in check_summary(check, [unsure])
 
 
 # --- large ----------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from llmsched_agents.statistics import Estimate
 from llmsched_env.backends import make_backend
 from llmsched_env.bench.advice import DEFAULT, Case, Choice
-from llmsched_env.bench.advice_result import Advice, column, shown_change
+from llmsched_env.bench.advice_result import Advice, change, column, shown_change
 from llmsched_env.errors import ConfigError
 from llmsched_env.markdown import table
 from llmsched_env.metrics import Summary, summarize
@@ -154,16 +155,14 @@ class Seen:
 
     Attributes:
         predicted: change from the default to the advised setting on the simulator.
-        measured, low, high: the same on the engine: mean, least and largest over the repeats.
+        measured: the same on the engine, paired by repeat and part, with its 95 % interval.
         sim_default, sim_advised, default, advised: the values themselves, means over the parts.
         spread: (largest - least) / mean over the repeats on the engine, the larger of both settings.
     """
 
     metric: str
     predicted: float
-    measured: float
-    low: float
-    high: float
+    measured: Estimate
     sim_default: float
     sim_advised: float
     default: float
@@ -177,23 +176,23 @@ def seen(check: Check, rows: Sequence[Run]) -> list[Seen]:
     for metric in check.case.objective.metrics:
         sim = {c: _mean(_of(rows, c, SIM, 0, check.seeds), metric) for c in (DEFAULT, check.advised)}
         by_repeat: dict[Choice, list[float]] = {DEFAULT: [], check.advised: []}
+        runs: dict[Choice, list[Run]] = {DEFAULT: [], check.advised: []}
         for repeat in range(check.repeats):
             both = {c: _of(rows, c, ENGINE, repeat, check.seeds) for c in by_repeat}
             if all(len(own) == len(check.seeds) for own in both.values()):
                 for c, own in both.items():
                     by_repeat[c].append(_mean(own, metric))
+                    runs[c] += sorted(own, key=lambda run: run.seed)
         if not by_repeat[DEFAULT]:
             continue
-        changes = [_change(a, d, metric) for a, d in zip(by_repeat[check.advised], by_repeat[DEFAULT], strict=True)]
+        pairs = {c: column([run.figures for run in own], metric) for c, own in runs.items()}
         real = {c: float(np.mean(own)) for c, own in by_repeat.items()}
         spreads = [(max(own) - min(own)) / real[c] if real[c] else math.nan for c, own in by_repeat.items()]
         found.append(
             Seen(
                 metric=metric,
                 predicted=_change(sim[check.advised], sim[DEFAULT], metric),
-                measured=_change(real[check.advised], real[DEFAULT], metric),
-                low=min(changes),
-                high=max(changes),
+                measured=change(pairs[check.advised], pairs[DEFAULT], metric),
                 sim_default=sim[DEFAULT],
                 sim_advised=sim[check.advised],
                 default=real[DEFAULT],
@@ -231,8 +230,8 @@ def check_lines(check: Check, found: Sequence[Seen], advice: Advice, machine: Ma
                 f"{one.default:.4g}",
                 f"{one.sim_advised:.4g}",
                 f"{one.advised:.4g}",
-                f"{100 * one.predicted:+.1f} %",
-                f"{100 * one.measured:+.1f} % ({100 * one.low:+.1f} to {100 * one.high:+.1f})",
+                f"{100 * one.predicted:+.1f} {'points' if one.metric == 'slo_goodput' else '%'}",
+                shown_change(one.measured, one.metric),
                 f"{100 * one.spread:.1f} %",
             )
         )
@@ -243,7 +242,7 @@ def check_lines(check: Check, found: Sequence[Seen], advice: Advice, machine: Ma
         "",
         f"vLLM {machine['vllm']}, {check.model}, {machine['dtype']}, on {machine['device']}: the first {check.num_requests:,} requests of "
         f"{parts}, {check.repeats} repeats of each setting in turns, measured clock. *Spread* is the engine's own: the range over the "
-        "repeats as a share of the mean, the larger of both settings.",
+        "repeats as a share of the mean, the larger of both settings. A measured change is paired by repeat and part, with its interval.",
         "",
         *table(headings, rows, "lr"),
         "",
@@ -256,9 +255,13 @@ def check_lines(check: Check, found: Sequence[Seen], advice: Advice, machine: Ma
 def check_summary(check: Check, found: Sequence[Seen]) -> str:
     """The objective in a line."""
     one = next(seen for seen in found if seen.metric == check.case.objective.metric)
-    agrees = "agree in sign" if one.predicted * one.measured > 0 else "do NOT agree in sign"
-    beyond = "" if abs(one.measured) > one.spread else f"; the measured one is within the engine's own spread, {100 * one.spread:.1f} %"
-    return (
-        f"On the engine: {check.case.objective.name} changed by {100 * one.measured:+.1f} % ({100 * one.low:+.1f} to {100 * one.high:+.1f} "
-        f"over {check.repeats} repeats); the simulator said {100 * one.predicted:+.1f} % of the same requests: they {agrees}{beyond}."
+    unit = "points" if one.metric == "slo_goodput" else "%"
+    said = (
+        f"On the engine: {check.case.objective.name} changed by {shown_change(one.measured, one.metric)} (95 %, {one.measured.seeds} pairs "
+        f"of runs); the simulator said {100 * one.predicted:+.1f} {unit} of the same requests"
     )
+    if not one.measured.excludes_zero:
+        return f"{said}. The engine shows neither gain nor loss: the same setting differs by {100 * one.spread:.1f} % between its repeats."
+    agrees = "they agree in sign" if one.predicted * one.measured.value > 0 else "they do NOT agree in sign"
+    inside = "lies" if one.measured.low <= one.predicted <= one.measured.high else "does not lie"
+    return f"{said}: {agrees}, and the prediction {inside} in the interval."

@@ -117,7 +117,8 @@ def test_an_advice_is_checked_on_an_engine(tmp_path: Path, capfd: pytest.Capture
     assert sorted({(run.backend, run.repeat) for run in counted}) == [("sim", 0), ("vllm", 0), ("vllm", 1)]
     assert len(counted) == 6 and all(run.figures.completed == 20 for run in counted)
     by_metric = {one["metric"]: one for one in record["engine"]}
-    assert by_metric["latency_mean"]["low"] <= by_metric["latency_mean"]["measured"] <= by_metric["latency_mean"]["high"]
+    measured = by_metric["latency_mean"]["measured"]
+    assert measured["seeds"] == 2 and measured["low"] <= measured["value"] <= measured["high"]
     assert "## On the engine" in (out / "report.md").read_text() and "On the engine: mean latency" in capfd.readouterr().out
     assert advise.main([*given, "--resume"]) == 0  # nothing is missing: no engine is started
     assert read_rows(out / "engine.csv", Run) == runs
