@@ -155,3 +155,17 @@ def test_an_engine_that_is_never_idle(tmp_path: Path) -> None:
     low, delay, high = equations(result, ENGINE).delay
     assert low < delay < high and delay == pytest.approx(FRONTEND, abs=2e-3)
     assert found.frontend == pytest.approx(FRONTEND, abs=4e-3)
+
+
+def test_all_requests_at_once(tmp_path: Path) -> None:
+    result = read(tmp_path, serve(1e6, 150, 3))
+    found = calibrate([result], ENGINE, "burst", None, [read(tmp_path, serve(4.0, 300, 6), name="other")])
+    assert abs(found.runs[0].error("latency_mean")) < 0.03
+    assert all(i.low <= i.value <= i.high and np.isfinite(i.high) for i in found.fit.intervals)
+
+
+def test_outputs_of_one_token_say_too_little(tmp_path: Path) -> None:
+    arrival = 1000.0 + 0.01 * np.arange(40)
+    served = Served(arrival, [100] * 40, [1] * 40, [np.array([a + 0.5]) for a in arrival])
+    with pytest.raises(ConfigError, match="outputs of several tokens"):
+        calibrate([read(tmp_path, served)], ENGINE, "one")

@@ -17,14 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsched_baselines import Setting, make_policy
-from llmsched_env.engine.simulator import SimBackend
-from llmsched_env.errors import require
-from llmsched_env.metrics import latency, ttft
-from llmsched_env.perf import FormulaTime
+from llmsched_env.errors import ConfigError, require
 from llmsched_env.perf.base import FloatArray
-from llmsched_env.runner import run_episode
-from llmsched_env.types import BoolArray, EngineConfig, IntArray, LengthStatistics
+from llmsched_env.types import BoolArray, EngineConfig, IntArray
+from llmsched_hardware.calibration.bench_replay import Matching, Parameters, Prior, Replay
 from llmsched_hardware.calibration.bench_results import BenchResult
 from llmsched_hardware.calibration.token_times import (
     DECODES,
@@ -45,9 +41,9 @@ STALL = 8.0
 """A row that took so many times its modelled seconds is a pause of the machine and is left out."""
 PASSES = 6
 BIAS_PASSES = 2
+LEAST_ROWS = 20
 BLOCKS = 25
 REPLICATES = 200
-STEPS = 6
 LEAST_IDLE = 10
 """Requests that found the engine idle, for the rows to tell the front end's seconds."""
 UNSURE = 0.1
@@ -55,54 +51,11 @@ UNSURE = 0.1
 LOOSE, LOOSE_SUMS = 0.02, 0.1
 """Of a coefficient: how far the second stage may move it, as a standard deviation, beyond what the rows leave open. Farther where rows are
 sums over a request's life, in which the tokens of others are spread evenly."""
-EXACT = 0.01
-"""Of a figure: how closely the second stage is to match it, as a standard deviation, beyond what chance leaves open."""
 CHI = 3.84
 """95 % of the chi-squared distribution with one degree of freedom."""
 TRADE = -0.7
 """Correlation of two estimates below which the runs tell their sum alone."""
 DETERMINED = 0.25
-NAMES = ("a", "b", "d1", "d3", "d4", "frontend")
-KNEE_NAMES = ("a", "b", "s", "c", "d1", "d3", "d4", "frontend")
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """Coefficients of ``FormulaTime`` in use, then the front end's seconds.
-
-    Attributes:
-        values: (P,) float64.
-        knee: tokens at which the token line has a step; 0 for one line.
-    """
-
-    values: FloatArray
-    knee: int = 0
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return KNEE_NAMES if self.knee else NAMES
-
-    @property
-    def frontend(self) -> float:
-        return float(self.values[-1])
-
-    def formula(self) -> FormulaTime:
-        """The time model."""
-        known = {name: float(value) for name, value in zip(self.names, self.values, strict=True)}
-        line = {"s": known["a"], "c": known["b"], **known}
-        return FormulaTime(
-            a=line["a"], b=line["b"], s=line["s"], c=line["c"], d1=line["d1"], d2=0.0, d3=line["d3"], d4=line["d4"], knee=float(self.knee)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """A run in the simulator, per request: seconds to the first and to the last token, the front end's added; forced evictions."""
-
-    first: FloatArray
-    last: FloatArray
-    preemptions: int
-    iterations: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,27 +99,6 @@ class Fit:
     spread: float
     drift: tuple[float, ...]
     stalls: int
-
-
-# --- the simulator ----------------------------------------------------------------------------------
-class Replay:
-    """Runs again in the simulator under policy ``vllm``."""
-
-    def __init__(self, results: Sequence[BenchResult], engine: EngineConfig) -> None:
-        self._engine = engine
-        self._backend = SimBackend()
-        self._runs = [(r.workload, LengthStatistics.of(r.prompt_tokens, r.output_tokens, np.ones(len(r))), r.rate) for r in results]
-
-    def __call__(self, parameters: Parameters) -> list[Replayed]:
-        """Every run."""
-        engine = self._engine.replace(time_model=parameters.formula())
-        found = []
-        for workload, statistics, rate in self._runs:
-            policy = make_policy("vllm", Setting(statistics, rate if math.isfinite(rate) else 1.0, engine))
-            log = run_episode(policy, workload, backend=self._backend).log
-            first, last = ttft(log) + parameters.frontend, latency(log) + parameters.frontend
-            found.append(Replayed(first, last, int(log.forced_evictions.sum()), int(self._backend.counters().iterations)))
-        return found
 
 
 def off_formula(parameters: Parameters, e: Equations) -> float:
@@ -287,78 +219,6 @@ def _first_stage(rows: FloatArray, seconds: FloatArray, single: BoolArray) -> Pa
     return best
 
 
-# --- second stage -----------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class _Groups:
-    """Requests of a run whose figures are compared: thirds by how many were in the system when they came."""
-
-    counted: IntArray
-    thirds: tuple[IntArray, ...]
-
-    @classmethod
-    def of(cls, result: BenchResult) -> _Groups:
-        ended = np.sort(result.arrival + result.last)
-        present = np.arange(len(result)) - np.searchsorted(ended, result.arrival)
-        counted = np.flatnonzero(result.counted).astype(np.int32)
-        order = counted[np.argsort(present[counted], kind="stable")]
-        return cls(counted, tuple(np.sort(part) for part in np.array_split(order, 3)))
-
-    def figures(self, first: FloatArray, last: FloatArray, output: IntArray, weight: FloatArray) -> FloatArray:
-        """(F,) means and quantiles of a run, requests weighted."""
-        rest = output.astype(np.float64) - 1.0
-        found = []
-        for third in self.thirds:
-            w = weight[third]
-            found.append(_mean(w, first[third]))
-            found.append(_mean(w, (last - first)[third], rest[third]))
-        w = weight[self.counted]
-        found.append(_mean(w, last[self.counted]))
-        for values, share in ((first, 0.9), (last, 0.9)):
-            found.append(_quantile(values[self.counted], w, share))
-        return np.array(found)
-
-
-def _mean(weight: FloatArray, values: FloatArray, count: FloatArray | float = 1.0) -> float:
-    """Weighted mean of values that are sums over ``count`` each; 0 where nothing has weight."""
-    below = float((weight * count).sum())
-    return float((weight * values).sum()) / below if below > 0 else 0.0
-
-
-def _quantile(values: FloatArray, weight: FloatArray, share: float) -> float:
-    """Weighted quantile, interpolated."""
-    order = np.argsort(values, kind="stable")
-    at = np.cumsum(weight[order]) - 0.5 * weight[order]
-    return float(np.interp(share * weight.sum(), at, values[order]))
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """What the second stage pulls to: measured figures and the coefficients of the first, each with a standard deviation."""
-
-    figures: FloatArray
-    tolerance: FloatArray
-    prior: FloatArray
-    covariance: FloatArray
-
-    def step(self, at: FloatArray, simulated: FloatArray, slopes: FloatArray) -> FloatArray:
-        """The parameters that are best if figures are linear in them."""
-        lsq = require("scipy.optimize", "cli").lsq_linear
-        whiten = np.linalg.inv(np.linalg.cholesky(self.covariance))
-        # in units of the prior's deviation, which differ by ten orders of magnitude
-        unit = np.sqrt(np.diag(self.covariance))
-        system = np.concatenate([slopes / self.tolerance[:, None] * unit, whiten * unit])
-        wanted = np.concatenate([(self.figures - simulated + slopes @ at) / self.tolerance, whiten @ self.prior])
-        low = np.zeros(len(at))
-        low[0] = 0.01 * max(at[0], 1e-9) / unit[0]
-        found: FloatArray = lsq(system, wanted, bounds=(low, np.inf)).x * unit
-        return found
-
-    def cost(self, at: FloatArray, simulated: FloatArray) -> float:
-        off = at - self.prior
-        figures = ((simulated - self.figures) / self.tolerance) ** 2
-        return float(figures.sum() + off @ np.linalg.solve(self.covariance, off))
-
-
 def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> Fit:
     """Both stages and their intervals.
 
@@ -366,9 +226,14 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
         results: runs of one server.
         engine: its settings; the time model is not read.
         seed: of the resampling.
+
+    Raises:
+        ConfigError: the runs say too little.
     """
     found = tuple(equations(result, engine) for result in results)
     rows, seconds, single, _ = _joined(found)
+    if len(seconds) < LEAST_ROWS:
+        raise ConfigError(f"RESULT: {len(seconds)} iterations or requests to fit, must be at least {LEAST_ROWS}: outputs of several tokens")
     parameters = _first_stage(rows, seconds, single)
     keep = seconds <= STALL * (_design(rows, parameters.knee) @ parameters.values)
     if not keep.all():
@@ -388,7 +253,9 @@ def fit(results: Sequence[BenchResult], engine: EngineConfig, seed: int = 0) -> 
         covariance[-1, :] = covariance[:, -1] = 0.0
         covariance[-1, -1] = unsure**2
         firsts[:, -1] = parameters.frontend
-    final, replicates = _second_stage(results, engine, parameters, firsts, covariance, [w for _, w in weights], design, taken)
+    prior = Prior(parameters.values, covariance, firsts, [w for _, w in weights], _units(design, taken))
+    values, replicates = Matching(results, engine, parameters.knee, prior.units)(prior)
+    final = Parameters(values, parameters.knee)
     profile = _profile(design, taken, solved.values, _numbered(blocks)[keep]).moved(parameters.values - solved.values)
     delays = _delays(found)
     if len(delays):  # the iterations that requests entered bound the front end's seconds, whatever the rows say
@@ -456,8 +323,9 @@ class _Blocks:
     @classmethod
     def of(cls, result: BenchResult, e: Equations) -> _Blocks:
         count = min(BLOCKS, max(len(result) // 4, 2))
-        edges = np.quantile(result.arrival, np.linspace(0, 1, count + 1)[1:-1])
-        rows, requests = (np.searchsorted(edges, times).astype(np.int32) for times in (e.time, result.arrival))
+        begun = result.arrival + result.first  # arrivals may be all at once
+        edges = np.quantile(begun, np.linspace(0, 1, count + 1)[1:-1])
+        rows, requests = (np.searchsorted(edges, times).astype(np.int32) for times in (e.time, begun))
         return cls(count, rows, requests)
 
 
@@ -473,72 +341,10 @@ def _resampled(blocks: Sequence[_Blocks], keep: BoolArray, rng: np.random.Genera
     for _ in range(REPLICATES):
         counts = [np.bincount(rng.integers(0, b.count, b.count), minlength=b.count).astype(float) for b in blocks]
         rows = np.concatenate([count[b.rows] for count, b in zip(counts, blocks, strict=True)])
+        if not rows[keep].any():
+            continue
         drawn.append((rows[keep], [count[b.requests] for count, b in zip(counts, blocks, strict=True)]))
     return drawn
-
-
-def _second_stage(
-    results: Sequence[BenchResult],
-    engine: EngineConfig,
-    first: Parameters,
-    firsts: FloatArray,
-    covariance: FloatArray,
-    weights: Sequence[Sequence[FloatArray]],
-    design: FloatArray,
-    seconds: FloatArray,
-) -> tuple[Parameters, FloatArray]:
-    """The parameters, and (R, P) those of the resampled runs."""
-    replay = Replay(results, engine)
-    groups = [_Groups.of(result) for result in results]
-
-    def figures(runs: Sequence[tuple[FloatArray, FloatArray]], weight: Sequence[FloatArray]) -> FloatArray:
-        parts = zip(groups, runs, results, weight, strict=True)
-        return np.concatenate([g.figures(f, last, r.output_tokens, w) for g, (f, last), r, w in parts])
-
-    def simulated(values: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
-        return [(run.first, run.last) for run in replay(Parameters(values, first.knee))]
-
-    even = [np.ones(len(result)) for result in results]
-    measured = [(result.first, result.last) for result in results]
-    steps = 0.01 * _units(design, seconds)
-    steps[-1] = 1e-3
-
-    def slopes(values: FloatArray) -> list[list[tuple[FloatArray, FloatArray]]]:
-        """Runs with one parameter after the other a step larger."""
-        return [simulated(values + np.where(np.arange(len(values)) == k, steps, 0.0)) for k in range(len(values))]
-
-    def slope(moved: Sequence[list[tuple[FloatArray, FloatArray]]], base: FloatArray, weight: Sequence[FloatArray]) -> FloatArray:
-        return np.stack([(figures(run, weight) - base) / h for run, h in zip(moved, steps, strict=True)], axis=1)
-
-    at = first.values.copy()
-    at[0] = max(at[0], 0.01 * float(_units(design, seconds)[0]))
-    runs = simulated(at)
-    wanted, base = figures(measured, even), figures(runs, even)
-    chance = np.array([figures(measured, w) - figures(runs, w) for w in weights]).std(axis=0)
-    target = _Target(wanted, np.hypot(chance, EXACT * np.maximum(wanted, 1e-6)), first.values, covariance)
-    cost = target.cost(at, base)
-    for _ in range(STEPS):
-        moved = slopes(at)
-        aim = target.step(at, base, slope(moved, base, even))
-        for share in (1.0, 0.5, 0.25):
-            tried = at + share * (aim - at)
-            there = simulated(tried)
-            found = figures(there, even)
-            if target.cost(tried, found) < cost:
-                break
-        else:
-            break
-        gain = cost - target.cost(tried, found)
-        at, runs, base, cost = tried, there, found, cost - gain
-        if gain < 0.01:
-            break
-    moved = slopes(at)
-    replicates = []
-    for replicate, w in zip(firsts, weights, strict=True):
-        base = figures(runs, w)
-        own = _Target(figures(measured, w), target.tolerance, replicate, covariance)
-        replicates.append(own.step(at, base, slope(moved, base, w)))
-    return Parameters(at, first.knee), np.array(replicates)
 
 
 def _intervals(final: Parameters, replicates: FloatArray, design: FloatArray, profile: _Profile) -> tuple[Interval, ...]:

@@ -12,8 +12,9 @@ import numpy as np
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, Provenance
 from llmsched_env.types import EngineConfig
-from llmsched_hardware.calibration.bench_fit import LEAST_IDLE, Fit, Interval, Replay, fit, off_formula
+from llmsched_hardware.calibration.bench_fit import LEAST_IDLE, Fit, Interval, fit, off_formula
 from llmsched_hardware.calibration.bench_metrics import ServerCounters
+from llmsched_hardware.calibration.bench_replay import Replay
 from llmsched_hardware.calibration.bench_results import BenchResult
 from llmsched_hardware.calibration.token_times import DECODES, FRONTEND, ITERATIONS, KV, TOKENS, equations
 
