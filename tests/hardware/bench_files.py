@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llmsched_baselines import Setting, make_policy
+from llmsched_env.backend import View
 from llmsched_env.compiled import compiled
 from llmsched_env.perf import FormulaTime, IterationTimeModel, Provenance
 from llmsched_env.perf.base import FloatArray
 from llmsched_env.perf.batch import BatchSums
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, LengthStatistics, Workload
+from llmsched_env.types import EngineConfig, IterationReport, LengthStatistics, Workload
 
 NOISE = 0.3  # an iteration takes from 1 - NOISE / 2 to 1 + NOISE / 2 of what the formula says
 
@@ -63,7 +64,7 @@ class Served:
 
 
 def serve(rate: float, count: int, seed: int, engine: EngineConfig = ENGINE, truth: FormulaTime = TRUTH) -> Served:
-    """Poisson arrivals, uniform lengths; ``engine`` with enough KV that nobody is preempted."""
+    """Poisson arrivals, uniform lengths."""
     rng = np.random.default_rng(seed)
     arrival = np.cumsum(rng.exponential(1 / rate, count))
     prompt, output = rng.integers(40, 400, count), rng.integers(12, 110, count)
@@ -71,14 +72,24 @@ def serve(rate: float, count: int, seed: int, engine: EngineConfig = ENGINE, tru
     statistics = LengthStatistics.of(prompt, output, np.ones(count))
     policy = make_policy("vllm", Setting(statistics, rate, engine.replace(time_model=NoisyTime(truth))))
     ends: list[float] = []
-    log = run_episode(policy, workload, on_step=lambda report, _: ends.append(report.start + report.duration)).log
-    assert log.forced_evictions.sum() == 0
-    steps = np.array(ends)
-    tokens = []
-    for first, last, n in zip(log.first_token, log.completed, log.output_tokens, strict=True):
-        own = np.unique(steps[(steps >= first - 1e-12) & (steps <= last + 1e-12)])
-        assert len(own) == n
-        tokens.append(own + FRONTEND + np.sort(rng.exponential(2e-4, 1)))
+    times: list[list[float]] = [[] for _ in range(count)]
+
+    def on_step(report: IterationReport, view: View) -> None:
+        ends.append(report.start + report.duration)
+        residents = view.resident_requests()
+        for r, generated in zip(residents.id.tolist(), residents.generated.tolist(), strict=True):
+            if generated > len(times[r]):
+                times[r].append(ends[-1])
+
+    log = run_episode(policy, workload, on_step=on_step).log
+    if engine.async_scheduling:  # a view counts the tokens of the iteration in flight
+        assert log.forced_evictions.sum() == 0
+        spans = zip(log.first_token, log.completed, strict=True)
+        times = [sorted({end for end in ends if first - 1e-12 <= end <= last + 1e-12}) for first, last in spans]
+    else:
+        times = [[*own, float(last)] for own, last in zip(times, log.completed, strict=True)]  # who has completed is no resident
+    assert [len(own) for own in times] == output.tolist()
+    tokens = [np.array(own) + FRONTEND + rng.exponential(2e-4) for own in times]
     return Served(workload.arrival + 1000.0, prompt.tolist(), output.tolist(), [t + 1000.0 for t in tokens])
 
 

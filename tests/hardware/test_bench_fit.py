@@ -169,3 +169,15 @@ def test_outputs_of_one_token_say_too_little(tmp_path: Path) -> None:
     served = Served(arrival, [100] * 40, [1] * 40, [np.array([a + 0.5]) for a in arrival])
     with pytest.raises(ConfigError, match="outputs of several tokens"):
         calibrate([read(tmp_path, served)], ENGINE, "one")
+
+
+def test_preempted_requests_are_seen_and_simulated(tmp_path: Path) -> None:
+    engine = ENGINE.replace(max_model_len=512, num_blocks=200)
+    served = [serve(rate, 300, seed, engine) for seed, rate in enumerate((4.0, 9.0))]
+    results = [read(tmp_path, s, name=f"r{i}") for i, s in enumerate(served)]
+    found = calibrate(results, engine, "small", ServerCounters(None, 100, None, None, None, None, None))
+    assert found.runs[1].preemptions > 20 and found.fit.equations[1].stalled > 0
+    assert any(note.startswith("preemptions: 100 on the server, ") for note in found.notes)
+    values = {i.name: i.value for i in found.fit.intervals}
+    assert values["a"] == pytest.approx(TRUTH.a, rel=0.05) and values["b"] == pytest.approx(TRUTH.b, rel=0.15)
+    assert abs(found.runs[1].error("latency_mean")) < 0.05 and max(map(abs, found.fit.drift)) < 0.03

@@ -117,9 +117,13 @@ def _iterations(result: BenchResult) -> list[_Seen]:
         missed = len(found)
         while len(rest):
             k = _place(ends[: len(found)], rest, usual)
-            count = _fitting(ends[k : len(found)], rest)
-            if count < len(rest) and not _paused(ends[: len(found)], rest[count:], k + count, usual):
-                count = len(rest)
+            count = _early(ends[: len(found)], rest, k)
+            if count:  # most of the tokens are of a time after a preemption
+                k = _place(ends[: len(found)], rest[:count], usual)
+            else:
+                count = _fitting(ends[k : len(found)], rest)
+                if count < len(rest) and not _paused(ends[: len(found)], rest[count:], k + count, usual):
+                    count = len(rest)
             for _ in range(k + count - len(found)):
                 ends[len(found)] = np.inf
                 found.append(_Seen({}, []))
@@ -159,6 +163,15 @@ def _paused(ends: FloatArray, rest: FloatArray, k: int, usual: float) -> bool:
     if later == len(ends):  # nobody else got a token since
         return float(rest[0] - ends[-1]) > LATE * usual
     return _apart(ends, rest, later) < 0.5 * min(_apart(ends, rest, k), usual)
+
+
+def _early(ends: FloatArray, times: FloatArray, k: int) -> int:
+    """How many of a request's first tokens come well before the iterations from ``k`` on."""
+    count = min(len(ends) - k, len(times))
+    if k == 0 or count < 2:
+        return 0
+    early = ends[k : k + count] - times[:count] > LATE * np.diff(ends[k - 1 : k + count])
+    return 0 if early.all() else int(np.argmin(early))
 
 
 def _fitting(ends: FloatArray, times: FloatArray) -> int:
@@ -222,9 +235,10 @@ def _chunks(result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: En
     done = np.zeros(len(result), np.int64)
     lag = _lag(engine)
     delay = np.nan_to_num(_delay(result, seen, engine)[1])
+    free = [engine.max_num_batched_tokens - sum(j > 0 for j in s.members.values()) for s in seen]
     at = 0
-    for k, s in enumerate(seen):
-        room = engine.max_num_batched_tokens - sum(j > 0 for j in s.members.values())
+    for k in range(len(seen)):
+        room = free[k]
         while at < len(order) and order[at][0] <= k:
             i = order[at][1]
             size = int(result.prompt_tokens[i] - done[i])
@@ -232,11 +246,21 @@ def _chunks(result: BenchResult, seen: list[_Seen], ends: FloatArray, engine: En
             room -= size
             at += 1
         if at < len(order) and room > 0 and k >= lag and engine.enable_chunked_prefill:
-            i = order[at][1]  # its first token comes later: if it had arrived, it got what was left
-            if result.arrival[i] + delay <= ends[k - lag] and result.prompt_tokens[i] - done[i] > room:
+            last, i = order[at]  # its first token comes later: if it had arrived, it got what was left
+            left = int(result.prompt_tokens[i] - done[i]) - room
+            if result.arrival[i] + delay <= ends[k - lag] and _ends_at(left, free[k + 1 : last + 1]):
                 chunks[k].append((room, int(done[i])))
                 done[i] += room
     return chunks
+
+
+def _ends_at(left: int, free: list[int]) -> bool:
+    """Whether a prompt with so many tokens left ends in the last of the next iterations, of which it takes all that is free.
+
+    If not, it was kept out by something else: no blocks, or no place.
+    """
+    before = sum(free[:-1])
+    return before < left <= before + free[-1]
 
 
 def _lag(engine: EngineConfig) -> int:
