@@ -520,14 +520,30 @@ def _model(options: EngineOptions) -> tuple[str, str, str]:
     weights = tiny and options.load_format != "dummy"
     key = (options.model, longest, options.seed if weights else None)
     if key not in _folders:
-        folder = Path(tempfile.mkdtemp(prefix="llmsched-model-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         if tiny:
+            folder = _temporary_folder()
             write_tiny_llama(folder, longest or 0, options.seed if weights else None)
         else:
-            write_shape(options.model, folder)
+            folder = _shape_folder(options.model)
         _folders[key] = folder
     return str(_folders[key]), "auto" if weights else "dummy", dtype
+
+
+def _temporary_folder() -> Path:
+    """Gone when the program ends."""
+    folder = Path(tempfile.mkdtemp(prefix="llmsched-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _shape_folder(name: str) -> Path:
+    """A shape's folder in vLLM's cache, the same in every process: graphs that vLLM has compiled are found again by the model's path
+    (``config/model.py``, ``ModelConfig.compute_hash``, 0.28.0 to 0.33.0)."""
+    from vllm import envs
+
+    with contextlib.suppress(OSError):
+        return write_shape(name, Path(envs.VLLM_CACHE_ROOT) / "llmsched-shapes" / name)
+    return write_shape(name, _temporary_folder())
 
 
 def write_tiny_llama(folder: Path, max_model_len: int, seed: int | None = None) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_env.errors import ConfigError, did_you_mean
+from llmsched_env.files import replacing
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -126,8 +127,9 @@ def write_shape(name: str, folder: Path) -> Path:
 
     Raises:
         ConfigError: unknown name.
+        OSError: it cannot be written.
     """
     config = model_shape(name).config()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / "config.json") as file:  # another process may read it meanwhile
+        file.write(json.dumps(config, indent=2) + "\n")
     return folder

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +27,7 @@ from llmsched_env.cli.measure_report import report
 from llmsched_env.cli.measure_steps import REPORT_FILE, SUMMARY_FILE, Measurement, SkipStep, Step
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import check_file
+from llmsched_env.perf import CalibrationRangeWarning
 from llmsched_env.workload import load_scenario
 from llmsched_hardware.calibration.settings import LONGEST, engine_options
 from llmsched_hardware.shapes import is_shape, write_shape
@@ -237,9 +239,10 @@ class Plan:
             first_seed=first_seed,
             out=self._path("pilot"),
         )
-        validation = validate.planned(given).validation
-        tasks = [Task(policy, rate, first_seed, SIM) for rate in validation.rates for policy in validation.policies]
-        return sum(run_task(validation, task, None).figures.sim_seconds for task in tasks) / PILOT
+        with warnings.catch_warnings(action="ignore", category=CalibrationRangeWarning):  # the validations themselves say it
+            validation = validate.planned(given).validation
+            tasks = [Task(policy, rate, first_seed, SIM) for rate in validation.rates for policy in validation.policies]
+            return sum(run_task(validation, task, None).figures.sim_seconds for task in tasks) / PILOT
 
 
 def run(options: GpuMeasure, screen: Screen) -> Outcome:
