@@ -537,12 +537,11 @@ def _temporary_folder() -> Path:
 
 
 def _shape_folder(name: str) -> Path:
-    """A shape's folder in vLLM's cache, the same in every process: graphs that vLLM has compiled are found again by the model's path
+    """A shape's folder in the user's cache, the same in every process: graphs that vLLM has compiled are found again by the model's path
     (``config/model.py``, ``ModelConfig.compute_hash``, 0.28.0 to 0.33.0)."""
-    from vllm import envs
-
-    with contextlib.suppress(OSError):
-        return write_shape(name, Path(envs.VLLM_CACHE_ROOT) / "llmsched-shapes" / name)
+    with contextlib.suppress(OSError, RuntimeError):  # no home directory is a RuntimeError
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return write_shape(name, Path(cache) / "llmsched-shapes" / name)
     return write_shape(name, _temporary_folder())
 
 

@@ -115,7 +115,7 @@ SYMBOLS: tuple[Symbol, ...] = (
     ),
     *_of("v1/core/sched/interface.py", "called", "pauses are left to vLLM", "PauseState SchedulerInterface"),
     *_of("v1/core/sched/utils.py", "mirrored", "when a request is complete, and how it leaves", "check_stop remove_all"),
-    *_of("v1/core/sched/output.py", "called", "what an iteration scheduled", "SchedulerOutput"),
+    *_of("v1/core/sched/output.py", "called", "what an iteration scheduled", "SchedulerOutput NewRequestData CachedRequestData"),
     # --- queues and requests ---------------------------------------------------------------------------------
     *_of(_QUEUE, "called", "the queue that a gate shows", "create_request_queue SchedulingPolicy RequestQueue"),
     *_of(
@@ -264,6 +264,6 @@ SYMBOLS: tuple[Symbol, ...] = (
         "CPUAttentionBackend.get_supported_kernel_block_sizes",
     ),
     *_of("triton_utils/dispatcher.py", "called", "a CPU build's look at every module, which numba must stand", "_rebind_kernels"),
-    *_of("platforms/interface.py", "called", "CPU build or CUDA", "Platform.is_cpu"),
+    *_of("platforms/interface.py", "called", "CPU build or CUDA, and the device's name", "Platform.is_cpu Platform.get_device_name"),
 )
 BY_KEY = {symbol.key: symbol for symbol in SYMBOLS}

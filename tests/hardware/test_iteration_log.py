@@ -194,6 +194,8 @@ def test_a_last_line_that_a_kill_cut_off_is_left_out(tmp_path: Path, name: str) 
         (",".join(["x"] * len(COLUMNS)), "not a row of numbers"),
         (",".join(["nan"] * len(COLUMNS)), "a number that is not finite"),
         (",".join(["-2"] * len(COLUMNS)), "a number below 0"),
+        (",".join(["0.5"] * len(COLUMNS)), "must be whole numbers"),
+        (",".join(["1e300"] * len(COLUMNS)), "must be whole numbers"),
         ("", "numbers, must be"),
         ("{", "not JSON"),
         ("{}", "segment: None, must be an integer"),
@@ -218,6 +220,28 @@ def test_any_other_broken_line_is_named(tmp_path: Path, line: str | None, why: s
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(ConfigError, match=rf"log\.csv, line 6: .*{why}" if why != "segment" else why):
         read_iteration_log(path)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.csv.gz"])
+def test_whatever_bytes_are_changed_the_file_is_read_or_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    written(path, 4, segments=2)
+    data, choice = path.read_bytes(), random.Random(1)
+    read = 0
+    for _ in range(600):
+        changed = bytearray(data)
+        for _ in range(choice.randint(1, 3)):
+            at = choice.randrange(len(changed))
+            changed[at : at + choice.randint(0, 2)] = bytes(choice.choice(b'0123456789,.-+e{}[]":\nx') for _ in range(choice.randint(0, 2)))
+        path.write_bytes(changed)
+        try:
+            found = read_iteration_log(path)
+        except ConfigError as error:
+            assert str(path) in str(error)
+        else:
+            read += 1
+            assert np.isfinite(found.table).all() and (found.seconds() >= 0).all() and len(list(found.rows())) == len(found)
+    assert read > 20 * (name == "log.csv")
 
 
 def test_what_is_no_log_is_refused(tmp_path: Path) -> None:

@@ -254,11 +254,13 @@ def _table(path: Path, rows: Sequence[str], numbers: Sequence[int]) -> npt.NDArr
         table = np.array([_values(path, number, row) for row, number in zip(rows, numbers, strict=True)])
     position = {name: k for k, name in enumerate(COLUMNS)}
     limited = [k for name, k in position.items() if name != "execute_seconds"]
+    counts = table[:, [position[name] for name in sorted(_WHOLE)]]
     late = np.zeros(len(table), dtype=bool)
     late[1:] = (np.diff(table[:, position["segment"]]) == 0) & (np.diff(table[:, position["end"]]) < 0)
     for wrong, why in (
         (~np.isfinite(table).all(axis=1), "a number that is not finite"),
         ((table[:, limited] < 0).any(axis=1), "a number below 0"),
+        (((counts != np.floor(counts)) | (counts > checks.MOST_TOKENS)).any(axis=1), f"{', '.join(sorted(_WHOLE))} must be whole numbers"),
         (table[:, position["end"]] < table[:, position["begin"]], "it ends before it begins"),
         (late, "it ends before the iteration before it"),
     ):
