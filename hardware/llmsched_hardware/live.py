@@ -29,6 +29,7 @@ from llmsched_env.engine.residents import admit, blocks_for, insert_peer, preemp
 from llmsched_env.engine.state import BOUNDARY, DECODE, PREFILL
 from llmsched_env.engine.step import advance_clock, clear_queues, engine_at
 from llmsched_env.errors import ConfigError
+from llmsched_env.perf.base import memory_of
 from llmsched_env.records import Floats, Ints, Rows, reader
 from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout
 
@@ -230,7 +231,7 @@ class LiveMirror:
         self._free: list[int] = []
         self._next_key = 0
         self._memory = np.zeros((), dtype=st.Engine.DTYPE)
-        self._model = np.ascontiguousarray(engine.time_model.pack())
+        self._model = {"model": np.ascontiguousarray(engine.time_model.pack()), "memory": memory_of(engine.time_model)}
         self._tables: dict[str, npt.NDArray[Any]] = {}
         self._allocate(_INITIAL_REQUESTS)
         record = self.record
@@ -265,7 +266,7 @@ class LiveMirror:
             self._tables[name] = made[name]
         self.stays = Stays(self._tables["stays"])
         parts: dict[str, Any] = {name: rows for name, rows in self._tables.items() if name != "stays"}
-        self.record = st.Engine(self._memory, **parts, batch={"model": self._model})
+        self.record = st.Engine(self._memory, **parts, batch=self._model)
         if old:
             self.view.rebind(self.record)
         self.names.extend([""] * (size - old))
