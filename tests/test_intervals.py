@@ -73,7 +73,7 @@ def cell(rate: float, mean: float, half: float) -> Cell:
 def drawn(monkeypatch: pytest.MonkeyPatch, path: Path, table: list[Cell]) -> Any:
     """The axes of a comparison's plot, before they are closed."""
     kept: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda pyplot, picture, _: kept.append(picture))
+    monkeypatch.setattr(plots, "save_figure", lambda pyplot, picture, _: kept.append(picture))
     plots.plot_against_rate(path, table, (("latency_mean", "s"),), {"a": "a"}, 5.0, 5)
     return kept[0].axes[0]
 
