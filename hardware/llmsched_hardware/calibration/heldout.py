@@ -126,7 +126,8 @@ def record_traffic(
             bar.show("traffic to fit")
             for number in range(TRAFFIC_ROUNDS):
                 begin = time.monotonic()
-                for load, name in itertools.product(TRAFFIC_LOADS, TRAFFIC_POLICIES):
+                # A policy with other engine settings means building the engine anew: it keeps its turn for all loads.
+                for name, load in itertools.product(TRAFFIC_POLICIES, TRAFFIC_LOADS):
                     backend.about_episode = {"policy": name, "rate": load * boundary, "seed": number + 1, "repeat": 0, "warm_up": False}
                     policy = make_policy(name, Setting(statistics, load * boundary, engine))
                     run_episode(policy, _poisson(lengths, load * boundary, TRAFFIC_REQUESTS, SEED + 1 + number), backend=backend)
