@@ -141,7 +141,10 @@ def _is_cold(validation: Validation, task: Task) -> bool:
 
 
 def run_virtual(plan: Plan, rows: RowFile[Schedules], backend: Any, folder: Path, bar: Bar) -> None:
-    """Compare every episode that has no row yet; two counts of the bar for each. Arguments and errors as ``run_measured``."""
+    """Compare every episode that has no row yet, then repeat them on the engine; a count of the bar for each run on it and its scheduler.
+
+    Arguments and errors as ``run_measured``.
+    """
     validation = plan.validation
     done = {(row.policy, row.rate, row.seed, row.backend) for row in rows.rows}
     scheduler = make_backend(SCHEDULER)
@@ -154,6 +157,14 @@ def run_virtual(plan: Plan, rows: RowFile[Schedules], backend: Any, folder: Path
                     rows.append(compare_schedules(validation, policy, rate, seed, name, other))
                     if name == ENGINE:
                         keep_machine(folder, dataclasses.asdict(backend.machine()))
+                bar.advance()
+        # The same schedules again, for the iteration log alone: what the machine does at other times.
+        for repeat, policy in itertools.product(range(1, validation.repeats), validation.policies):
+            for rate, seed in itertools.product(validation.rates, validation.seeds):
+                task = Task(policy, rate, seed, ENGINE, repeat)
+                bar.show(f"{ENGINE}: {policy} at {rate:.4g}, again")
+                _describe_episode(backend, task)
+                run_task(validation, task, backend)
                 bar.advance()
     finally:
         scheduler.close()

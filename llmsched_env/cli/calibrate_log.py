@@ -12,7 +12,7 @@ from llmsched_env.cli.frame import Options, Outcome, Screen
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import check_file
 from llmsched_env.perf import save_calibration
-from llmsched_hardware.calibration.from_log import Form, check_model, fit_log
+from llmsched_hardware.calibration.from_log import Form, Repeats, check_model, fit_log
 from llmsched_hardware.calibration.iteration_log import read_iteration_logs
 
 
@@ -32,6 +32,8 @@ class FromLog(Options):
     """Name of the calibration."""
     form: Form = "traffic"
     """What is fitted: traffic (all terms), formula (the compact one) or linear (the paper's two)."""
+    repeats: Repeats = "apart"
+    """Runs of the same batches (validate --clock virtual --repeats N): apart, or of each iteration the median or the fastest one."""
     check: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="LOG [LOG ...]", help_behavior_hint="(default: none)")] = ()
     """Logs that are not fitted: how far the calibration is off on their iterations."""
 
@@ -48,7 +50,7 @@ def run_from_log(options: FromLog, screen: Screen) -> Outcome:
     require("scipy.optimize", "cli")
     log = read_iteration_logs(options.logs)
     others = read_iteration_logs(options.check) if options.check else None
-    found = fit_log(log, options.name or options.out.stem, options.form)
+    found = fit_log(log, options.name or options.out.stem, options.form, options.repeats)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     save_calibration(found.model, options.out)
     screen.print(f"{options.out}: {found.form}, {len(log):,} iterations")
@@ -64,7 +66,7 @@ def run_from_log(options: FromLog, screen: Screen) -> Outcome:
         "model": {"form": found.form, "shapes": found.shapes},
     }
     if others is not None:
-        error, groups = check_model(found.model, others)
+        error, groups = check_model(found.model, others, options.repeats)
         screen.print(f"{'checked':<12} {error}")
         for group in groups:
             screen.print(f"{'':<12} {group.name}: total {100 * group.error:+.1f} %, {group.count:,} iterations")

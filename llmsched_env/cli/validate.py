@@ -89,7 +89,7 @@ class Validate(Resumable):
     first_seed: Annotated[int, tyro.conf.arg(metavar="S")] = 0
     """The first seed; others than those that a calibration was fitted to."""
     repeats: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {REPEATS})")] = None
-    """Runs of the same requests on the engine."""
+    """Runs of the same requests on the engine; under the virtual clock, where they are alike, 1 unless it is given."""
     warm_ups: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """Runs on the engine before them, not counted."""
     alternate: bool = False
@@ -143,7 +143,7 @@ def planned(options: Validate) -> Plan:
         rates=chosen_rates(options, scenario),
         seeds=seeds,
         num_requests=num_requests,
-        repeats=options.repeats or (QUICK_REPEATS if options.quick else REPEATS),
+        repeats=options.repeats or (1 if options.clock == "virtual" else QUICK_REPEATS if options.quick else REPEATS),
         warm_ups=options.warm_ups,
         options=overrides.policy,
         alternate=options.alternate,
@@ -207,7 +207,7 @@ def validate_schedules(options: Validate, plan: Plan, backend: Any, screen: Scre
     """Under the virtual clock: are the schedules the same?"""
     validation = plan.validation
     episodes = len(validation.rates) * len(validation.policies) * len(validation.seeds)
-    with kept_rows(options, plan, SCHEDULES_FILE, Schedules) as rows, screen.progress(2 * episodes) as bar:
+    with kept_rows(options, plan, SCHEDULES_FILE, Schedules) as rows, screen.progress((1 + validation.repeats) * episodes) as bar:
         run_virtual(plan, rows, backend, options.out, bar)
     chosen = [row for row in rows.rows if row.policy in validation.policies and row.rate in validation.rates]
     same = sum(check.identical for check in chosen)

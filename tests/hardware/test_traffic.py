@@ -20,7 +20,7 @@ from llmsched_env.perf import Batch, TrafficTime, load_calibration, save_calibra
 from llmsched_env.runner import run_episode
 from llmsched_env.types import EngineConfig, Workload
 from llmsched_env.workload import load_scenario
-from llmsched_hardware.calibration.from_log import fit_log, fit_logs, not_covered
+from llmsched_hardware.calibration.from_log import combined, fit_log, fit_logs, iterations_of, not_covered
 from llmsched_hardware.calibration.iteration_log import COLUMNS, IterationLog, IterationLogWriter, IterationRow
 from llmsched_hardware.calibration.traffic_fit import (
     LEAST_ROWS,
@@ -253,3 +253,23 @@ def test_what_is_not_covered_is_said_in_words() -> None:
     decodes = batches[:, 2] == 0
     alone = Iterations(batches[decodes], seconds[decodes], run[decodes], run[decodes])
     assert "several prompts at once: none" in not_covered(alone, {})
+
+
+def test_runs_of_the_same_batches_are_made_one() -> None:
+    rows = np.zeros((30, len(COLUMNS)))
+    at = {name: k for k, name in enumerate(COLUMNS)}
+    rows[:, at["decodes"]] = rows[:, at["batch_size"]] = np.tile(1.0 + np.arange(10), 3)
+    rows[:, at["segment"]] = np.repeat([0, 1, 2], 10)
+    seconds = np.concatenate([np.full(10, 3e-3), np.full(10, 1e-3), np.full(10, 2e-3)])
+    rows[:, at["end"]] = np.cumsum(seconds)
+    rows[:, at["begin"]] = rows[:, at["end"]] - seconds
+    about = {"policy": "vllm", "rate": 1.0, "seed": 0}
+    log = IterationLog({"steps": "whole"}, rows, {k: {**about, "repeat": k} for k in range(3)})
+    data, _ = iterations_of(log)
+    assert len(combined(data, log, "apart")[0]) == 30
+    for how, expected in (("median", 2e-3), ("fastest", 1e-3)):
+        one, kept = combined(data, log, how)  # type: ignore[arg-type]
+        assert len(one) == len(kept) == 10 and one.seconds == pytest.approx(np.full(10, expected))
+        assert one.batches.tobytes() == data.batches[:10].tobytes()
+    other = IterationLog({"steps": "whole"}, rows, {0: about, 1: about, 2: {**about, "rate": 2.0}})
+    assert len(combined(data, other, "median")[0]) == 20  # another rate is another run, whatever its batches

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel, Provenance, TrafficTime
@@ -34,6 +35,7 @@ from llmsched_hardware.calibration.traffic_fit import (
 
 Form = Literal["traffic", "formula", "linear"]
 FORMS: tuple[Form, ...] = ("traffic", "formula", "linear")
+Repeats = Literal["apart", "median", "fastest"]
 WINDOW = 100
 """Iterations over which the machine's speed is taken."""
 DRIFT_WARNING = 0.10
@@ -141,12 +143,36 @@ def iterations_of(log: IterationLog) -> tuple[Iterations, float]:
     return Iterations(log.batches(), log.seconds() + between, run, engine), between
 
 
-def fit_logs(paths: Iterable[str | Path], name: str, form: Form = "traffic") -> LogFit:
+def combined(data: Iterations, log: IterationLog, how: Repeats) -> tuple[Iterations, IterationLog]:
+    """Runs of the same batches, as repeats under the virtual clock are, made one: of each iteration the median or the shortest time.
+
+    A machine whose speed drifts is slow in some repeats and not in others; the shortest of several is what it does when nothing is in its
+    way. Runs without a repeat stay as they are.
+    """
+    if how == "apart":
+        return data, log
+    segment = log.column("segment").astype(np.int64)
+    alike: dict[tuple[Any, ...], list[npt.NDArray[np.int64]]] = {}
+    for number in dict.fromkeys(segment.tolist()):
+        own = np.flatnonzero(segment == number)
+        about = log.segments.get(number, {})
+        key = tuple(about.get(name) for name in ("policy", "rate", "seed"))
+        alike.setdefault((*key, data.batches[own].tobytes()), []).append(own)
+    first = np.sort(np.concatenate([runs[0] for runs in alike.values()]))
+    seconds = data.seconds.copy()
+    for runs in alike.values():
+        seconds[runs[0]] = (np.median if how == "median" else np.min)([data.seconds[own] for own in runs], axis=0)
+    kept = Iterations(data.batches[first], seconds[first], data.run[first], data.engine[first])
+    return kept, dataclasses.replace(log, table=log.table[first])
+
+
+def fit_logs(paths: Iterable[str | Path], name: str, form: Form = "traffic", repeats: Repeats = "apart") -> LogFit:
     """Fit a form to the iterations in the files.
 
     Args:
         name: of the calibration.
         form: ``traffic`` (``TrafficTime``), ``formula`` or ``linear``.
+        repeats: what becomes of runs of the same batches (``combined``).
 
     Raises:
         ConfigError: unknown form; files that cannot be read or are of different engines; too few iterations.
@@ -154,12 +180,13 @@ def fit_logs(paths: Iterable[str | Path], name: str, form: Form = "traffic") -> 
     if form not in FORMS:
         raise ConfigError(f"form: {form!r}, must be one of {', '.join(FORMS)}")
     log = read_iteration_logs(paths)
-    return fit_log(log, name, form)
+    return fit_log(log, name, form, repeats)
 
 
-def fit_log(log: IterationLog, name: str, form: Form = "traffic") -> LogFit:
+def fit_log(log: IterationLog, name: str, form: Form = "traffic", repeats: Repeats = "apart") -> LogFit:
     """``fit_logs`` of a log in memory."""
     data, between = iterations_of(log)
+    data, log = combined(data, log, repeats)
     fitted = fit_traffic(data)  # whatever the form: it says what is a stall
     keep = ~fitted.stalls
     model: IterationTimeModel
@@ -191,9 +218,9 @@ def fit_log(log: IterationLog, name: str, form: Form = "traffic") -> LogFit:
     return dataclasses.replace(found, model=filed)
 
 
-def check_model(model: IterationTimeModel, log: IterationLog) -> tuple[FitError, list[Group]]:
+def check_model(model: IterationTimeModel, log: IterationLog, repeats: Repeats = "apart") -> tuple[FitError, list[Group]]:
     """A model on the iterations of a log that it was not fitted to: over all, and by policy and rate."""
-    data, _ = iterations_of(log)
+    data, log = combined(iterations_of(log)[0], log, repeats)
     modelled = model.seconds_of(data.batches)
     return fit_error(model, data.batches, data.seconds), list(_groups(log, data.seconds, modelled, np.ones(len(data), dtype=bool)))
 
@@ -301,4 +328,4 @@ def _provenance(found: LogFit, fitted: Fitted, data: Iterations, name: str) -> P
     )
 
 
-__all__ = ["FORMS", "Form", "Group", "LogFit", "check_model", "drift_of", "fit_log", "fit_logs", "iterations_of"]
+__all__ = ["FORMS", "Form", "Group", "LogFit", "Repeats", "check_model", "combined", "drift_of", "fit_log", "fit_logs", "iterations_of"]
