@@ -125,7 +125,7 @@ setup-vllm: $(VLLM_VENV)/.installed
 VLLM_PYTEST = OMP_NUM_THREADS=1 VLLM_TARGET_DEVICE=cpu $(VLLM_BIN)/python -m pytest -s -o filterwarnings=default
 
 test-vllm: setup-vllm
-	$(VLLM_PYTEST) tests/real_vllm
+	$(VLLM_PYTEST) -m "not slow" tests/real_vllm
 
 test-vllm-equality: setup-vllm
 	$(VLLM_PYTEST) $(wildcard tests/real_vllm/test_*equality.py)
