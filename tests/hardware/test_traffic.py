@@ -260,6 +260,7 @@ def test_runs_of_the_same_batches_are_made_one() -> None:
     at = {name: k for k, name in enumerate(COLUMNS)}
     rows[:, at["decodes"]] = rows[:, at["batch_size"]] = np.tile(1.0 + np.arange(10), 3)
     rows[:, at["segment"]] = np.repeat([0, 1, 2], 10)
+    rows[[10, 20], at["finished"]] = 7.0  # of the run before: no batch of this one
     seconds = np.concatenate([np.full(10, 3e-3), np.full(10, 1e-3), np.full(10, 2e-3)])
     rows[:, at["end"]] = np.cumsum(seconds)
     rows[:, at["begin"]] = rows[:, at["end"]] - seconds

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel, Provenance, TrafficTime
 from llmsched_env.perf.base import FloatArray
-from llmsched_env.perf.batch import DECODE_KV, DECODES, PREFILL_CONTEXT, PREFILL_TOKENS, PREFILLS
+from llmsched_env.perf.batch import DECODE_KV, DECODES, FINISHED, PREFILL_CONTEXT, PREFILL_TOKENS, PREFILLS
 from llmsched_hardware.calibration.fit import FitError, fit_error, formula_of, linear_of
 from llmsched_hardware.calibration.iteration_log import IterationLog, read_iteration_logs
 from llmsched_hardware.calibration.traffic_fit import (
@@ -140,7 +140,9 @@ def iterations_of(log: IterationLog) -> tuple[Iterations, float]:
     files = {number: str(about.get("file", "")) for number, about in log.segments.items()}
     names = sorted(set(files.values()))
     engine = np.array([names.index(files.get(k, names[0] if names else "")) if names else 0 for k in run.tolist()], dtype=np.int64)
-    return Iterations(log.batches(), log.seconds() + between, run, engine), between
+    batches = log.batches().copy()
+    batches[np.flatnonzero(np.diff(run, prepend=-1)), FINISHED] = 0.0  # who ended before a run's first batch was of another run
+    return Iterations(batches, log.seconds() + between, run, engine), between
 
 
 def combined(data: Iterations, log: IterationLog, how: Repeats) -> tuple[Iterations, IterationLog]:
