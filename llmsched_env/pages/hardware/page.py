@@ -105,7 +105,7 @@ KV cache that is 97 % full; a load of 1.05 keeps it full.
 """
 
 OPEN = """**This part is open.** No GPU was available when this page was written; the script and the commands above have been run on the CPU
-build of vLLM with the shape `tiny` alone, and nothing is said here about how close the simulator comes to a GPU.
+build of vLLM with the shapes `tiny` and `small` alone, and nothing is said here about how close the simulator comes to a GPU.
 """
 
 
@@ -176,12 +176,12 @@ def validation_section(folder: Path) -> str:
             f"**{same} of {len(checks)} episodes identical** on the simulator and on {' and '.join(sorted({c.backend for c in checks}))}: "
             f"{steps:,} steps and {evictions:,} evictions compared, every report of every step and all times of every request."
         )
-        return "\n\n".join([f"### {title}: virtual clock", facts, sentence])
+        return "\n\n".join([f"### {title}: virtual clock ({folder.name})", facts, sentence])
     runs = read_rows(folder / RUNS_FILE, Run)
     found = gaps(runs, list(dict.fromkeys(run.policy for run in runs)))
     ranks = rankings(found)
     parts = [
-        f"### {title}: measured clock",
+        f"### {title}: measured clock ({folder.name})",
         facts,
         "Error of the simulator (spread of the engine):",
         error_table(found),
