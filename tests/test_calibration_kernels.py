@@ -100,10 +100,10 @@ def test_refusals(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(config: Path, tmp_path: Path) -> None:
+def test_a_gpu_that_is_not_there_is_refused(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmsched_hardware.calibration.importers.dense_model import read_model
 
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="--device: cuda, but PyTorch finds no GPU"):
         measure(read_model(config), tmp_path / "profile", Reach(4, 4, 2), deadline=0.0, device="cuda")
     assert not (tmp_path / "profile").exists()

@@ -182,6 +182,12 @@ def test_nothing_is_imported_by_a_string_but_what_people_name() -> None:
     assert sorted(found) == [("llmsched_env.errors", "import_module"), ("llmsched_env.registry", "import_module")]
 
 
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """Pytest imports them by their names alone: of two in different folders the second is an error when all are collected."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_entry_points_of_this_project_name_what_is_there() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]
