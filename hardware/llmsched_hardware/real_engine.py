@@ -380,9 +380,12 @@ def describe_scheduler(scheduler: Any, model: str | None = None) -> dict[str, An
     from vllm.platforms import current_platform
 
     config, on_cpu = scheduler.vllm_config, _on_cpu()
-    device = _cpu_name() if on_cpu else current_platform.device_type or "no device"
-    with contextlib.suppress(NotImplementedError):  # a CUDA build without a GPU
-        device = device if on_cpu else str(current_platform.get_device_name())
+    if on_cpu:
+        device = _cpu_name()
+    elif current_platform.is_unspecified():  # a CUDA build without a GPU
+        device = "no device"
+    else:
+        device = str(current_platform.get_device_name())
     return {
         "device": device,
         "vllm": installed()[1],

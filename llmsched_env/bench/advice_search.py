@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,22 +218,18 @@ class Study:
         self._note(self.on_selection(DEFAULT))
         left = list(self.case.policies)
         trials = dict.fromkeys(left, 0)
-        with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="advise") as pool:
-            try:
-                for i in range(ROUNDS):
-                    share = self.settings // (ROUNDS * len(left))
-                    for name in left:
-                        trials[name] += max(share, 1)
-                    found = list(pool.map(lambda name: self._of_policy(name, trials[name]), left))
-                    for each in found:
-                        for one in each:
-                            self._note(one)
-                    if i + 1 < ROUNDS:
-                        best = {name: min(map(self._wanted, each)) for name, each in zip(left, found, strict=True)}
-                        left = sorted(left, key=lambda name: best[name])[: max(math.ceil(len(left) / 2), 1)]
-            except BaseException:
-                self._stopped = True
-                raise
+        with self._workers(jobs) as pool:
+            for i in range(ROUNDS):
+                share = self.settings // (ROUNDS * len(left))
+                for name in left:
+                    trials[name] += max(share, 1)
+                found = list(pool.map(lambda name: self._of_policy(name, trials[name]), left))
+                for each in found:
+                    for one in each:
+                        self._note(one)
+                if i + 1 < ROUNDS:
+                    best = {name: min(map(self._wanted, each)) for name, each in zip(left, found, strict=True)}
+                    left = sorted(left, key=lambda name: best[name])[: max(math.ceil(len(left) / 2), 1)]
 
     def _note(self, one: Tried) -> None:
         self.tried.setdefault(one.choice, one)
@@ -341,9 +338,15 @@ class Study:
             policy = self.case.build(choice)
             return tuple(self.row(choice, seed, policy).figures for seed in self.case.evaluation_seeds)
 
+        with self._workers(jobs) as pool:
+            return dict(zip(choices, pool.map(figures, choices), strict=True))
+
+    @contextmanager
+    def _workers(self, jobs: int) -> Iterator[ThreadPoolExecutor]:
+        """Threads that stop at their next row when the caller is broken off, by Ctrl-C as well; otherwise leaving would wait for them."""
         with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="advise") as pool:
             try:
-                return dict(zip(choices, pool.map(figures, choices), strict=True))
+                yield pool
             except BaseException:
                 self._stopped = True
                 raise

@@ -15,7 +15,7 @@ import tyro
 from llmsched_env.cli.calibrate_bench import FromBench, run_from_bench
 from llmsched_env.cli.calibrate_kernels import Kernels, run_kernels
 from llmsched_env.cli.calibrate_log import FromLog, run_from_log
-from llmsched_env.cli.frame import Assignments, Command, Options, Outcome, Resumable, Screen, check_counts, words
+from llmsched_env.cli.frame import Assignments, Command, Options, Outcome, Resumable, Screen, check_counts, check_new_calibration, words
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import check_file, goes_on
 from llmsched_env.perf import IterationTimeModel
@@ -133,11 +133,7 @@ def checked(options: Engine) -> EngineOptions:
     Raises:
         ConfigError: naming the option.
     """
-    if options.out.suffix != ".json":
-        raise ConfigError(f"--out: {options.out}, must end in .json (tables go to the same name with .npz)")
-    check_file("--out", options.out)
-    if options.name is not None and not options.name.strip():
-        raise ConfigError("--name: empty")
+    check_new_calibration(options.out, options.name, " (tables go to the same name with .npz)")
     if not (math.isfinite(options.budget_seconds) and options.budget_seconds > 0):
         raise ConfigError(f"--budget-seconds: {options.budget_seconds:g}, must be finite and > 0")
     check_counts(max_batch=options.max_batch, sweeps=options.sweeps)

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from llmsched_baselines.overrides import engine_keys, parse_overrides
-from llmsched_env.cli.frame import Assignments, Options, Outcome, Screen, words
+from llmsched_env.cli.frame import Assignments, Options, Outcome, Screen, check_new_calibration, words
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.files import check_file
 from llmsched_env.perf import save_calibration
 from llmsched_env.types import EngineConfig
 from llmsched_hardware.calibration.bench_fit import Interval
@@ -64,11 +63,7 @@ class _Server:
 
 def run_from_bench(options: FromBench, screen: Screen) -> Outcome:
     """Read and check everything, fit, predict, write."""
-    if options.out.suffix != ".json":
-        raise ConfigError(f"--out: {options.out}, must end in .json")
-    check_file("--out", options.out)
-    if options.name is not None and not options.name.strip():
-        raise ConfigError("--name: empty")
+    check_new_calibration(options.out, options.name)
     if (options.metrics_before is None) != (options.metrics_after is None):
         raise ConfigError("--metrics-before and --metrics-after: one is missing, both must be given")
     if not options.results:

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from llmsched_env.cli.frame import Options, Outcome, Screen
+from llmsched_env.cli.frame import Options, Outcome, Screen, check_new_calibration
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.files import check_file
 from llmsched_env.perf import save_calibration
 from llmsched_hardware.calibration.from_log import Form, Repeats, check_model, fit_log
 from llmsched_hardware.calibration.iteration_log import read_iteration_logs
@@ -40,11 +39,7 @@ class FromLog(Options):
 
 def run_from_log(options: FromLog, screen: Screen) -> Outcome:
     """Read, fit, write, say how well."""
-    if options.out.suffix != ".json":
-        raise ConfigError(f"--out: {options.out}, must end in .json")
-    check_file("--out", options.out)
-    if options.name is not None and not options.name.strip():
-        raise ConfigError("--name: empty")
+    check_new_calibration(options.out, options.name)
     if not options.logs:
         raise ConfigError("LOG: none given, must be at least one iteration log")
     require("scipy.optimize", "cli")

@@ -251,6 +251,23 @@ def check_counts(**counts: int | None) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}: {count}, must be >= 1")
 
 
+def check_new_calibration(out: Path, name: str | None, beside: str = "") -> None:
+    """Refuse a place or a name that a calibration cannot have.
+
+    Args:
+        out: of ``--out``; name: of ``--name``, None for the file's.
+        beside: what else is written, for the message.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if out.suffix != ".json":
+        raise ConfigError(f"--out: {out}, must end in .json{beside}")
+    check_file("--out", out)
+    if name is not None and not name.strip():
+        raise ConfigError("--name: empty")
+
+
 def words(assignments: Sequence[Sequence[str]]) -> list[str]:
     """The words of ``--set`` in order."""
     return [word for group in assignments for word in group]

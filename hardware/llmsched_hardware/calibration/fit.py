@@ -29,6 +29,8 @@ KNEE_LEAST = 0.002
 KNEE_POINTS = 6
 MOST_KNEES = 40
 ROUNDS = 4
+MANY_ROWS, RIDGE = 2_000, 1e-10
+"""From where on rows are put together. Columns may be multiples of one another, as tokens and decodes are where nothing is prefilled."""
 # How strongly a table is drawn to the formula, and its deviation from it to that of the neighbours.
 TO_FORMULA = 0.02
 TO_NEIGHBOURS = 0.15
@@ -90,7 +92,7 @@ def fit_linear(points: Sequence[Point]) -> LinearTime:
 def linear_of(batches: FloatArray, seconds: FloatArray) -> LinearTime:
     """The paper's two terms of (n, BATCH_FIELDS) batches that took (n,) seconds."""
     columns = np.stack([np.ones(seconds.size), batches[:, LOAD]], axis=1)
-    d0, d1 = _non_negative(columns, seconds, floors=(0,))
+    d0, d1 = non_negative(columns, seconds, floors=(0,))
     return LinearTime(float(d0), float(d1))
 
 
@@ -143,11 +145,11 @@ def _fit_knee(batches: FloatArray, seconds: FloatArray, tokens: FloatArray, knee
     common = [kv, kv / root, batches[:, PREFILL_WORK], n]
     ones = np.ones_like(tokens)
     if math.isinf(knee):
-        a, b, *rest = _non_negative(np.stack([ones, tokens, *common], axis=1), seconds, floors=(0,))
+        a, b, *rest = non_negative(np.stack([ones, tokens, *common], axis=1), seconds, floors=(0,))
         s, c, knee = a, b, 0.0
     else:
         lines = [ones * low, tokens * low, ones * ~low, tokens * ~low]
-        a, b, s, c, *rest = _non_negative(np.stack([*lines, *common], axis=1), seconds, floors=(0, 2))
+        a, b, s, c, *rest = non_negative(np.stack([*lines, *common], axis=1), seconds, floors=(0, 2))
     d1, d2, d3, d4 = (float(x) for x in rest)
     return FormulaTime(a=float(a), b=float(b), s=float(s), c=float(c), d1=d1, d2=d2, d3=d3, d4=d4, knee=knee)
 
@@ -162,20 +164,39 @@ def _data(points: Sequence[Point], least: int) -> tuple[FloatArray, FloatArray]:
     return batches_of(points), seconds_of(points)
 
 
-def _non_negative(columns: FloatArray, seconds: FloatArray, floors: Sequence[int]) -> FloatArray:
-    """Coefficients >= 0 of the smallest squared relative error; those at ``floors`` stay above 0."""
-    nnls = require("scipy.optimize", "cli").nnls
+def non_negative(
+    columns: FloatArray, seconds: FloatArray, floors: Sequence[int], rounds: int = ROUNDS, clip: float = math.inf
+) -> FloatArray:
+    """Coefficients >= 0 of the smallest squared relative error; those at ``floors`` stay above 0.
+
+    Args:
+        rounds: how often the predicted times that rows are divided by are found anew.
+        clip: residuals beyond so many typical ones (median absolute) count as that many (Huber).
+    """
     floor = np.zeros(columns.shape[1])
     floor[list(floors)] = FLOOR * seconds.min()
-    predicted, result = seconds, floor
-    for _ in range(ROUNDS):
-        rows = columns / predicted[:, None]
+    predicted, result, weight = seconds, floor, np.ones(seconds.size)
+    for _ in range(rounds):
+        rows = columns * (weight / predicted)[:, None]
         scale = np.abs(rows).max(axis=0)  # coefficients differ by ten orders of magnitude
         scale[scale == 0] = 1.0
-        solution, _ = nnls(rows / scale, seconds / predicted - rows @ floor)
-        result = floor + solution / scale
+        result = floor + _nnls(rows / scale, (seconds - columns @ floor) * weight / predicted) / scale
         predicted = columns @ result
+        if math.isfinite(clip):
+            error = np.abs(seconds / predicted - 1.0)
+            weight = np.sqrt(np.minimum(1.0, clip * max(float(np.median(error)), 1e-6) / np.maximum(error, 1e-12)))
     return result
+
+
+def _nnls(rows: FloatArray, sides: FloatArray) -> FloatArray:
+    """Non-negative least squares; of many rows first the same squares in as many rows as columns."""
+    nnls = require("scipy.optimize", "cli").nnls
+    if len(rows) > MANY_ROWS:
+        squares = rows.T @ rows
+        root: FloatArray = np.linalg.cholesky(squares + RIDGE * np.trace(squares) * np.eye(len(squares)))
+        rows, sides = root.T, np.asarray(np.linalg.solve(root, rows.T @ sides), dtype=np.float64)
+    solution: FloatArray = nnls(rows, sides, maxiter=50 * rows.shape[1])[0]
+    return solution
 
 
 # --- tables ---------------------------------------------------------------------------------------

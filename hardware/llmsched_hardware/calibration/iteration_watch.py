@@ -87,7 +87,7 @@ class IterationWatch:
                 blocks = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
                 counts = blocks, versions.num_waiting(scheduler), len(scheduler.running), preempted
                 self._scheduled.append(_Scheduled(output, batch, begin, *counts))
-        except Exception as error:
+        except Exception as error:  # nor what vLLM puts out and this version does not know
             self._fail(error)
 
     def updated(self, output: Any, execute_seconds: float) -> None:
@@ -98,17 +98,14 @@ class IterationWatch:
         """
         if self._failed or not output.num_scheduled_tokens:
             return
-        try:
-            while self._scheduled:
-                done = self._scheduled.popleft()
-                if done.output is output:  # others never came back
-                    if self._whole_steps:
-                        self._processed = done, execute_seconds
-                    else:
-                        self._append(done, execute_seconds)
-                    return
-        except Exception as error:
-            self._fail(error)
+        while self._scheduled:
+            done = self._scheduled.popleft()
+            if done.output is output:  # others never came back
+                if self._whole_steps:
+                    self._processed = done, execute_seconds
+                else:
+                    self._append(done, execute_seconds)
+                return
 
     def stepped(self) -> None:
         """The step has ended that ``enter`` began (``whole_steps``)."""
@@ -116,25 +113,24 @@ class IterationWatch:
         if self._processed is None:
             return
         (done, execute_seconds), self._processed = self._processed, None
-        try:
-            self._append(done, execute_seconds)
-        except Exception as error:
-            self._fail(error)
+        self._append(done, execute_seconds)
 
     def _append(self, done: _Scheduled, execute_seconds: float) -> None:
-        self.writer.append(
-            IterationRow(
-                batch=done.batch,
-                begin=done.begin - self._origin,
-                end=self.clock() - self._origin,
-                execute_seconds=execute_seconds,
-                blocks=done.blocks,
-                waiting=done.waiting,
-                running=done.running,
-                preempted=done.preempted,
-                segment=self.writer.segment,
-            )
+        row = IterationRow(
+            batch=done.batch,
+            begin=done.begin - self._origin,
+            end=self.clock() - self._origin,
+            execute_seconds=execute_seconds,
+            blocks=done.blocks,
+            waiting=done.waiting,
+            running=done.running,
+            preempted=done.preempted,
+            segment=self.writer.segment,
         )
+        try:
+            self.writer.append(row)
+        except Exception as error:  # a log must not end a server, whatever is wrong with it
+            self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._failed = True

@@ -14,24 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.errors import ConfigError, require
+from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel, TrafficTime
 from llmsched_env.perf.base import FloatArray
 from llmsched_env.perf.batch import DECODE_KV, DECODES, FINISHED, PREFILL_TOKENS, PREFILL_WORK, PREFILLS, STARTED
 from llmsched_env.perf.traffic import COEFFICIENTS
+from llmsched_hardware.calibration.fit import non_negative
 
 IntArray = npt.NDArray[np.int64]
 
-RIDGE = 1e-10
-"""Columns may be multiples of one another, as tokens and decodes are where nothing is prefilled."""
 ROUNDS = 6
 """Of a fit: predicted times, which the rows are divided by, settle within a few."""
 CLIP = 4.0
 """Residuals beyond so many typical ones (median absolute) count as that many (Huber)."""
 STALL = 8.0
 """An iteration of so many times its predicted time is a stall of the machine: left out of the fit, reported."""
-FLOOR = 0.01
-"""The line by tokens stays above this share of the shortest iteration: an empty batch takes time."""
 GAIN = 0.01
 """More points of the line, or shapes to remember, must lower the cross-validated error by this share of it."""
 SURE, BLOCK = 2.0, 50
@@ -167,27 +164,9 @@ def line_columns(tokens: FloatArray, knots: FloatArray) -> FloatArray:
 
 
 def solve(rows: FloatArray, seconds: FloatArray, num_knots: int) -> FloatArray:
-    """Coefficients >= 0; those of the line stay above a floor."""
-    nnls = require("scipy.optimize", "cli").nnls
-    floor = np.zeros(rows.shape[1])
-    floor[:num_knots] = FLOOR * seconds.min()
-    predicted, weight = seconds, np.ones(seconds.size)
-    found = floor
-    for _ in range(ROUNDS):
-        scaled = rows * (weight / predicted)[:, None]
-        scale = np.abs(scaled).max(axis=0)
-        scale[scale == 0] = 1.0
-        scaled = scaled / scale
-        # The same least squares in as many rows as columns, where a log has tens of thousands.
-        squares = scaled.T @ scaled
-        root = np.linalg.cholesky(squares + RIDGE * np.trace(squares) * np.eye(len(squares)))
-        sides = scaled.T @ ((seconds - rows @ floor) * weight / predicted)
-        solution, _ = nnls(root.T, np.linalg.solve(root, sides), maxiter=50 * rows.shape[1])
-        found = floor + solution / scale
-        predicted = rows @ found
-        error = np.abs(seconds / predicted - 1.0)
-        limit = CLIP * max(float(np.median(error)), 1e-6)
-        weight = np.sqrt(np.minimum(1.0, limit / np.maximum(error, 1e-12)))
+    """Coefficients >= 0, those of the line above a floor; predicted seconds have the sum of measured ones, stalls apart."""
+    found = non_negative(rows, seconds, range(num_knots), ROUNDS, CLIP)
+    predicted = rows @ found
     kept = seconds < STALL * predicted
     result: FloatArray = found * (seconds[kept].sum() / predicted[kept].sum())
     return result
