@@ -146,10 +146,11 @@ def _runs(number: int) -> bool:
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_leaves_an_archive_and_no_process(tmp_path: Path, sent: signal.Signals) -> None:
     program = f"""
-        import sys
+        import signal, sys
         from pathlib import Path
         from llmsched_env.cli import measure_steps
         from llmsched_env.cli.measure_steps import Measurement, Step
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it, and their children, too
         real = measure_steps.run_command
         measure_steps.run_command = lambda words, log, seconds: real([sys.executable, "-c", words[3]], log, seconds)
         work = Path({str(tmp_path)!r})
@@ -157,13 +158,16 @@ def test_an_interruption_leaves_an_archive_and_no_process(tmp_path: Path, sent: 
         wait = f"import os, time; open({{str(work / 'number')!r}}, 'w').write(str(os.getpid())); time.sleep(600)"
         measurement.run([Step(name, 1.0, 1.0, lambda s, name=name: [wait if name == "b" else "pass"]) for name in "abc"])
     """
-    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.DEVNULL)
     number = tmp_path / "number"
-    while not (number.exists() and number.read_text()):
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, sent)
-    assert process.wait(60) != 0
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stderr=subprocess.DEVNULL) as process:
+        try:
+            while not (number.exists() and number.read_text()):
+                assert process.poll() is None
+                time.sleep(0.02)
+            os.kill(process.pid, sent)
+            assert process.wait(60) != 0
+        finally:
+            process.kill()
     assert not _runs(int(number.read_text()))
     summary = json.loads(members(tmp_path / "out.tar.gz")["out/summary.json"])
     assert [s["status"] for s in summary["steps"]] == ["done", "interrupted", "skipped"]
