@@ -82,7 +82,7 @@ class Boundaries:
         again: bool = False,
         report: Callable[[str], None] = print,
     ) -> Boundaries:
-        """With every needed one measured; what is new is written to ``path``.
+        """With every needed one measured, on the engine it is needed for; what is new is written to ``path``.
 
         Args:
             needed: scenario and engine by (scenario, kv).
@@ -90,7 +90,8 @@ class Boundaries:
         """
         entries = {(entry.scenario, entry.kv): entry for entry in self.entries}
         for key, (scenario, engine) in needed.items():
-            if again or key not in entries:
+            known = entries.get(key)
+            if again or known is None or (known.calibration, known.kv_units) != (engine.time_model.provenance.name, engine.kv_capacity):
                 entries[key] = measure(scenario, engine, key[1])
                 report(f"greedy FIFO's boundary on {key[0]} with {key[1]}: {entries[key].rate:.4g} requests/s")
         ordered = tuple(entries[key] for key in sorted(entries))

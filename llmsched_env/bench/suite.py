@@ -1,13 +1,16 @@
-"""The suite ``bench-v1``: cells (workload, load, KV memory), their requests, and what an operator knows of each.
+"""The suite ``bench-v2``: cells (workload, load, GPU), their requests, and what an operator knows of each.
 
-Stationary part: scenarios x loads x KV memory. Non-stationary part, on two scenarios that KV memory binds:
+Iteration times are measured tables (``ENGINES``); ``bench-v1``, the suite before, had a smooth formula for Llama-2-7B, which rewards
+token budgets that no GPU likes. A cell is of Llama-2-7B on one A100 unless it names another engine.
+
+Stationary part: scenarios x loads x engines. Non-stationary part, on two scenarios that KV memory binds:
 
 * ``bursts``: MMPP-2, phases of 120 s at 2/3 and of 60 s at 5/3 of the mean rate (mean sojourns).
 * ``daily``: a rate that follows one sine a day, 1 +- 0.5 of its mean in 24 steps, two days an episode.
 * ``shift``: the first half of the requests from one scenario, the second from the other, each at the
   same load of its own boundary; operators know the lengths of the whole episode as a mixture.
 
-Loads are shares of greedy FIFO's boundary (``llmsched_env.bench.boundary``), measured for each scenario and memory.
+Loads are shares of greedy FIFO's boundary (``llmsched_env.bench.boundary``), measured for each scenario and engine.
 """
 
 from __future__ import annotations
@@ -32,11 +35,40 @@ from llmsched_env.workload import MMPP2, PiecewiseConstant, Scenario, load_scena
 
 Part = Literal["stationary", "bursts", "daily", "shift"]
 
-SUITE = "bench-v1"
+SUITE = "bench-v2"
 SCENARIOS = ("two-type", "lmsys", "azure-conv", "azure-code", "sharegpt", "mooncake")
 LOADS = (0.5, 0.8, 0.9, 1.0, 1.1)
-MEMORY = {"80GB": 7_424, "40GB": 2_816}
-"""Usable KV blocks of 16 tokens for Llama-2-7B on an A100 with that much memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchEngine:
+    """A model on a GPU.
+
+    Attributes:
+        calibration: iteration times.
+        num_blocks: usable KV blocks of 16 tokens.
+        title: for people.
+    """
+
+    calibration: str
+    num_blocks: int
+    title: str
+
+
+ENGINES = {
+    "80GB": BenchEngine("a100-llama2-7b-vllm", 7_424, "80 GB"),
+    "40GB": BenchEngine("a100-llama2-7b-vllm", 2_816, "40 GB"),
+    "llama3-80GB": BenchEngine("a100-llama3-8b-vllm", 27_413, "Llama-3-8B, 80 GB"),
+    "llama3-40GB": BenchEngine("a100-llama3-8b-vllm", 8_981, "Llama-3-8B, 40 GB"),
+    "rtx4090": BenchEngine("rtx4090-llama31-8b-vllm", 2_587, "Llama-3.1-8B, RTX 4090"),
+}
+"""Engines by the name that a cell has for them.
+
+Blocks: of Llama-2-7B as ``bench-v1`` had them, of the others from their calibrations; ``llama3-40GB`` has as many fewer than ``llama3-80GB``
+as 40 GiB at 0.9 utilisation hold blocks of 2 MiB.
+"""
+MEMORY = ("80GB", "40GB")
+"""Engines of the suite unless others are asked for."""
 
 MOVING: dict[Part, float] = {"bursts": 0.9, "daily": 0.85, "shift": 0.95}
 """Mean load of each kind of the non-stationary part."""
@@ -70,21 +102,21 @@ class Cell:
 
 def kv_title(scenario: str, kv: str) -> str:
     engine = engine_of(scenario, kv)
-    return f"C = {engine.capacity_tokens:,}" if engine.preset == "paper" else kv.replace("GB", " GB")
+    return f"C = {engine.capacity_tokens:,}" if engine.preset == "paper" else ENGINES[kv].title
 
 
 def engine_of(scenario: str, kv: str) -> EngineConfig:
-    """The scenario's engine with that much KV memory; the ``paper`` preset's capacity shrinks in the same proportion."""
-    engine = load_scenario(scenario).engine
+    """The scenario's engine as one of ``ENGINES``; the ``paper`` preset keeps its model and its capacity shrinks as the blocks do."""
+    engine, named = load_scenario(scenario).engine, ENGINES[kv]
     if engine.preset == "paper":
-        return engine.replace(capacity_tokens=round(engine.capacity_tokens * MEMORY[kv] / MEMORY["80GB"]))
-    return engine_with(engine, {"num_blocks": MEMORY[kv]})
+        return engine.replace(capacity_tokens=round(engine.capacity_tokens * named.num_blocks / ENGINES["80GB"].num_blocks))
+    return engine_with(engine, {"num_blocks": named.num_blocks, "time_model": named.calibration})
 
 
 def cells(
     parts: Sequence[str] = ("stationary", *MOVING),
     scenarios: Sequence[str] = SCENARIOS,
-    kvs: Sequence[str] = tuple(MEMORY),
+    kvs: Sequence[str] = MEMORY,
     loads: Sequence[float] = LOADS,
 ) -> list[Cell]:
     """The cells of the suite that lie in all four selections; loads select in the stationary part alone.
@@ -92,7 +124,7 @@ def cells(
     Raises:
         ConfigError: a name the suite does not have, or a load <= 0.
     """
-    allowed = {"part": ("stationary", *MOVING), "scenario": SCENARIOS, "kv": tuple(MEMORY)}
+    allowed = {"part": ("stationary", *MOVING), "scenario": SCENARIOS, "kv": tuple(ENGINES)}
     for kind, chosen in (("part", parts), ("scenario", scenarios), ("kv", kvs)):
         for name in chosen:
             if name not in allowed[kind]:
@@ -103,11 +135,16 @@ def cells(
             raise ConfigError(f"load: {load}, must be in (0, 10)")
     found: list[Cell] = []
     if "stationary" in parts:
-        found += [Cell("stationary", s, kv, load) for s in scenarios for kv in kvs for load in loads]
+        found += [Cell("stationary", s, kv, load) for s in scenarios for kv in kvs if _has(s, kv) for load in loads]
     for part, load in MOVING.items():
         if part in parts:
             found += [Cell(part, s, kv, load) for s in scenarios if s in PAIRS for kv in kvs]
     return found
+
+
+def _has(scenario: str, kv: str) -> bool:
+    """The ``paper`` preset has a model of its own, so it is run with the two memories alone."""
+    return kv in MEMORY or load_scenario(scenario).engine.preset != "paper"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,18 +33,22 @@ COARSE = 7
 
 THETAS = tuple(round(0.8 + 0.01 * i, 2) for i in range(81))
 CLASSES = (1, 2, 4, 8, 16, 32, 64)
-BUDGETS = (256, 384, 512, 768, 1_024, 1_536, 2_048)
-ENGINE: dict[str, Sequence[Any]] = {"engine.max_num_batched_tokens": BUDGETS}
-"""The token budget is the operator's to choose whatever the policy; the ``paper`` preset has none."""
+BUDGETS = (128, 256, 384, 512, 768, 1_024, 1_536, 2_048)
+SEATS = (32, 48, 64, 96, 128, 160, 192, 256)
+ENGINE: dict[str, Sequence[Any]] = {"engine.max_num_batched_tokens": BUDGETS, "engine.max_num_seqs": SEATS}
+"""Token budget and most residents are the operator's to choose whatever the policy; the ``paper`` preset has none of them.
+
+No more residents than the budget has tokens: a trial with fewer is one with as many (``tied``).
+"""
 
 Grid = Mapping[str, Sequence[Any]]
 GRIDS: dict[str, Grid] = {
-    "vllm": {**ENGINE, "engine.max_num_seqs": (32, 48, 64, 96, 128, 160, 192, 256)},
-    "vllm-v0": {"budget": (1_024, 2_048, 4_096, 8_192, 16_384), "max_num_seqs": (32, 64, 96, 128, 160, 192, 256)},
-    "sarathi": {"budget": BUDGETS, "max_num_seqs": (32, 48, 64, 96, 128, 160, 192, 256)},
+    "vllm": ENGINE,
+    "vllm-v0": {"budget": (1_024, 2_048, 4_096, 8_192, 16_384), "max_num_seqs": SEATS},
+    "sarathi": {"budget": BUDGETS, "max_num_seqs": SEATS},
     "prefill-cadence": {"interval": (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64), **ENGINE},
     "prefill-decode-interval": {"rounds": (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32), **ENGINE},
-    "active-cap": {"cap": (16, 24, 32, 48, 64, 96, 128, 160, 192, 256), **ENGINE},
+    "active-cap": {"cap": (16, 24, *SEATS), "engine.max_num_batched_tokens": BUDGETS},
     # 0 stands last: no limit.
     "prefill-threshold": {"threshold": (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1_024, 1_536, 0), **ENGINE},
     "wait": {"slack": tuple(round(1.05 + 0.1 * i, 2) for i in range(20)), "num_classes": (1, 2, 4, 8, 16), **ENGINE},
@@ -76,6 +80,14 @@ OBJECTIVES = {"late-last": "slo_goodput"}
 
 def objective_of(policy: str) -> str:
     return OBJECTIVES.get(policy, "latency_mean")
+
+
+def tied(options: dict[str, Any]) -> dict[str, Any]:
+    """``options`` with at most as many residents as the token budget has tokens: an engine refuses more."""
+    for budget, seats in (("engine.max_num_batched_tokens", "engine.max_num_seqs"), ("budget", "max_num_seqs")):
+        if budget in options and seats in options:
+            options[seats] = min(options[seats], options[budget])
+    return options
 
 
 def grid_of(policy: str, cell: Cell) -> Grid:
@@ -229,7 +241,7 @@ def _tuned(bench: Bench, chosen: Sequence[Cell], policy: str, key: str, over: tu
         options = {name: grid[name][i] for name, i in zip(names, point, strict=True)}
         if "limit" in options:
             options["limit"] *= limit
-        return options
+        return tied(options)
 
     def by_cell(options: Mapping[str, Any]) -> FloatArray:
         return np.array([place.cost(policy, options, objective, backend) for place in places])

@@ -28,8 +28,8 @@ class Selection(Resumable):
     """Scenarios of the suite: two-type, lmsys, azure-conv, azure-code, sharegpt, mooncake."""
     loads: Annotated[tuple[float, ...], tyro.conf.arg(metavar="X [X ...]")] = LOADS
     """Loads of the stationary part: shares of greedy FIFO's boundary."""
-    kv: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SIZE [SIZE ...]", help_behavior_hint="(default: all)")] = tuple(MEMORY)
-    """KV memory: 80GB, 40GB."""
+    kv: Annotated[tuple[str, ...], tyro.conf.arg(metavar="SIZE [SIZE ...]", help_behavior_hint="(default: 80GB 40GB)")] = MEMORY
+    """Engines: 80GB and 40GB (Llama-2-7B on an A100), llama3-80GB, llama3-40GB, rtx4090."""
     parts: Annotated[tuple[str, ...], NAMES] = PARTS
     """Parts of the suite: stationary, bursts, daily, shift."""
     num_requests: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the suite's)")] = None
