@@ -3,7 +3,8 @@
 Definitions (TTFT, latency, TPOT: see ``RequestLog``):
 
 * Percentiles are linearly interpolated between order statistics; a metric with no request is NaN.
-* Latency and TPOT are over completed requests, TTFT over requests whose first token has come out.
+* Latency, TPOT and normalised latency are over completed requests, TTFT over requests whose first token has come out.
+* Fairness is Jain's index of normalised latency (``slowdown_jain``), whether some wait many times as long for each token as others.
 * Throughput counts completed requests alone: tokens of a request that never finishes are worth
   nothing (the paper's effective throughput, arXiv 2504.11320, model section).
 """
@@ -33,7 +34,10 @@ class Summary:
         requests, completed, rejected: counts of requests (those that arrived after the warm-up).
         throughput_tok_s: output tokens of completed requests per simulated second.
         throughput_req_s: completed requests per simulated second.
-        latency_*: arrival to last token (s).
+        latency_*: arrival to last token (s); ``latency_max`` is the longest.
+        slowdown_jain: ``jain_index`` of ``normalized_latency``: 1 where every output token was waited for equally long, 1 / n where
+            one of n requests had all the wait. Any fixed number of seconds for each output token alone on an idle engine makes
+            normalised latency a slowdown, and the index does not depend on that number.
         ttft_*: arrival to first token (s).
         tpot_*: seconds per output token after the first; single-token outputs have none.
         slo_goodput: share of all requests that completed within both limits (``ttft_limit`` and
@@ -57,6 +61,8 @@ class Summary:
     latency_p50: float
     latency_p95: float
     latency_p99: float
+    latency_max: float
+    slowdown_jain: float
     ttft_mean: float
     ttft_p50: float
     ttft_p95: float
@@ -108,6 +114,32 @@ def tpot(log: RequestLog) -> FloatArray:
     return seconds
 
 
+def normalized_latency(log: RequestLog) -> FloatArray:
+    """(N,) seconds from arrival to completion for each output token; NaN where not complete.
+
+    What Orca and vLLM compare systems by (Kwon et al., SOSP 2023, section 6.1: "each request's end-to-end latency divided by its
+    output length").
+    """
+    seconds: FloatArray = latency(log) / log.output_tokens
+    return seconds
+
+
+def jain_index(values: FloatArray) -> float:
+    """(sum x)^2 / (n sum x^2) of n values >= 0: from 1 / n, one has everything, to 1, all are equal; NaN of none, NaN left out.
+
+    Jain, Chiu and Hawe, "A quantitative measure of fairness and discrimination", DEC TR-301, 1984. It is the same for values in
+    any unit. Where all are 0 they are equal: 1.
+    """
+    present = values[np.isfinite(values)]
+    if present.size == 0:
+        return math.nan
+    top = float(present.max())
+    if top <= 0.0:
+        return 1.0
+    shares = present / top  # squares stay finite
+    return float(shares.sum() ** 2 / (shares.size * (shares @ shares)))
+
+
 def summarize(
     log: RequestLog,
     counters: Counters,
@@ -149,6 +181,8 @@ def summarize(
         throughput_tok_s=_rate(float(log.output_tokens[in_window].sum(dtype=np.int64)), seconds),
         throughput_req_s=_rate(float(np.count_nonzero(in_window)), seconds),
         **_spread("latency", whole),
+        latency_max=_largest(whole),
+        slowdown_jain=jain_index(normalized_latency(log)[counted]),
         **_spread("ttft", first),
         **_spread("tpot", per_token),
         slo_goodput=float(np.count_nonzero(within)) / n if n else math.nan,
@@ -168,6 +202,11 @@ def summarize(
 
 def _rate(amount: float, seconds: float) -> float:
     return amount / seconds if seconds > 0 else math.nan
+
+
+def _largest(values: FloatArray) -> float:
+    present = values[np.isfinite(values)]
+    return float(present.max()) if present.size else math.nan
 
 
 def _spread(name: str, values: FloatArray) -> dict[str, float]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as hs
 
 from llmsched_env.backend import Counters
 from llmsched_env.errors import ConfigError, MissingExtraError
-from llmsched_env.metrics import latency, lost, mean_interval, summarize, tpot, ttft
+from llmsched_env.metrics import jain_index, latency, lost, mean_interval, normalized_latency, summarize, tpot, ttft
 from llmsched_env.reward import SloGoodputReward
 from llmsched_env.types import RequestLog
 
@@ -76,6 +76,7 @@ def test_metrics_of_requests_are_those_of_the_definitions() -> None:
     np.testing.assert_allclose(ttft(LOG), [0.5, 0.5, 3.0, 0.5, NAN])
     np.testing.assert_allclose(latency(LOG), [2.5, 0.5, 4.0, NAN, NAN])
     np.testing.assert_allclose(tpot(LOG), [0.5, NAN, 0.5, NAN, NAN])
+    np.testing.assert_allclose(normalized_latency(LOG), [0.5, 0.5, 4 / 3, NAN, NAN])
     np.testing.assert_array_equal(lost(LOG), [False, False, False, True, False])
 
 
@@ -88,6 +89,8 @@ def test_summary_by_hand() -> None:
     assert s.latency_p50 == pytest.approx(2.5)
     assert s.latency_p95 == pytest.approx(2.5 + 0.9 * 1.5)
     assert s.latency_p99 == pytest.approx(2.5 + 0.98 * 1.5)
+    assert s.latency_max == 4.0
+    assert s.slowdown_jain == pytest.approx((0.5 + 0.5 + 4 / 3) ** 2 / (3 * (0.25 + 0.25 + 16 / 9)))
     assert s.ttft_mean == pytest.approx((0.5 + 0.5 + 3.0 + 0.5) / 4)
     assert s.tpot_mean == pytest.approx(0.5)
     assert s.slo_goodput == pytest.approx(2 / 5)
@@ -96,6 +99,22 @@ def test_summary_by_hand() -> None:
     assert s.kv_max == pytest.approx(0.8)
     assert s.sim_seconds == 10.0
     assert not s.truncated
+
+
+def test_jain_index_of_known_cases() -> None:
+    assert jain_index(np.full(7, 0.3)) == pytest.approx(1.0)
+    assert jain_index(np.array([0.0, 0.0, 0.0, 5.0])) == pytest.approx(1 / 4)
+    # the example of the report: k of n users share equally, the others have nothing: k / n
+    assert jain_index(np.array([1.0, 1.0, 0.0, 0.0, 0.0])) == pytest.approx(2 / 5)
+    assert jain_index(np.zeros(3)) == 1.0
+    assert math.isnan(jain_index(np.array([NAN])))
+
+
+@given(hs.lists(hs.just(0.0) | hs.floats(1e-100, 1e100), min_size=1, max_size=30), hs.floats(1e-6, 1e6))
+def test_jain_index_lies_between_its_bounds_in_any_unit(values: list[float], unit: float) -> None:
+    index = jain_index(np.array(values))
+    assert 1 / len(values) - 1e-12 <= index <= 1 + 1e-12
+    assert jain_index(np.array(values) * unit) == pytest.approx(index)
 
 
 def test_slo_limits_bind_separately_and_default_to_the_reward() -> None:
@@ -119,6 +138,7 @@ def test_nothing_completed_is_nan_and_not_zero() -> None:
     s = summarize(make_log([(0.0, 4, NAN, NAN)]), make_counters(end="horizon"), kv_capacity=100)
     assert s.completed == 0
     assert s.throughput_tok_s == 0.0
+    assert math.isnan(s.latency_max) and math.isnan(s.slowdown_jain)
     assert math.isnan(s.latency_mean) and math.isnan(s.ttft_p99) and math.isnan(s.tpot_p50)
     assert s.slo_goodput == 0.0
 

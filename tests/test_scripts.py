@@ -37,7 +37,7 @@ from llmsched_env.workload import load_scenario
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY_HEADING = (
     "scenario,policy,rate,seed,requests,completed,rejected,throughput_tok_s,throughput_req_s,latency_mean,latency_p50,latency_p95,"
-    "latency_p99,ttft_mean,ttft_p50,ttft_p95,ttft_p99,tpot_mean,tpot_p50,tpot_p95,tpot_p99,slo_goodput,evictions,forced_evictions,"
+    "latency_p99,latency_max,slowdown_jain,ttft_mean,ttft_p50,ttft_p95,ttft_p99,tpot_mean,tpot_p50,tpot_p95,tpot_p99,slo_goodput,evictions,forced_evictions,"
     "kv_mean,kv_max,sim_seconds,iterations,idle_steps,drain_iterations,out_of_range,truncated,end,wall_seconds,known_lengths,notes"
 )
 REQUESTS_HEADING = "request_id,arrived_at,prompt_tokens,output_tokens,admitted_at,ttft,e2e,evictions,completed"
@@ -122,6 +122,7 @@ def test_compare_writes_rows_plots_and_a_report_that_needs_nothing_else(tmp_path
     html = (out / "report.html").read_text(encoding="utf-8")
     assert html.count("data:image/png;base64,") == 4
     assert not re.search(r"""(src|href)=["'](?!data:)""", html)
+    assert "latency max (s)" in html and "Jain&#39;s index of latency per output token" in html
     assert "known lengths" in html and "overload" in html and "llmsched compare --scenario azure-conv" in html
 
 

@@ -19,6 +19,8 @@ from llmsched_env.runner import Policy
 METRICS = {
     "latency_mean": "mean latency (s)",
     "latency_p99": "P99 latency (s)",
+    "latency_max": "longest latency (s)",
+    "slowdown_jain": "Jain's index of slowdown",
     "ttft_mean": "mean TTFT (s)",
     "ttft_p99": "P99 TTFT (s)",
     "slo_goodput": "SLO goodput",

@@ -238,9 +238,10 @@ def summary_lines(replay: Replay, result: EpisodeResult) -> list[tuple[str, str]
     lines += [
         ("policy", policy.name + (" [known lengths]" if policy.known_lengths else "")),
         ("requests", f"{s.requests:,} ({s.completed:,} completed, {s.rejected:,} rejected, {int(lost(result.log).sum()):,} left)"),
-        ("latency", _spread(s.latency_mean, s.latency_p50, s.latency_p99)),
+        ("latency", _spread(s.latency_mean, s.latency_p50, s.latency_p99, s.latency_max)),
         ("TTFT", _spread(s.ttft_mean, s.ttft_p50, s.ttft_p99)),
         ("TPOT", _spread(s.tpot_mean, s.tpot_p50, s.tpot_p99)),
+        ("fairness", f"{s.slowdown_jain:.4g}, Jain's index of latency per output token"),
         ("throughput", f"{s.throughput_tok_s:,.1f} tok/s, {s.throughput_req_s:,.3f} req/s"),
         ("evictions", f"{s.evictions:,} ({s.forced_evictions:,} forced)"),
         ("KV", f"mean {100 * s.kv_mean:.1f} %, max {100 * s.kv_max:.1f} %"),
@@ -256,7 +257,7 @@ def summary_lines(replay: Replay, result: EpisodeResult) -> list[tuple[str, str]
     return lines
 
 
-def _spread(mean: float, p50: float, p99: float) -> str:
+def _spread(mean: float, p50: float, p99: float, longest: float | None = None) -> str:
     if math.isnan(mean):
         return "none"
-    return f"mean {mean:.4g} s, P50 {p50:.4g} s, P99 {p99:.4g} s"
+    return f"mean {mean:.4g} s, P50 {p50:.4g} s, P99 {p99:.4g} s" + (f", max {longest:.4g} s" if longest is not None else "")

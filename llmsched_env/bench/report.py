@@ -16,7 +16,7 @@ from typing import Any
 from llmsched_env import __version__
 from llmsched_env.bench.comparison import Comparison, Row
 from llmsched_env.bench.plots import Figure
-from llmsched_env.bench.tables import COLUMNS, Cell, footnotes, short_footnotes
+from llmsched_env.bench.tables import COLUMNS, REPORT_COLUMNS, Cell, footnotes, short_footnotes
 from llmsched_env.errors import require
 from llmsched_env.files import replacing
 from llmsched_env.types import EngineConfig
@@ -28,6 +28,11 @@ DEFINITIONS = (
     ("Latency", "arrival to last token, over completed requests, in simulated seconds"),
     ("TTFT", "time to first token: arrival to the end of the iteration that yields the first output token"),
     ("TPOT", "time per output token after the first: (latency - TTFT) / (output tokens - 1); single-token outputs have none"),
+    (
+        "Fairness",
+        "Jain's index of latency per output token over the completed requests of one run: 1 where every token was waited for equally "
+        "long, 1 / n where one of n requests had all the wait",
+    ),
     ("Throughput", "output tokens of completed requests per simulated second, the drain after the last arrival included"),
     ("Evictions", "residents that lost their KV, asked for by the policy or forced by a full memory, per run"),
     ("KV mean, KV max", "KV reserved as a share of the capacity: time average and peak"),
@@ -158,7 +163,7 @@ def table_lines(table: Sequence[Cell]) -> list[dict[str, Any]]:
     """Cells as the templates show them."""
     return [
         {"rate": f"{cell.rate:g}", "policy": cell.policy, "marks": cell.marks, "seeds": cell.seeds}
-        | {"values": [column.show(cell) for column in COLUMNS]}
+        | {"values": [column.show(cell) for column in REPORT_COLUMNS]}
         for cell in table
     ]
 
@@ -175,7 +180,7 @@ def render(path: Path, template: str, **values: Any) -> None:
     html = environment.get_template(template).render(
         created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         versions=versions(),
-        headings=[column.heading for column in COLUMNS],
+        headings=[column.heading for column in REPORT_COLUMNS],
         definitions=DEFINITIONS,
         **values,
     )

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from llmsched_env.bench.comparison import Row
 from llmsched_env.metrics import Interval, mean_interval
 
-METRICS = ("latency_mean", "latency_p99", "ttft_mean", "ttft_p99", "tpot_mean", "throughput_tok_s", "evictions", "kv_mean", "kv_max")
+METRICS = (
+    "latency_mean", "latency_p99", "latency_max", "slowdown_jain", "ttft_mean", "ttft_p99", "tpot_mean", "throughput_tok_s", "evictions",
+    "kv_mean", "kv_max",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +118,15 @@ COLUMNS = (
     Column("evictions", "evictions", decimals=1),
     Column("KV mean (%)", "kv_mean", 100.0, 1),
 )
+"""Of the terminal, which is narrow."""
+
+REPORT_COLUMNS = (
+    COLUMNS[0],
+    Column("latency max (s)", "latency_max", decimals=3),
+    Column("fairness", "slowdown_jain", decimals=3),
+    *COLUMNS[1:],
+)
+"""Of the report."""
 
 
 def footnotes(table: Sequence[Cell]) -> list[str]:
