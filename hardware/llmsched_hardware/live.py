@@ -261,7 +261,7 @@ class LiveMirror:
         made["stays"] = np.zeros(size, dtype=Stays.DTYPE)
         if not self._tables:
             self._tables = made
-        for name in ("requests", "hidden", "stays"):
+        for name in ("requests", "arrived", "hidden", "stays"):
             made[name][:old] = self._tables[name][:old]
             self._tables[name] = made[name]
         self.stays = Stays(self._tables["stays"])
@@ -303,6 +303,7 @@ class LiveMirror:
         j = bisect_left(layout.edges, known if layout.by == "output" else prompt_tokens) if layout.edges else 0
         for table in (requests, hidden, stays):
             table.rows[r] = 0
+        self.record.arrived.time[r] = arrival
         requests.prompt[r] = hidden.prompt[r] = prompt_tokens
         requests.output[r] = hidden.output[r] = known
         requests.queue[r] = requests.outside[r] = hidden.outside[r] = layout.queue(j)
@@ -333,6 +334,7 @@ class LiveMirror:
 
     def _forget(self, r: int) -> None:
         self.record.requests.status[r] = st.FUTURE
+        self.record.arrived.time[r] = math.nan
         self.stays.released[r] = 0
         self.overdue.pop(r, None)
         self.stays.since[r] = math.nan  # outdates its entry in ``queued``

@@ -203,6 +203,7 @@ def receive_arrivals(engine: Engine, start: float) -> float:
     while r < engine.num_requests and hidden.arrival[r] <= clock:
         engine.report.arrived += 1
         requests.prompt[r] = hidden.prompt[r]
+        engine.arrived.time[r] = hidden.arrival[r]
         if settings.reveal != 0:
             requests.output[r] = hidden.output[r]
         q = hidden.outside[r]

@@ -97,6 +97,7 @@ def engine_tables(
     """Memory of an engine by field of ``Engine``, with leading axes ``engines``; with a table of priorities where it schedules by them."""
     sizes = {
         "requests": (num_requests, st.Requests),
+        "arrived": (num_requests, st.Arrived),
         "hidden": (num_requests, st.Hidden),
         "queues": (num_queues + 1, st.Queues),
         "events": (num_residents, st.Events),

@@ -127,6 +127,12 @@ class Hidden(Rows):
     forced: Ints  # of these, by the engine
 
 
+class Arrived(Rows):
+    """When requests arrived, one row a request: of those who have, and a table of its own as a row of ``Requests`` is a cache line."""
+
+    time: Floats  # seconds; NaN for those to come
+
+
 class Order(Rows):
     """Queue keys where requests have priorities, one row a request: PRIORITY_STEP x priority + number of the request."""
 
@@ -300,6 +306,7 @@ class Engine(Record):
     code: Code
     settings: Settings
     requests: Requests
+    arrived: Arrived
     queues: Queues
     events: Events
     report: Report

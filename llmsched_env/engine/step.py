@@ -118,6 +118,7 @@ def reset(engine: Engine) -> None:
     requests, hidden = engine.requests, engine.hidden
     for r in range(engine.num_requests):
         requests.prompt[r] = 0
+        engine.arrived.time[r] = math.nan
         requests.status[r] = FUTURE
         requests.queue[r] = 0
         requests.outside[r] = 0

@@ -1,0 +1,249 @@
+"""Admission of the most urgent first: the walk by hand, against a reference, and at its two ends."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import pytest
+
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.rules import Rule
+from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine.state import Engine
+from llmsched_env.forecast import class_work
+from llmsched_env.operate import decode_operate
+from llmsched_env.peak import PeakRecord, decode_peak_by_work, forecast_steps, peak_tables
+from llmsched_env.records import Record, Vector
+from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.workload import load_scenario
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDE = {"max_num_batched_tokens": 10**6, "max_num_seqs": 10**5}
+"""An engine in which neither tokens nor seats bind."""
+
+
+class OperateRecord(Record):
+    level: float
+    tau0: float
+    budget: int
+    cost: Vector
+    peak: PeakRecord
+
+
+@compiled
+def operate(engine: Engine, policy: OperateRecord, decision: Decision) -> None:
+    decision.token_budget = policy.budget
+    decode_operate(engine, policy.peak, policy.level, policy.cost, policy.tau0, decision)
+
+
+@compiled
+def by_work(engine: Engine, policy: OperateRecord, decision: Decision) -> None:
+    decision.token_budget = 0
+    decode_peak_by_work(engine, policy.peak, policy.level, decision)
+
+
+def rule_of(
+    statistics: LengthStatistics, layout: QueueLayout, engine: EngineConfig, function: Callable[..., None] = operate, **chosen: Any
+) -> Rule:
+    tables = peak_tables(statistics, layout, engine)
+    cost = np.asarray(chosen.pop("cost", class_work(statistics, layout)), dtype=np.float64)
+    record = OperateRecord(cost=cost, peak=tables.record())
+    for name, value in {"level": 0.9, "tau0": math.inf, "budget": 0, **chosen}.items():
+        setattr(record, name, value)
+    return Rule(function, layout.num_queues, record)
+
+
+def started(workload: Workload, layout: QueueLayout, engine: EngineConfig) -> SimBackend:
+    backend = SimBackend()
+    backend.reset(workload, layout, engine, EpisodeLimits())
+    return backend
+
+
+TWO = LengthStatistics.of([10.0, 100.0], [20.0, 20.0], [0.5, 0.5])
+LAYOUT = QueueLayout("prompt", (50,))
+LONG_AGO = Workload.of([0.0, 5.0, 6.0, 7.0], [100, 10, 10, 100], [20, 20, 20, 20])
+"""A long request that has waited since 0, two short newcomers and a long one."""
+
+
+@pytest.mark.parametrize("tau0", [0.0, 1.0, 30.0, math.inf])
+def test_short_ones_come_first_where_nobody_has_waited_long_for_its_work(tau0: float) -> None:
+    """Works 1 and 4, waits 8 s (long), 3 and 2 (short): (8 + tau0) / 4 is never above 2 + tau0; of equals the first class enters."""
+    assert admitted(tau0, [1.0, 4.0], 2) == [2, 0]
+    assert admitted(tau0, [1.0, 4.0], 3) == [2, 1]
+
+
+@pytest.mark.parametrize("tau0", [0.0, 5.0, 7.0, 9.0, 10.0, 20.0, math.inf])
+def test_a_long_one_that_has_waited_enough_overtakes(tau0: float) -> None:
+    """Works 1 and 1.5: (8 + tau0) / 1.5 is above the 3 + tau0 of the first short one below 7 s, above the second's 2 + tau0 below 10 s."""
+    assert admitted(tau0, [1.0, 1.5], 3) == [2, 1]
+    most = 2 if tau0 >= 10 else 1  # of two seats
+    assert admitted(tau0, [1.0, 1.5], 2) == [most, 2 - most]
+    first = [1, 0] if tau0 >= 7 else [0, 1]
+    assert admitted(tau0, [1.0, 1.5], 1) == first
+
+
+def admitted(tau0: float, cost: list[float], seats: int) -> list[int]:
+    """What enters at 8 s of ``LONG_AGO``, by class."""
+    engine = EngineConfig.vllm(num_blocks=400, max_num_seqs=seats)
+    backend = started(LONG_AGO, LAYOUT, engine)
+    held = Decision.of([1, 1], [0, 0])
+    while backend.record.next_arrival < len(LONG_AGO):
+        backend.step(held)
+    backend.record.clock = 8.0
+    decision = rule_of(TWO, LAYOUT, engine, tau0=tau0, cost=cost).decide(backend.snapshot())
+    return decision.admit.tolist()
+
+
+def test_the_next_of_a_queue_counts_with_its_own_wait() -> None:
+    """Both classes cost the same; waits 8 (long), 3, 2 (short), 1 (long): the order is that of arrival."""
+    for seats, entering in ((1, [0, 1]), (2, [1, 1]), (3, [2, 1]), (4, [2, 2])):
+        assert admitted(5.0, [2.0, 2.0], seats) == entering
+
+
+def test_no_more_residents_than_tokens_of_the_budget() -> None:
+    n = 400
+    workload = Workload.of(np.zeros(n), np.ones(n, int), np.full(n, 50))
+    engine = EngineConfig.vllm(num_blocks=7_424, max_num_seqs=256)
+    for budget, most in ((0, 256), (128, 128), (192, 192), (10_000, 256)):
+        backend = started(workload, LAYOUT, engine)
+        rule = rule_of(TWO, LAYOUT, engine, budget=budget, level=math.inf)
+        seen = 0
+        for _ in range(30):
+            backend.step(rule.decide(backend.snapshot()))
+            seen = max(seen, backend.record.num_residents)
+        assert seen == most
+
+
+def test_only_what_can_begin_is_asked_for() -> None:
+    """Prompts of 100 tokens and a budget of 256: three begin, the third with what is left."""
+    workload = Workload.of(np.zeros(9), np.full(9, 100), np.full(9, 20))
+    engine = EngineConfig.vllm(num_blocks=400)
+    backend = started(workload, LAYOUT, engine)
+    rule = rule_of(TWO, LAYOUT, engine, budget=256)
+    decision = rule.decide(backend.snapshot())
+    assert decision.admit.tolist() == [0, 3] and decision.token_budget == 256
+    assert backend.step(decision).admitted == 3
+    # 44 tokens of the third are left to prefill, two decode: 210 of 256 tokens for others.
+    assert rule.decide(backend.snapshot()).admit.tolist() == [0, 3]
+
+
+def test_an_empty_engine_takes_the_first_whatever_it_needs() -> None:
+    workload = Workload.of([0.0, 0.0], [900, 900], [50, 50])
+    engine = EngineConfig.vllm(num_blocks=64, max_model_len=1_000)
+    backend = started(workload, LAYOUT, engine)
+    assert rule_of(TWO, LAYOUT, engine, level=0.1).decide(backend.snapshot()).admit.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, math.inf])
+@pytest.mark.parametrize("name", ["azure-conv-40gb", "two-type"])
+def test_an_infinite_tau0_is_the_order_by_work(name: str, level: float) -> None:
+    scenario = load_scenario(name)
+    engine = scenario.engine.replace(**WIDE) if scenario.engine.preset == "vllm" else scenario.engine
+    workload = scenario.generate(3, rate=1.5 * scenario.rate, num_requests=150).with_backlog(60)
+    ours, theirs = started(workload, scenario.layout, engine), started(workload, scenario.layout, engine)
+    operating = rule_of(scenario.statistics, scenario.layout, engine, level=level)
+    least = rule_of(scenario.statistics, scenario.layout, engine, by_work, level=level)
+    entered = 0
+    while not ours.done:
+        decision, other = operating.decide(ours.snapshot()), least.decide(theirs.snapshot())
+        assert decision.admit.tolist() == other.admit.tolist()
+        entered += ours.step(decision).admitted
+        theirs.step(other)
+    assert theirs.done and entered >= 150
+    np.testing.assert_array_equal(ours.log().completed, theirs.log().completed)
+
+
+def reference(backend: SimBackend, rule: Rule, statistics: LengthStatistics) -> list[int]:
+    """The walk in plain Python, from what a view shows."""
+    view, layout, engine, record = backend.snapshot(), backend.layout, backend.engine, rule.policy
+    tables, steps = peak_tables(statistics, layout, engine), forecast_steps(statistics.max_output)
+    last = tables.survival.shape[1] - 1
+
+    def course(j: int, prompt: int, tokens: int) -> Any:
+        return tables.survival[j, min(tokens, last)].astype(float) * (prompt + tokens + tables.headroom + steps)
+
+    residents = view.resident_requests()
+    rows = list(zip(residents.queue, residents.prompt_tokens, residents.generated, residents.computed, strict=True))
+    total = sum((course(int(q) // layout.num_segments, int(p), int(g)) for q, p, g, _ in rows), np.zeros(steps.size))
+    budget = min(max(record.budget, 128), engine.max_num_batched_tokens) if record.budget else engine.max_num_batched_tokens
+    seats = min(budget, engine.max_num_seqs) - view.num_residents
+    target = residents.prefill_target
+    tokens = budget - sum(max(int(t) - int(c), 1) for t, (_, _, _, c) in zip(target, rows, strict=True))
+    queues = []
+    for j in range(layout.num_classes):
+        w = view.waiting_requests(j, 10**6)
+        queues.append(list(zip(w.arrival.tolist(), w.prompt_tokens.tolist(), w.generated.tolist(), strict=True)))
+    capacity = engine.kv_capacity_tokens
+    admit = [0] * layout.num_classes
+    empty = view.num_residents == 0
+    while any(queues) and seats > 0 and tokens > 0:
+
+        def urgency(j: int) -> float:
+            work = record.cost[j]
+            return -work if math.isinf(record.tau0) else (view.clock - queues[j][0][0] + record.tau0) / work
+
+        best = max((j for j in range(layout.num_classes) if queues[j]), key=urgency)
+        _, prompt, kept = queues[best][0]
+        new = total + course(best, prompt, kept)
+        fits = new[0] <= capacity if math.isinf(record.level) else (new <= record.level * capacity).all()
+        if not fits and not empty:
+            break
+        total, empty = new, False
+        admit[best] += 1
+        seats -= 1
+        tokens -= prompt + kept
+        queues[best].pop(0)
+    return admit
+
+
+@pytest.mark.parametrize("tau0", [0.0, 3.0, 30.0, math.inf])
+@pytest.mark.parametrize(("level", "budget"), [(0.8, 0), (0.95, 256), (math.inf, 512)])
+def test_the_walk_is_that_of_a_reference(tau0: float, level: float, budget: int) -> None:
+    scenario = load_scenario("azure-conv-40gb")
+    engine = scenario.engine.replace(num_blocks=1_000, max_num_seqs=48)
+    workload = scenario.generate(5, rate=8.0, num_requests=120).with_backlog(50)
+    backend = started(workload, scenario.layout, engine)
+    rule = rule_of(scenario.statistics, scenario.layout, engine, tau0=tau0, level=level, budget=budget)
+    entered = asked = 0
+    while not backend.done:
+        expected = reference(backend, rule, scenario.statistics)
+        decision = rule.decide(backend.snapshot())
+        outside = decision.admit.reshape(scenario.layout.num_classes, -1)[:, 0]
+        assert outside.tolist() == expected
+        report = backend.step(decision)
+        if not report.preempted:
+            asked += int(outside.sum())
+            entered += report.admitted
+    assert entered >= 120
+    assert entered >= 0.95 * asked  # what is asked for begins, unless the blocks of a whole prompt lack
+
+
+def test_arrival_times_are_of_those_who_have_arrived() -> None:
+    scenario = load_scenario("azure-conv-40gb")
+    workload = scenario.generate(0, num_requests=50)
+    backend = started(workload, scenario.layout, scenario.engine)
+    greedy = Decision.greedy(scenario.layout.num_queues)
+    for _ in range(200):
+        times, now = backend.record.arrived.time, backend.record.clock
+        arrived = workload.arrival <= now
+        np.testing.assert_array_equal(times[arrived], workload.arrival[arrived])
+        assert np.isnan(times[~arrived]).all()
+        backend.step(greedy)
+
+
+def test_all_of_this_holds_in_plain_python_too() -> None:
+    if numba.config.DISABLE_JIT:
+        return
+    environment = dict(os.environ, NUMBA_DISABLE_JIT="1")
+    chosen = "overtakes or short_ones or own_wait or budget or begin or empty or (reference and 3.0 and 256)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not plain_python", __file__]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
