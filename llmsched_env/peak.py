@@ -45,11 +45,13 @@ _LONGEST = 4096  # tokens; beyond, a length is as likely as at the end of the ta
 
 
 class PeakRecord(Record):
-    """What predictions of one workload on one engine read. T steps of the forecast, J classes, G lengths of the table."""
+    """What predictions of one workload on one engine read. T steps of the forecast, J classes, G lengths told apart."""
 
     headroom: float  # tokens counted for each resident beyond those it holds
     steps: Vector  # (T,) iterations ahead
-    survival: Cube32  # (J, G, T), P(output > g + steps[t] | output > g, class j)
+    survival: Cube32  # (N, B, T), P(output > g + steps[t] | output > g) of a group of classes, in a range of g
+    group: Indices  # (J,) of each class
+    place: Indices  # (G,) range of g = 0 .. G - 1; beyond, a length is as likely as at the end
     by_work: Indices  # (J,) classes, least work first
     total: Vector  # (T,) scratch
     own: Vector  # (T,) scratch
@@ -74,7 +76,8 @@ class PeakTables:
     def record(self) -> PeakRecord:
         """A record with scratch of its own."""
         scratch = {name: np.zeros(self.steps.size) for name in ("total", "own")}
-        made = PeakRecord(steps=self.steps, survival=self.survival, by_work=self.by_work, **scratch)
+        groups, places = (np.arange(size, dtype=np.int64) for size in self.survival.shape[:2])
+        made = PeakRecord(steps=self.steps, survival=self.survival, group=groups, place=places, by_work=self.by_work, **scratch)
         made.headroom = self.headroom
         return made
 
@@ -155,14 +158,14 @@ def predict(engine: Engine, peak: PeakRecord) -> None:
     """Write the expected KV (tokens) of the residents at each of ``steps`` into ``total``."""
     requests, num_segments = engine.requests, engine.settings.num_segments
     total, steps, survival = peak.total, peak.steps, peak.survival
-    last = survival.shape[1] - 1
+    last = peak.place.shape[0] - 1
     for t in range(total.shape[0]):
         total[t] = 0.0
     r = engine.oldest
     while r >= 0:
         tokens = generated(engine, r)
         held = requests.prompt[r] + tokens + peak.headroom
-        j, g = requests.queue[r] // num_segments, min(tokens, last)
+        j, g = peak.group[requests.queue[r] // num_segments], peak.place[min(tokens, last)]
         for t in range(total.shape[0]):
             total[t] += survival[j, g, t] * (held + steps[t])
         r = requests.next[r]
@@ -174,7 +177,7 @@ def adds_within(engine: Engine, peak: PeakRecord, r: int, q: int, limit: float) 
     total, own, steps, survival = peak.total, peak.own, peak.steps, peak.survival
     tokens = engine.requests.base_generated[r]
     held = engine.requests.prompt[r] + tokens + peak.headroom
-    j, g = q // engine.settings.num_segments, min(tokens, survival.shape[1] - 1)
+    j, g = peak.group[q // engine.settings.num_segments], peak.place[min(tokens, peak.place.shape[0] - 1)]
     fits = True
     for t in range(total.shape[0]):
         own[t] = total[t] + survival[j, g, t] * (held + steps[t])
