@@ -53,7 +53,7 @@ MOST_QUEUES = 65_536
 Preset = Literal["paper", "vllm"]
 AdmissionOrder = Literal["arrival", "class"]
 SchedulingPolicy = Literal["fcfs", "priority"]
-ClassBy = Literal["single", "type", "prompt", "output"]
+ClassBy = Literal["single", "type", "prompt", "output", "work"]
 
 
 class Decision(Rows):
@@ -267,29 +267,34 @@ class QueueLayout:
 
     Attributes:
         by: what decides a request's class: ``single`` (one class), ``type`` (the workload's
-            ``type_id``), ``prompt`` (prompt length, which a server knows at arrival) or
-            ``output`` (output length: known lengths only).
-        edges: class j holds lengths <= edges[j]; the last class everything above. Increasing.
+            ``type_id``), ``prompt`` (prompt length, which a server knows at arrival),
+            ``output`` (output length: known lengths only) or ``work`` (machine work of prompt and output, ``weights``: known lengths only).
+        edges: class j holds lengths (tokens; ``work``: microseconds) <= edges[j]; the last class everything above. Increasing.
         num_types: J for ``by="type"``.
         segment_ends: (K-1,) increasing decode lengths r_1 < r_2 < ...: a request that has generated
             r_k tokens and is not complete stands in the boundary queue of segment k+1.
+        weights: (c, w0, w1) for ``by="work"``, seconds as in ``llmsched_env.work``; empty otherwise.
     """
 
     by: ClassBy = "single"
     edges: tuple[int, ...] = ()
     num_types: int = 1
     segment_ends: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.one_of("layout.by", self.by, ("single", "type", "prompt", "output"))
+        checks.one_of("layout.by", self.by, ("single", "type", "prompt", "output", "work"))
+        if len(self.weights) != (3 if self.by == "work" else 0):
+            raise ConfigError(f"layout.weights: {self.weights}, must be (c, w0, w1) with by='work' and empty otherwise")
+        object.__setattr__(self, "weights", tuple(checks.number("layout.weights", w, unit="seconds") for w in self.weights))
         for name in ("edges", "segment_ends"):
             given = getattr(self, name)
             values = checks.integers(f"layout.{name}", given, low=1, most=MOST_QUEUES)
             if any(b <= a for a, b in itertools.pairwise(values)):
                 raise ConfigError(f"layout.{name}: {checks.shown(given)}, must be increasing integers >= 1")
             object.__setattr__(self, name, values)
-        if self.edges and self.by not in ("prompt", "output"):
-            raise ConfigError(f"layout.edges: {self.edges} given, but only prompt and output classes have edges")
+        if self.edges and self.by not in ("prompt", "output", "work"):
+            raise ConfigError(f"layout.edges: {self.edges} given, but only prompt, output and work classes have edges")
         object.__setattr__(self, "num_types", checks.integer("layout.num_types", self.num_types, low=1, high=MOST_QUEUES))
         if self.num_types > 1 and self.by != "type":
             raise ConfigError(f"layout.num_types: {self.num_types}, must be 1 unless by='type'")
@@ -310,10 +315,17 @@ class QueueLayout:
 
     @property
     def reveals_output_length(self) -> bool:
-        return self.by == "output"
+        return self.by in ("output", "work")
 
     def queue(self, j: int, k: int = 0) -> int:
         return j * self.num_segments + k
+
+    def work(self, prompt: npt.ArrayLike, output: npt.ArrayLike) -> FloatArray:
+        """(n,) microseconds of machine work with ``by="work"`` (``llmsched_env.work``)."""
+        c, w0, w1 = self.weights
+        prompts, outputs = np.asarray(prompt, dtype=np.float64), np.asarray(output, dtype=np.float64)
+        micros: FloatArray = 1e6 * (c * prompts + outputs * (w0 + w1 * (prompts + outputs / 2)))
+        return micros
 
     def classify(self, prompt: npt.ArrayLike, output: npt.ArrayLike, type_id: npt.ArrayLike) -> IntArray:
         """(n,) int32 class of each request."""
@@ -324,7 +336,7 @@ class QueueLayout:
             if types.size and int(types.max()) >= self.num_types:
                 raise ConfigError(f"workload.type_id: {int(types.max())}, must be below layout.num_types = {self.num_types}")
             return types
-        values = np.asarray(prompt if self.by == "prompt" else output)
+        values = self.work(prompt, output) if self.by == "work" else np.asarray(prompt if self.by == "prompt" else output)
         return np.searchsorted(np.asarray(self.edges), values, side="left").astype(np.int32)
 
 

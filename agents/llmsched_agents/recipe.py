@@ -135,6 +135,7 @@ class Recipe:
                 "edges": list(layout.edges),
                 "num_types": layout.num_types,
                 "segment_ends": list(layout.segment_ends),
+                **({"weights": list(layout.weights)} if layout.weights else {}),
             }
         return values
 

@@ -14,6 +14,7 @@ from llmsched_baselines.modified_wait import ModifiedWait
 from llmsched_baselines.nested_wait import NestedWait
 from llmsched_baselines.oracle import OracleSjf
 from llmsched_baselines.policy import Policy, Setting
+from llmsched_baselines.pooled_work import PooledWork
 from llmsched_baselines.reserve import Reserve, ShortestPrompt
 from llmsched_baselines.rivals import ActiveCap, PrefillCadence, PrefillDecodeInterval, PrefillThreshold
 from llmsched_baselines.vllm_v0 import VllmV0
@@ -40,6 +41,7 @@ SHIPPED: tuple[type[Policy], ...] = (
     LateLast,
     McSf,
     OracleSjf,
+    PooledWork,
     ModifiedWait,
     WaitCp,
 )

@@ -218,8 +218,8 @@ class LiveMirror:
             raise ConfigError(f"engine.preset: {engine.preset!r}, must be 'vllm' on a live server")
         if layout.by == "type" and layout.num_types > 1:
             raise ConfigError("layout.by: 'type', but requests of a live server have no type; must be single or prompt")
-        if layout.by == "output" and not reveal_output_length:
-            raise ConfigError("layout.by: 'output', but a live server does not know output lengths; must be single or prompt")
+        if layout.reveals_output_length and not reveal_output_length:
+            raise ConfigError(f"layout.by: {layout.by!r}, but a live server does not know output lengths; must be single or prompt")
         self.layout, self.engine, self.reveal_output_length = layout, engine, reveal_output_length
         self.queued: deque[tuple[float, int]] = deque()
         self.overdue: dict[int, None] = {}
@@ -300,7 +300,8 @@ class LiveMirror:
         self._index[request_id] = r
         layout, requests, hidden, stays = self.layout, self.record.requests, self.record.hidden, self.stays
         known = output_tokens if self.reveal_output_length else 0
-        j = bisect_left(layout.edges, known if layout.by == "output" else prompt_tokens) if layout.edges else 0
+        size = float(layout.work(prompt_tokens, known)) if layout.by == "work" else known if layout.by == "output" else prompt_tokens
+        j = bisect_left(layout.edges, size) if layout.edges else 0
         for table in (requests, hidden, stays):
             table.rows[r] = 0
         self.record.arrived.time[r] = arrival

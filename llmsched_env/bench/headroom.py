@@ -33,7 +33,7 @@ POLICIES = {
 }
 """What is tried beside it, hidden lengths."""
 
-KNOWING = ("wait", "mc-sf", "oracle-sjf")
+KNOWING = ("wait", "mc-sf", "oracle-sjf", "pooled-work")
 """Policies that are told output lengths."""
 
 MEASURED = tuple(e for e in ENVIRONMENTS if e.reward_threshold is not None)

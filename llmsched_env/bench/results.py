@@ -94,7 +94,7 @@ class Results:
 
     def oracle(self, cell: Cell) -> str:
         """The best of the bounds that know output lengths: tuned ones, or the defaults where nothing was tuned anywhere."""
-        names = ("mc-sf", "oracle-sjf")
+        names = ("mc-sf", "oracle-sjf", "pooled-work")
         found = self.best(cell, [f"{name} (tuned)" for name in names if f"{name} (tuned)" in self.labels(cell)])
         if found or any(v.kind == "tuned" for own in self.plan.values() for v in own):
             return found

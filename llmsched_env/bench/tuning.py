@@ -67,6 +67,7 @@ GRIDS: dict[str, Grid] = {
     },
     "late-last": {"theta": THETAS, "limit": (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0), **ENGINE},
     "mc-sf": {"margin": tuple(round(0.01 * i, 2) for i in range(31)), "num_classes": (4, 8, 16, 32, 64), **ENGINE},
+    "pooled-work": {"level": tuple(round(0.8 + 0.01 * i, 2) for i in range(31)), "memory_share": (0.0, 0.5, 1.0, None), **ENGINE},
     "oracle-sjf": {"by": ("output", "prompt"), "theta": THETAS, "num_classes": (4, 8, 16, 32, 64), **ENGINE},
 }
 """Grids in the order of their values. ``limit`` is in units of the cell's TTFT limit. Policies without an entry have nothing to tune."""

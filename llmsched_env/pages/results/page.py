@@ -108,8 +108,8 @@ class Page:
             "*tuned together* with one set of parameters for the whole non-stationary part; these run in that part alone and never count "
             f"as a cell's *best* tuned baseline. {KNOWN.strip()} marks policies that are **told output lengths**; they never count as "
             "*best* baselines. The *best* baseline of a cell is chosen by its mean on the evaluation seeds themselves, which favours the "
-            "baselines. The *oracle bound* is the better of `mc-sf` and `oracle-sjf`: policies that know lengths, no proven optimum; a "
-            "baseline that does not know them can beat it.",
+            "baselines. The *oracle bound* is the best of `mc-sf`, `oracle-sjf` and `pooled-work`: policies that know lengths, no proven "
+            "optimum; a baseline that does not know them can beat it.",
             "",
         ]
 
