@@ -4,6 +4,8 @@
 ``wait``         thresholds for known output lengths
 ``buffer``       memory of Nested WAIT: M^pi, theta_k, M_req
 ``nested``       thresholds for unknown output lengths
+``minorant``     time models from below, by straight lines
+``bound``        a mean latency that no policy goes below
 ``segments``     where to cut decode lengths, allocation of a cap
 
 Theory: arXiv 2504.11320 v4 ("Optimizing LLM Inference: Fluid-Guided Online Scheduling with Memory Constraints").

@@ -69,7 +69,7 @@ def coordinates(batch: BatchSums) -> tuple[float, float, float, float]:
 
 
 @compiled
-def _decode_attention(model, n, kv, clip):  # type: ignore[no-untyped-def]
+def decode_attention(model, n, kv, clip):  # type: ignore[no-untyped-def]
     """Decode attention; outside the batch sizes of the table it goes in proportion to n."""
     rows = int(model[H_DECODES])
     at = min(max(n, model[rows]), model[rows + int(model[H_DECODES + 1]) - 1])
@@ -96,7 +96,7 @@ def table_seconds(batch: BatchSums) -> float:
     if batch.decodes > 0.0:
         good = good and inside(model, int(model[H_DECODES]), int(model[H_DECODES + 1]), batch.decodes)
         good = good and inside(model, int(model[H_DECODE_KV]), int(model[H_DECODE_KV + 1]), kv)
-        seconds += _decode_attention(model, batch.decodes, kv, clip)
+        seconds += decode_attention(model, batch.decodes, kv, clip)
     if chunk > 0.0:
         good = good and inside(model, int(model[H_CONTEXT]), int(model[H_CONTEXT + 1]), context)
         good = good and inside(model, int(model[H_CHUNK]), int(model[H_CHUNK + 1]), chunk)
