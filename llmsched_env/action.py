@@ -1,4 +1,4 @@
-"""Actions of an agent <-> decisions of the engine, and action masks. Three action sets.
+"""Actions of an agent <-> decisions of the engine, and action masks. Four action sets.
 
 ``peak`` (default): a level of predicted KV memory (``llmsched_env.peak``): everything runs, boundary queues are admitted,
 and requests enter from outside while the KV predicted for the residents, now and later, stays below level * C. With
@@ -14,6 +14,11 @@ runs out, expert policies may ask for it. Mask: ``run = 0`` (hold) is offered on
 to expect of all residents stays within ``theta * C``. Expected lengths come from the scenario's statistics
 (``llmsched_env.forecast``). An empty engine takes the first request whatever it is expected to need, unless theta is 0.
 Every action is legal. The ``reserve`` policy of ``baselines`` is one constant action of this set.
+
+``operate``: what an operator turns: a level of predicted KV memory as in ``peak``; with classes how waiting counts against work, a
+number of seconds tau0, requests entering by (wait + tau0) / work (``llmsched_env.operate``); and in the ``vllm`` preset a token
+budget in whole tiles, beyond which no request becomes resident. The work of a class is that to expect of its requests
+(``llmsched_env.work``). Every action is legal.
 
 With ``token_budgets`` each set has one more component, the last: the token budget of the iterations, 0 for the
 engine's own (``Decision.token_budget``). An action of one component is ``Discrete``, of several ``MultiDiscrete``.
@@ -38,6 +43,7 @@ from llmsched_env.engine.residents import generated
 from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import Forecast
+from llmsched_env.operate import decode_operate
 from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakRecord, PeakTables, decode_peak, decode_peak_by_work, run_everything
 from llmsched_env.pointers import address_of, call
 from llmsched_env.records import Indices, Record, Vector
@@ -46,7 +52,12 @@ from llmsched_env.types import ADMIT_ALL, TILE_TOKENS, Decision
 ADMIT = 0
 RESERVE = 1
 PEAK = 2
+OPERATE = 3
 THETAS = (0.0, 0.8, 0.9, 1.0, 1.05, 1.1, 1.15, 1.2, 1.3, math.inf)
+AGEING = (0.0, 10.0, 60.0, 300.0, math.inf)
+"""Seconds tau0 that ``operate`` offers; infinite: waiting does not count."""
+BUDGETS = (128, 256, 512, 1024, 0)
+"""Token budgets that ``operate`` offers, as far as the engine's own is not smaller."""
 
 
 @compiled
@@ -107,10 +118,12 @@ def decode_reserve(engine, theta, forecast, decision):  # type: ignore[no-untype
 class CodecRecord(Record):
     """An action set as compiled code reads it. W components, B token budgets."""
 
-    kind: int  # ADMIT, RESERVE or PEAK
+    kind: int  # ADMIT, RESERVE, PEAK or OPERATE
     sizes: Indices  # (W,) values of each component
-    levels: Vector  # thetas of ``reserve``, levels of ``peak``; max_admit alone of ``admit``
-    orders: Indices  # what the second component of ``peak`` means, as places in ``ORDERS``; empty: it has none
+    levels: Vector  # thetas of ``reserve``, levels of ``peak`` and ``operate``; max_admit alone of ``admit``
+    orders: Indices  # what the second component means, as places in ``ORDERS`` (``peak``) or in ``ageing``; empty: there is none
+    ageing: Vector  # (A,) seconds tau0 of ``operate``
+    work: Vector  # (J,) work to expect of a request of each class, of ``operate``
     budgets: Vector  # (B,) what the last component means; empty: there is none
     forecast: Forecast
     peak: PeakRecord
@@ -132,12 +145,18 @@ def decode_level(engine: Engine, codec: CodecRecord, decision: Decision, level: 
         decode_peak_by_work(engine, codec.peak, codec.levels[level], decision)
 
 
+@compiled
+def decode_operation(engine: Engine, codec: CodecRecord, decision: Decision, level: int, order: int) -> None:
+    """A level of ``operate`` and a place in ``ageing``, by their numbers; the token budget is in the decision already."""
+    decode_operate(engine, codec.peak, codec.levels[level], codec.work, codec.ageing[order], decision)
+
+
 def link_codec(codec: CodecRecord) -> None:
     """Write the addresses of an action set's functions; they are good in this process only."""
     if codec.kind == ADMIT:
         codec.choose = 0
     else:
-        function = decode_theta if codec.kind == RESERVE else decode_level
+        function = {RESERVE: decode_theta, PEAK: decode_level, OPERATE: decode_operation}[codec.kind]
         codec.choose = address_of(function, (Engine, CodecRecord, Decision, int, int))
 
 
@@ -154,12 +173,12 @@ def is_legal(codec, action):  # type: ignore[no-untyped-def]
 @compiled
 def decode(engine, codec, action, decision):  # type: ignore[no-untyped-def]
     """An action (W,) int64 of any set; ``codec`` is a ``CodecRecord``."""
+    decision.token_budget = int(codec.budgets[action[action.shape[0] - 1]]) if codec.budgets.shape[0] > 0 else 0
     if codec.kind == ADMIT:
         decode_action(action, engine.settings.num_queues, int(codec.levels[0]), decision)
     else:
         order = codec.orders[action[1]] if codec.orders.shape[0] > 0 else 0
         call(codec.choose, engine, codec, decision, action[0], order)
-    decision.token_budget = int(codec.budgets[action[action.shape[0] - 1]]) if codec.budgets.shape[0] > 0 else 0
 
 
 @compiled
@@ -242,7 +261,7 @@ class Codec(ABC):
     @property
     @abstractmethod
     def kind(self) -> int:
-        """``ADMIT``, ``RESERVE`` or ``PEAK``."""
+        """``ADMIT``, ``RESERVE``, ``PEAK`` or ``OPERATE``."""
 
     @property
     @abstractmethod
@@ -289,6 +308,8 @@ class Codec(ABC):
             sizes=np.array(self.sizes, dtype=np.int64),
             levels=self.numbers,
             orders=self.order_numbers,
+            ageing=self.waits,
+            work=peak.work,
             budgets=np.array(self.token_budgets, dtype=np.float64),
             forecast=forecast,
             peak=peak.record(),
@@ -300,6 +321,11 @@ class Codec(ABC):
     def order_numbers(self) -> npt.NDArray[np.int64]:
         """What ``CodecRecord.orders`` holds."""
         return np.zeros(0, dtype=np.int64)
+
+    @property
+    def waits(self) -> npt.NDArray[np.float64]:
+        """What ``CodecRecord.ageing`` holds."""
+        return np.zeros(0)
 
     def as_integers(self, action: Any) -> npt.NDArray[np.int64]:
         """``action`` as (W,) int64.
@@ -440,3 +466,47 @@ class PeakCodec(Codec):
     @property
     def order_numbers(self) -> npt.NDArray[np.int64]:
         return np.array([ORDERS.index(order) for order in self.orders], dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class OperateCodec(Codec):
+    """The action set ``operate``.
+
+    Attributes:
+        levels: as of ``PeakCodec``.
+        ageing: seconds tau0 that the second component chooses from, >= 0, ``math.inf`` for least work first; empty: there is no such
+            component, and least work enters first.
+        token_budgets: whole tiles of ``TILE_TOKENS``, and 0 for the engine's own.
+    """
+
+    levels: tuple[float, ...] = LEVELS
+    ageing: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        Codec.__post_init__(self)
+        object.__setattr__(self, "levels", _checked_levels("levels", self.levels))
+        none = isinstance(self.ageing, list | tuple) and len(self.ageing) == 0
+        object.__setattr__(self, "ageing", () if none else _checked_levels("ageing", self.ageing))
+        for budget in self.token_budgets:
+            if budget % TILE_TOKENS:
+                raise ConfigError(f"token_budgets: {budget}, must be a multiple of {TILE_TOKENS} with action_set='operate'")
+
+    @property
+    def kind(self) -> int:
+        return OPERATE
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        return (len(self.levels), len(self.ageing)) if self.ageing else (len(self.levels),)
+
+    @property
+    def numbers(self) -> npt.NDArray[np.float64]:
+        return np.array(self.levels, dtype=np.float64)
+
+    @property
+    def order_numbers(self) -> npt.NDArray[np.int64]:
+        return np.arange(len(self.ageing))
+
+    @property
+    def waits(self) -> npt.NDArray[np.float64]:
+        return np.array(self.ageing or (math.inf,), dtype=np.float64)

@@ -97,7 +97,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     anew in every iteration.
 
     ## Action Space
-    Three sets (``llmsched_env.action``), ``peak`` by default:
+    Four sets (``llmsched_env.action``), ``peak`` by default:
 
     * ``peak``: ``MultiDiscrete([len(levels), len(orders)])``, without classes ``Discrete(len(levels))``: the share of the
       memory that the KV predicted for the residents may reach, and who enters first, by "arrival" or least "work".
@@ -105,6 +105,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
       residents of segment q are held with their KV (0) or advance (1); component Q + q how many requests enter segment q
       from its queue, oldest first, the largest standing for as many as fit.
     * ``reserve``: ``Discrete(len(thetas))``: the share of the memory that the final KV to expect of all residents may reach.
+
+    * ``operate``: ``MultiDiscrete([len(levels), len(ageing), len(token_budgets)])``, without classes or in the ``paper`` preset
+      fewer: a level as in ``peak``; seconds tau0, requests entering by (wait + tau0) / expected work, highest first; a token budget,
+      beyond which no request becomes resident.
 
     ``token_budgets`` adds one more component, the token budget of the iterations. The engine does what its token
     budget, sequence cap and KV memory allow. Requests admitted in an iteration advance in it. ``action_masks()`` and
@@ -146,11 +150,12 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | class_by, class_edges | scenario's | ``single``, ``type``, ``prompt`` or ``output`` classes and their upper edges |
     | segment_ends | scenario's | decode lengths that end segments |
     | reveal_output_length | False (True in LLMSchedKnown-v0) | classes by output length and per-request lengths in the view |
-    | action_set | "peak" | one of the three above |
-    | levels, orders | ``peak.LEVELS``, both | choices of "peak"; ``orders=()``: none, the engine's |
+    | action_set | "peak" | one of the four above |
+    | levels, orders | ``peak.LEVELS``, both | choices of "peak" (levels of "operate", too); ``orders=()``: none, the engine's |
+    | ageing | ``action.AGEING`` | seconds tau0, choices of "operate"; ``ageing=()``: none, least work first |
     | max_admit | 16 | largest admit count of "admit" |
     | thetas | ``action.THETAS`` | over-commitments of "reserve" |
-    | token_budgets | () | choices of one more component, tokens; 0: the engine's own |
+    | token_budgets | (), "operate": ``action.BUDGETS`` | choices of one more component, tokens; 0: the engine's own |
     | hold, hold_seconds | None | iterations, and least seconds, that an action stays in force; None: 4 s, with "admit" one iteration |
     | discount_seconds | inf | time constant of the discount in ``info`` |
     | backlog | 0 | requests waiting at time 0, taken from the front of the episode: a number, or (low, high) to draw it |

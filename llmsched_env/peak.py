@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -66,12 +66,14 @@ class PeakTables:
         steps: (T,) float64, ``forecast_steps``.
         headroom: tokens counted for each resident beyond those it holds: what its last block wastes on average, and the spare.
         by_work: (J,) int64, classes in the order of the work to expect of a request, least first.
+        work: (J,) float64, seconds of machine work to expect of a request (``llmsched_env.work``); empty where nobody asks for it.
     """
 
     survival: npt.NDArray[np.float32]
     steps: FloatArray
     headroom: float
     by_work: npt.NDArray[np.int64]
+    work: FloatArray = field(default_factory=lambda: np.zeros(0))
 
     def record(self) -> PeakRecord:
         """A record with scratch of its own."""

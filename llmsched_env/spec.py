@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 
 from llmsched_env import checks
-from llmsched_env.action import PEAK, THETAS, ActionCodec, Codec, CodecRecord, PeakCodec, ReserveCodec
+from llmsched_env.action import (
+    AGEING,
+    BUDGETS,
+    OPERATE,
+    PEAK,
+    THETAS,
+    ActionCodec,
+    Codec,
+    CodecRecord,
+    OperateCodec,
+    PeakCodec,
+    ReserveCodec,
+)
 from llmsched_env.engine.record_backend import check_served
 from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError, UnknownSettingError, did_you_mean
@@ -20,6 +32,7 @@ from llmsched_env.forecast import Forecast, make_forecast
 from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakTables, peak_tables
 from llmsched_env.reward import Reward, make_reward
 from llmsched_env.types import ClassBy, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.work import expected_work, work_weights
 from llmsched_env.workload import Scenario, load_scenario, scenario_from_trace
 
 
@@ -55,7 +68,12 @@ def checked_backlog(backlog: Any) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-ACTION_SETS = {"peak": ("levels", "orders"), "admit": ("max_admit",), "reserve": ("thetas",)}
+ACTION_SETS = {
+    "peak": ("levels", "orders"),
+    "admit": ("max_admit",),
+    "reserve": ("thetas",),
+    "operate": ("levels", "ageing"),
+}
 """Action sets and the settings that only they have."""
 
 DEFAULT_SCENARIO = "azure-conv-40gb"
@@ -82,6 +100,7 @@ class EnvSettings:
     action_set: str = "peak"
     levels: Sequence[float] = LEVELS
     orders: Sequence[str] | None = None
+    ageing: Sequence[float] | None = None
     max_admit: int = 16
     thetas: Sequence[float] = THETAS
     token_budgets: Sequence[int] = ()
@@ -153,7 +172,7 @@ class EnvSpec:
             raise ConfigError(f"scenario: {scenario!r}, must be a name or a Scenario")
         layout = _layout(drawn, given)
         engine = engine_with(drawn.engine, given.engine)
-        codec = _codec(given, layout)
+        codec = _codec(given, layout, engine)
         if codec.token_budgets and engine.preset == "paper":
             raise ConfigError(f"token_budgets: {codec.token_budgets}, must be empty: the paper preset has no token budget")
         levels_alone = given.action_set != "admit" and given.hold is None
@@ -183,9 +202,13 @@ class EnvSpec:
 
     def peak_tables(self) -> PeakTables:
         """Tables of the predictions that the action set needs; many environments may share them."""
-        if self.codec.kind != PEAK:
+        if self.codec.kind not in (PEAK, OPERATE):
             return NO_TABLES
-        return peak_tables(self.scenario.statistics, self.layout, self.engine)
+        statistics = self.scenario.statistics
+        tables = peak_tables(statistics, self.layout, self.engine)
+        if self.codec.kind == PEAK:
+            return tables
+        return dataclasses.replace(tables, work=expected_work(statistics, self.layout, work_weights(self.engine, statistics)))
 
     def codec_record(self, forecast: Forecast, peak: PeakTables) -> CodecRecord:
         """The action set as compiled code reads it."""
@@ -210,20 +233,25 @@ def draw_backlog(backlog: tuple[int, int], rng: np.random.Generator) -> int:
     return low if low == high else int(rng.integers(low, high + 1))
 
 
-def _codec(given: EnvSettings, layout: QueueLayout) -> Codec:
+def _codec(given: EnvSettings, layout: QueueLayout, engine: EngineConfig) -> Codec:
     """The action set of the settings."""
     checks.one_of("action_set", given.action_set, tuple(ACTION_SETS))
     for action_set, names in ACTION_SETS.items():
         for name in names:
             value, default = getattr(given, name), EnvSettings.__dataclass_fields__[name].default
             same = value is default or (type(value) is type(default) and value == default)
-            if action_set != given.action_set and not same:
+            if name not in ACTION_SETS[given.action_set] and not same:
                 raise ConfigError(f"{name}: {checks.shown(value)}, is for action_set={action_set!r}, not {given.action_set!r}")
     budgets: Any = given.token_budgets  # checked and converted there, as the others
     if given.action_set == "admit":
         return ActionCodec(layout.num_queues, given.max_admit, token_budgets=budgets)
     if given.action_set == "reserve":
         return ReserveCodec(given.thetas, token_budgets=budgets)  # type: ignore[arg-type]
+    if given.action_set == "operate":
+        ageing: Any = given.ageing if given.ageing is not None else AGEING if layout.num_classes > 1 else ()
+        if engine.preset == "vllm" and not budgets:
+            budgets = tuple(budget for budget in BUDGETS if budget < engine.max_num_batched_tokens)
+        return OperateCodec(given.levels, ageing, token_budgets=budgets)  # type: ignore[arg-type]
     orders = given.orders if given.orders is not None else ORDERS if layout.num_classes > 1 else ()
     return PeakCodec(given.levels, orders, token_budgets=budgets)  # type: ignore[arg-type]
 

@@ -25,6 +25,8 @@ SETS: list[dict[str, Any]] = [
     {"action_set": "reserve"},
     {"action_set": "reserve", "token_budgets": (0, 128)},
     {"action_set": "admit", "token_budgets": (512, 0)},
+    {"action_set": "operate"},
+    {"action_set": "operate", "ageing": (), "token_budgets": (0,)},
 ]
 
 

@@ -10,19 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numba
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
+from llmsched_env import LLMSchedEnv
+from llmsched_env.action import AGEING, BUDGETS
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import Engine
+from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import class_work
 from llmsched_env.operate import decode_operate
-from llmsched_env.peak import PeakRecord, decode_peak_by_work, forecast_steps, peak_tables
+from llmsched_env.peak import LEVELS, PeakRecord, decode_peak_by_work, forecast_steps, peak_tables
 from llmsched_env.records import Record, Vector
+from llmsched_env.render.env_viewer import asked_words
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.work import expected_work, work_weights
 from llmsched_env.workload import load_scenario
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,11 +246,103 @@ def test_arrival_times_are_of_those_who_have_arrived() -> None:
         backend.step(greedy)
 
 
+# --- the action set ----------------------------------------------------------------------------------
+SMALL: dict[str, Any] = {"action_set": "operate", "num_requests": 60, "backlog": 40, "engine": {"num_blocks": 400}}
+
+
+def test_an_action_has_a_level_ageing_and_a_budget() -> None:
+    env = LLMSchedEnv(**SMALL)
+    assert env.action_space == gym.spaces.MultiDiscrete([len(LEVELS), len(AGEING), len(BUDGETS)])
+    _, info = env.reset(seed=0)
+    assert info["action_mask"].all() and info["action_mask"].shape == (len(LEVELS) + len(AGEING) + len(BUDGETS),)
+    paper = LLMSchedEnv("two-type", action_set="operate", class_by="type")
+    assert paper.action_space == gym.spaces.MultiDiscrete([len(LEVELS), len(AGEING)])
+    one_class = LLMSchedEnv(**SMALL, class_by="single", token_budgets=(0,))
+    assert one_class.action_space == gym.spaces.MultiDiscrete([len(LEVELS), 1])
+    small = LLMSchedEnv(action_set="operate", engine={"max_num_batched_tokens": 300})
+    assert small.codec.token_budgets == (128, 256, 0)
+
+
+def test_an_action_is_the_rule_of_its_numbers() -> None:
+    env = LLMSchedEnv(**SMALL, hold=1)
+    env.reset(seed=3)
+    statistics = env.scenario.statistics
+    cost = expected_work(statistics, env.layout, work_weights(env.engine, statistics))
+    rng = np.random.default_rng(0)
+    admitted = 0
+    over = False
+    while not over:
+        action = np.array([rng.integers(size) for size in env.action_space.nvec])
+        chosen = {"level": LEVELS[action[0]], "tau0": AGEING[action[1]], "budget": BUDGETS[action[2]]}
+        decision = rule_of(statistics, env.layout, env.engine, cost=cost, **chosen).decide(env.view())
+        expected = decision.admit.tolist()
+        _, _, terminated, truncated, _ = env.step(action)
+        assert env._decision.admit.tolist() == expected and env._decision.token_budget == chosen["budget"]
+        admitted += int(decision.admit.reshape(env.layout.num_classes, -1)[:, 0].sum())
+        over = terminated or truncated
+    assert admitted >= 60
+
+
+@pytest.mark.parametrize("chosen", [{"scenario": "azure-conv-40gb"}, {"scenario": "two-type", "class_by": "type"}])
+def test_many_at_once_are_one_by_one(chosen: dict[str, Any]) -> None:
+    settings = {**chosen, "action_set": "operate", "num_requests": 40, "backlog": 20, "hold": 3, "hold_seconds": 0.0}
+    envs = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=3, autoreset_mode="SameStep", **settings)
+    single = [LLMSchedEnv(**settings) for _ in range(3)]
+    observations, _ = envs.reset(seed=5)
+    for i, env in enumerate(single):
+        observation, _ = env.reset(seed=5 + i)
+        for name, value in observation.items():
+            np.testing.assert_array_equal(value, observations[name][i])
+    rng = np.random.default_rng(1)
+    over = np.zeros(3, dtype=bool)
+    for _ in range(60):
+        actions = rng.integers(0, envs.single_action_space.nvec, (3, envs.single_action_space.shape[0]))
+        observations, rewards, terminated, truncated, _ = envs.step(actions)
+        for i, env in enumerate(single):
+            if over[i]:
+                continue
+            observation, reward, ended, cut, _ = env.step(actions[i])
+            assert reward == rewards[i] and ended == terminated[i] and cut == truncated[i]
+            over[i] = ended or cut
+            if not over[i]:
+                for name, value in observation.items():
+                    np.testing.assert_array_equal(value, observations[name][i])
+
+
+def test_the_environment_passes_gymnasiums_checks() -> None:
+    env = gym.make("llmsched_env:LLMSched-v0", **SMALL, disable_env_checker=True)
+    check_env(env.unwrapped, skip_render_check=True)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"ageing": (1.0,), "action_set": "peak"}, "ageing: .* is for action_set='operate', not 'peak'"),
+        ({"orders": ("work",)}, "orders: .* is for action_set='peak', not 'operate'"),
+        ({"ageing": (-1.0,)}, "ageing"),
+        ({"ageing": (math.nan,)}, "ageing"),
+        ({"ageing": 5.0}, "ageing"),
+        ({"levels": ()}, "levels"),
+        ({"token_budgets": (200,)}, "token_budgets: 200, must be a multiple of 128"),
+        ({"scenario": "two-type", "token_budgets": (128,)}, "token_budgets: .*paper preset"),
+    ],
+)
+def test_settings_are_refused_by_name(wrong: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        LLMSchedEnv(**{"action_set": "operate", **wrong})
+
+
+def test_a_picture_says_what_was_asked() -> None:
+    env = LLMSchedEnv(**SMALL)
+    assert asked_words(env.codec, np.array([4, 2, 0])) == "level 0.9, ageing 60 s"
+    assert asked_words(env.codec, np.array([6, 4, 0])) == "no limit, least work first"
+
+
 def test_all_of_this_holds_in_plain_python_too() -> None:
     if numba.config.DISABLE_JIT:
         return
     environment = dict(os.environ, NUMBA_DISABLE_JIT="1")
-    chosen = "overtakes or short_ones or own_wait or budget or begin or empty or (reference and 3.0 and 256)"
+    chosen = "overtakes or short_ones or own_wait or budget or begin or empty or (reference and 3.0 and 256) or rule_of_its_numbers"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", f"({chosen}) and not plain_python", __file__]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -176,4 +176,5 @@ def described(spec: EnvSpec, action: npt.NDArray[np.int64]) -> str:
     """An action of levels in words."""
     codec: Any = spec.codec
     words = f"level {codec.levels[action[0]]:g}"
-    return f"{words}, by {codec.orders[action[1]]}" if codec.orders else words
+    orders = getattr(codec, "orders", ())
+    return f"{words}, by {orders[action[1]]}" if orders else words

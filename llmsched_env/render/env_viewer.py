@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.action import ActionCodec
+from llmsched_env.action import ActionCodec, OperateCodec
 from llmsched_env.backend import Backend
 from llmsched_env.render.history import History
 from llmsched_env.render.names import bands, type_names
@@ -93,4 +93,7 @@ def asked_words(codec: Any, action: npt.NDArray[np.int64] | None) -> str:
     level = float(getattr(codec, "thetas" if hasattr(codec, "thetas") else "levels")[int(action[0])])
     words = "no limit" if level == math.inf else f"level {level:g}"
     orders = getattr(codec, "orders", ())
+    if isinstance(codec, OperateCodec) and codec.ageing:
+        tau0 = codec.ageing[int(action[1])]
+        return f"{words}, least work first" if tau0 == math.inf else f"{words}, ageing {tau0:g} s"
     return f"{words}, {ORDER_WORDS.get(orders[int(action[1])], orders[int(action[1])])}" if orders else words
