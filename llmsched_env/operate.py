@@ -86,12 +86,22 @@ def decode_operate(engine: Engine, peak: PeakRecord, level: float, cost: Vector,
         cost: (J,) work of a request of each class, > 0, in any unit.
         tau0: seconds, >= 0; infinite: least work first.
     """
+    decode_operate_up_to(engine, peak, level, cost, tau0, math.inf, decision)
+
+
+@compiled
+def decode_operate_up_to(
+    engine: Engine, peak: PeakRecord, level: float, cost: Vector, tau0: float, most: float, decision: Decision
+) -> None:
+    """``decode_operate`` with at most so many residents; an empty engine takes a request all the same."""
     run_everything(engine, False, decision)
     if engine.num_waiting == 0:
         return
     requests, queues, settings = engine.requests, engine.queues, engine.settings
     budget = budget_of(engine, decision)
     seats, tokens = seats_left(engine, budget), tokens_left(engine, budget)
+    if most < math.inf:
+        seats = min(seats, int(max(most, 1.0)) - engine.num_residents)
     if seats <= 0 or tokens <= 0:
         return
     predict(engine, peak)

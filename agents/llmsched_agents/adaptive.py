@@ -15,7 +15,7 @@ from llmsched_baselines.policy import RulePolicy, Setting
 from llmsched_env import checks
 from llmsched_env.engine.rules import Rule
 from llmsched_env.peak import PeakRecord, forecast_steps
-from llmsched_env.types import TILE_TOKENS, EngineConfig, QueueLayout
+from llmsched_env.types import TILE_TOKENS, EngineConfig, FloatArray, QueueLayout
 
 CLASSES_PER_OCTAVE = 8
 GROUPS_PER_OCTAVE = 2
@@ -98,6 +98,20 @@ class Adaptive(RulePolicy):
         return peak
 
 
+class AdaptiveAged(Adaptive):
+    """``adaptive`` with ageing: for tails. Nobody is passed over for ever, at the price of a longer mean in overload.
+
+    Args:
+        tau0: as in ``Adaptive``, by default 30 s.
+        options: the others of ``Adaptive``.
+    """
+
+    name: ClassVar[str] = "adaptive-aged"
+
+    def __init__(self, setting: Setting, tau0: float = 30.0, level: float = 0.99, spare: float = 1.0, drain: float = 60.0) -> None:
+        super().__init__(setting, tau0, level, spare, drain)
+
+
 def class_edges(engine: EngineConfig) -> tuple[int, ...]:
     """Upper edges of the classes, geometric."""
     octaves = math.log2(min(engine.longest_request, LONGEST) / SHORTEST) if engine.longest_request > SHORTEST else 0.0
@@ -105,10 +119,11 @@ def class_edges(engine: EngineConfig) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def prompts(edges: tuple[int, ...]) -> np.ndarray:
+def prompts(edges: tuple[int, ...]) -> FloatArray:
     """(J,) tokens of a request of each class: the geometric middle."""
     bounds = [1.0, *map(float, edges), (edges[-1] if edges else SHORTEST) * 2.0 ** (1 / CLASSES_PER_OCTAVE)]
-    return np.sqrt(np.array(bounds[:-1]) * np.array(bounds[1:]))
+    found: FloatArray = np.sqrt(np.array(bounds[:-1]) * np.array(bounds[1:]))
+    return found
 
 
 def groups_of(edges: tuple[int, ...]) -> list[int]:

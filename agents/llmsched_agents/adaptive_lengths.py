@@ -119,7 +119,7 @@ def forget_lengths(lengths: LengthsRecord) -> None:
 @compiled
 def place_of(lengths: LengthsRecord, tokens: int) -> int:
     """Bin of a request that has generated ``tokens``."""
-    return lengths.place[min(tokens, lengths.place.shape[0] - 1)]
+    return int(lengths.place[min(tokens, lengths.place.shape[0] - 1)])
 
 
 @compiled
@@ -240,11 +240,11 @@ def survival_at(lengths: LengthsRecord, g: int, tokens: float) -> float:
     """P(output > tokens) of a group."""
     edges, bins = lengths.edges, lengths.edges.shape[0] - 1
     if tokens >= edges[bins]:
-        return lengths.survival[g * (bins + 1) + bins]
+        return float(lengths.survival[g * (bins + 1) + bins])
     b = place_of(lengths, int(tokens))
     share = (tokens - edges[b]) / (edges[b + 1] - edges[b])
     i = g * (bins + 1) + b
-    return lengths.survival[i] + share * (lengths.survival[i + 1] - lengths.survival[i])
+    return float(lengths.survival[i] + share * (lengths.survival[i + 1] - lengths.survival[i]))
 
 
 @compiled

@@ -1,7 +1,7 @@
 """The agent ``adaptive`` as one compiled rule: it learns from what the engine shows, and decides how to operate it.
 
-In every iteration requests enter by ``llmsched_env.operate.decode_operate``; what that reads is set every few seconds from what has been
-learned: the lengths (``adaptive_lengths``), the iteration times (``adaptive_times``) and the rate and mix of arrivals.
+In every iteration requests enter by ``llmsched_env.operate.decode_operate_up_to``; what that reads is set every few seconds from what
+has been learned: the lengths (``adaptive_lengths``), the iteration times (``adaptive_times``) and the rate and mix of arrivals.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from llmsched_agents.adaptive_lengths import LengthsRecord, fill_forecast, forge
 from llmsched_agents.adaptive_times import UNITS, TimesRecord, forget_times, learn_times, note_iteration, seconds_of
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.state import RATE_WINDOW_SECONDS, Engine
-from llmsched_env.operate import decode_operate
-from llmsched_env.peak import PeakRecord, kv_unit, run_everything
+from llmsched_env.operate import decode_operate_up_to
+from llmsched_env.peak import PeakRecord, kv_unit
 from llmsched_env.records import Memory, Record, Vector
 from llmsched_env.types import Decision
 
@@ -73,10 +73,7 @@ def adaptive_rule(engine: Engine, policy: AdaptiveRecord, decision: Decision) ->
     if policy.since >= EVERY_ITERATIONS and engine.clock - policy.set_at >= EVERY_SECONDS:
         set_again(engine, policy)
     decision.token_budget = 0 if policy.chunked == 0 else int(policy.budgets[budget_to_try(engine, policy)])
-    if engine.num_residents >= policy.flow.most:
-        run_everything(engine, False, decision)
-        return
-    decode_operate(engine, policy.peak, policy.level, policy.cost, policy.tau0, decision)
+    decode_operate_up_to(engine, policy.peak, policy.level, policy.cost, policy.tau0, policy.flow.most, decision)
 
 
 @compiled

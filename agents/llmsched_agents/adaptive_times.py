@@ -6,8 +6,8 @@ The seconds of an iteration are taken as
 
 with T tokens in the batch, KV tokens of context of its n decodes, W the attention work of its prefill chunks
 (``llmsched_env.perf.batch``), and f linear between knots. All coefficients come from weighted least squares, an iteration's weight being
-1 / tau^2, so that the error is relative. The knots lie at multiples of the tile of a GPU's matrix products, where its steps end. What no iteration
-has visited is f continued as a straight line: a penalty on its bends, worth a twentieth of an iteration, says so.
+1 / tau^2, so that the error is relative. The knots lie at multiples of the tile of a GPU's matrix products, where its steps end. Where
+no iteration has been, f goes on as a straight line: a penalty on its bends, worth a twentieth of an iteration, says so.
 """
 
 from __future__ import annotations
@@ -162,4 +162,4 @@ def seconds_of(times: TimesRecord, decodes: float, context: float, prefill: floa
     seconds += times.found[knots] * UNITS[0] * decodes * context
     seconds += times.found[knots + 1] * UNITS[1] * prefill * work
     seconds += times.found[knots + 2] * UNITS[2] * decodes
-    return max(seconds, 1e-4)
+    return float(max(seconds, 1e-4))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from llmsched_agents.adaptive import Adaptive, AdaptiveAged
 from llmsched_agents.checkpoint import CONFIG, WEIGHTS, checkpoint_folder, load_checkpoint, shipped_agents
 from llmsched_baselines import SHIPPED as SHIPPED_POLICIES
 from llmsched_baselines import Setting, make_policy, policy_class, policy_names
@@ -21,6 +22,8 @@ from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.registry import POLICIES, is_reference
 from llmsched_env.runner import Policy
 from llmsched_env.types import EngineConfig, QueueLayout
+
+POLICIES.built_in({policy.name: policy for policy in (Adaptive, AdaptiveAged)})
 
 Kind = Literal["registered", "checkpoint", "own"]
 

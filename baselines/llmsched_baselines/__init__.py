@@ -12,6 +12,7 @@ from llmsched_baselines.late_last import LateLast
 from llmsched_baselines.mc_sf import McSf
 from llmsched_baselines.modified_wait import ModifiedWait
 from llmsched_baselines.nested_wait import NestedWait
+from llmsched_baselines.operate import Operate
 from llmsched_baselines.oracle import OracleSjf
 from llmsched_baselines.policy import Policy, Setting
 from llmsched_baselines.pooled_work import PooledWork
@@ -42,6 +43,7 @@ SHIPPED: tuple[type[Policy], ...] = (
     McSf,
     OracleSjf,
     PooledWork,
+    Operate,
     ModifiedWait,
     WaitCp,
 )

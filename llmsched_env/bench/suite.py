@@ -64,8 +64,8 @@ ENGINES = {
 }
 """Engines by the name that a cell has for them.
 
-Blocks: of Llama-2-7B as ``bench-v1`` had them, of the others from their calibrations; ``llama3-40GB`` has as many fewer than ``llama3-80GB``
-as 40 GiB at 0.9 utilisation hold blocks of 2 MiB.
+Blocks: of Llama-2-7B as ``bench-v1`` had them, of the others from their calibrations; ``llama3-40GB`` has as many fewer than
+``llama3-80GB`` as 40 GiB at 0.9 utilisation hold blocks of 2 MiB.
 """
 MEMORY = ("80GB", "40GB")
 """Engines of the suite unless others are asked for."""

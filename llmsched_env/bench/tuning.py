@@ -68,6 +68,7 @@ GRIDS: dict[str, Grid] = {
     "late-last": {"theta": THETAS, "limit": (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0), **ENGINE},
     "mc-sf": {"margin": tuple(round(0.01 * i, 2) for i in range(31)), "num_classes": (4, 8, 16, 32, 64), **ENGINE},
     "pooled-work": {"level": tuple(round(0.8 + 0.01 * i, 2) for i in range(31)), "memory_share": (0.0, 0.5, 1.0, None), **ENGINE},
+    "operate": {"token_budget": BUDGETS, "level": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99), "tau0": (10.0, 100.0, math.inf)},
     "oracle-sjf": {"by": ("output", "prompt"), "theta": THETAS, "num_classes": (4, 8, 16, 32, 64), **ENGINE},
 }
 """Grids in the order of their values. ``limit`` is in units of the cell's TTFT limit. Policies without an entry have nothing to tune."""
@@ -97,7 +98,7 @@ def grid_of(policy: str, cell: Cell) -> Grid:
     if engine_of(cell.scenario, cell.kv).preset == "vllm":
         # The token budget first: what else is best depends on it most.
         return dict(sorted(grid.items(), key=lambda item: not item[0].startswith("engine.")))
-    return {name: values for name, values in grid.items() if not name.startswith("engine.")}
+    return {name: values for name, values in grid.items() if not name.startswith("engine.") and name != "token_budget"}
 
 
 def default_options(policy: str, bench: Bench, cell: Cell) -> dict[str, Any]:

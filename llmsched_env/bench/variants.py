@@ -20,7 +20,7 @@ SUFFIXES: dict[Kind, str] = {"default": " (default)", "tuned": " (tuned)", "toge
 POLICIES = (
     "fcfs", "vllm", "vllm-v0", "sarathi", "prefill-cadence", "prefill-decode-interval", "active-cap", "prefill-threshold", "wait",
     "nested-wait", "shortest-prompt", "reserve", "expected-work", "late-last", "mc-sf", "oracle-sjf",
-    "pooled-work",
+    "pooled-work", "operate",
 )  # fmt: skip
 """Baselines of the suite; ``fcfs`` is greedy FIFO in the ``paper`` preset, ``vllm`` in the other."""
 
