@@ -3,7 +3,7 @@
 * *Links* to files outside ``docs/`` cannot be followed on the site. With ``repo_url`` in ``mkdocs.yml`` they lead to the
   published file; without it only the name of the file stands there. A page named as code (`docs/NAME.md`) becomes a link to it.
 * *Formulas* are turned into MathML while the site is built, so that a page needs no script and no network.
-* *Environments*: one page for each registered id, from the docstring of its class.
+* *Environments*: one page for each id, of its newest version, from the docstring of its class.
 * ``<!-- table: FILE -->`` stands for the table in the docstring of that module.
 * ``<!-- include: FILE -->`` stands for a Markdown file outside ``docs/``.
 """
@@ -34,13 +34,13 @@ _FENCE = re.compile(r"^ *(`{3,}|~{3,}).*?^ *\1 *$", flags=re.DOTALL | re.MULTILI
 
 
 def registered() -> list[Any]:
-    """Specifications of this project's environments, in order of their names (gymnasium's ``EnvSpec``)."""
+    """Specifications of this project's environments, newest versions, in order of their names (gymnasium's ``EnvSpec``)."""
     import gymnasium as gym
 
-    import llmsched_env  # noqa: F401 - registers
+    import llmsched_env
 
-    found = [spec for spec in gym.registry.values() if str(spec.entry_point).startswith("llmsched_env")]
-    return sorted(found, key=lambda spec: (spec.id != "LLMSched-v0", spec.id))
+    found = [gym.registry[environment.id] for environment in llmsched_env.ENVIRONMENTS]
+    return sorted(found, key=lambda spec: (spec.id != "LLMSched-v1", spec.id))
 
 
 def environment_class(spec: Any) -> type:

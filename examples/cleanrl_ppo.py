@@ -23,7 +23,7 @@ def flat(observation):
 def main(updates: int = 100) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the networks are small
-    envs = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=ENVS, autoreset_mode="SameStep", **SETTINGS)
+    envs = gym.make_vec("llmsched_env:LLMSched-v1", num_envs=ENVS, autoreset_mode="SameStep", **SETTINGS)
     envs = gym.wrappers.vector.RecordEpisodeStatistics(envs)
     seen, means = flat(envs.reset(seed=0)[0]), []
     actor = nn.Sequential(nn.Linear(seen.shape[1], 64), nn.Tanh(), nn.Linear(64, int(envs.single_action_space.n)))

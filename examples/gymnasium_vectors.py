@@ -13,7 +13,7 @@ import gymnasium as gym
 import gymnasium.wrappers as one
 import gymnasium.wrappers.vector as many
 
-ID = "llmsched_env:LLMSched-v0"
+ID = "llmsched_env:LLMSched-v1"
 SETTINGS = {"num_requests": 20}
 
 

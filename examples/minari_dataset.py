@@ -26,7 +26,7 @@ def expert(mask, sizes):
 
 def main(episodes: int = 20) -> None:
     torch.manual_seed(0)
-    env = gym.make("llmsched_env:LLMSched-v0", **SETTINGS)
+    env = gym.make("llmsched_env:LLMSched-v1", **SETTINGS)
     sizes = env.action_space.nvec
     collector = minari.DataCollector(env, step_data_callback=MaskedStepData, record_infos=True)
     for seed in range(episodes):

@@ -19,7 +19,7 @@ SETTINGS = {"num_requests": 100}
 
 def make(config):
     # RLlib's default encoders take flat observations.
-    return gym.wrappers.FlattenObservation(gym.make("llmsched_env:LLMSched-v0", **SETTINGS, **config))
+    return gym.wrappers.FlattenObservation(gym.make("llmsched_env:LLMSched-v1", **SETTINGS, **config))
 
 
 register_env("llmsched", make)

@@ -19,7 +19,7 @@ SETTINGS = {"num_requests": 20, "action_set": "admit", "max_admit": 4}
 
 
 def main(timesteps: int = 100_000) -> None:
-    envs = SB3VecEnv(gym.make_vec("llmsched_env:LLMSched-v0", num_envs=16, **SETTINGS), flatten=True)
+    envs = SB3VecEnv(gym.make_vec("llmsched_env:LLMSched-v1", num_envs=16, **SETTINGS), flatten=True)
     model = MaskablePPO("MlpPolicy", envs, n_steps=128, batch_size=512, gamma=0.999, seed=0, device="cpu")
     model.learn(timesteps)
     model.save("sb3_maskable_ppo.zip")

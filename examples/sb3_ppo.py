@@ -21,7 +21,7 @@ FOLDER = Path("sb3_ppo")
 
 
 def make(num_envs: int) -> SB3VecEnv:
-    return SB3VecEnv(gym.make_vec("llmsched_env:LLMSched-v0", num_envs=num_envs, **SETTINGS), flatten=True)
+    return SB3VecEnv(gym.make_vec("llmsched_env:LLMSched-v1", num_envs=num_envs, **SETTINGS), flatten=True)
 
 
 def main(timesteps: int = 200_000) -> None:

@@ -22,7 +22,7 @@ SETTINGS = {"num_requests": 50, "orders": ()}  # without a choice of order the a
 
 
 def make():
-    return gym.wrappers.FlattenObservation(gym.make("llmsched_env:LLMSched-v0", **SETTINGS))
+    return gym.wrappers.FlattenObservation(gym.make("llmsched_env:LLMSched-v1", **SETTINGS))
 
 
 def algorithm(env):

@@ -18,7 +18,7 @@ SETTINGS = {"num_requests": 50, "orders": ()}  # without a choice of order the a
 def main(updates: int = 20) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    base = GymEnv("llmsched_env:LLMSched-v0", **SETTINGS, categorical_action_encoding=True)
+    base = GymEnv("llmsched_env:LLMSched-v1", **SETTINGS, categorical_action_encoding=True)
     names = list(base.observation_spec.keys())
     env = TransformedEnv(base, CatTensors(names, "observation"))
     env.set_seed(0)

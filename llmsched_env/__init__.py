@@ -1,13 +1,13 @@
 """llmsched_env: LLM inference scheduling as a Gymnasium environment.
 
-``import llmsched_env`` registers ``LLMSched-v0`` and the other environments of ``llmsched_env.environments``.
-``gym.make("llmsched_env:LLMSched-v0", scenario="azure-conv", rate=6.0)`` works without the import.
+``import llmsched_env`` registers ``LLMSched-v1`` and the other environments of ``llmsched_env.environments``.
+``gym.make("llmsched_env:LLMSched-v1", scenario="azure-conv", rate=6.0)`` works without the import.
 """
 
 from __future__ import annotations
 
 from llmsched_env.env import AdmitOnly, LLMSchedEnv
-from llmsched_env.environments import ENVIRONMENTS
+from llmsched_env.environments import ENVIRONMENTS, FORMER_ENVIRONMENTS
 from llmsched_env.errors import ConfigError, InfeasibleError, MissingExtraError
 from llmsched_env.registry import register_backend, register_calibration, register_policy, register_reward, register_scenario
 from llmsched_env.types import (
@@ -49,5 +49,5 @@ __all__ = [
 ]
 
 
-for _environment in ENVIRONMENTS:
+for _environment in (*ENVIRONMENTS, *FORMER_ENVIRONMENTS):
     _environment.register()

@@ -147,9 +147,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | rate | scenario's | mean arrival rate, requests/s |
     | num_requests | scenario's | requests per episode |
     | engine | scenario's | dict of ``EngineConfig`` fields to change (also ``d0``, ``d1``), or an ``EngineConfig`` |
+    | calibration | None | iteration times, by name (``llmsched_env.perf.calibration_names()``) or file; None: the scenario's own |
     | class_by, class_edges | scenario's | ``single``, ``type``, ``prompt`` or ``output`` classes and their upper edges |
     | segment_ends | scenario's | decode lengths that end segments |
-    | reveal_output_length | False (True in LLMSchedKnown-v0) | classes by output length and per-request lengths in the view |
+    | reveal_output_length | False (True in LLMSchedKnown-v1) | classes by output length and per-request lengths in the view |
     | action_set | "peak" | one of the four above |
     | levels, orders | ``peak.LEVELS``, both | choices of "peak" (levels of "operate", too); ``orders=()``: none, the engine's |
     | ageing | ``action.AGEING`` | seconds tau0, choices of "operate"; ``ageing=()``: none, least work first |
@@ -164,6 +165,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | backend, backend_config | "sim", {} | "sim", "sim-prefix-cache", "vllm-scheduler" or "vllm" (a real engine), and its arguments |
     | render_mode | None | "rgb_array" or "human" (needs the ``render`` extra) |
 
+    ``calibration`` sets the time model alone: the engine keeps its blocks, so the memory stays as it was, unlike ``--calibration`` of the
+    programs, which takes the calibration's number of blocks as well. It cannot stand beside ``engine`` with iteration times of its own
+    (``time_model``, ``d0``, ``d1``, a whole ``EngineConfig``), nor with the ``paper`` preset.
+
     ``reset(options={"rate": ..., "num_requests": ..., "workload": Workload})`` changes one episode.
 
     ## Headroom
@@ -171,8 +176,10 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     constant action 11.9 s (level 0.95, by work), best policy 10.1 s (generalist), gap 43 %; reward threshold -12.5.
 
     ## Version History
-    * v0: scheduler rules of vLLM 0.28.0. Until the first release the defaults changed once: scenario "azure-conv", action set
-      "admit" and one iteration a step became what stands above.
+    * v1: iteration times of the measured table ``a100-llama2-7b-vllm``, which has the staircase of a GPU's tiles.
+    * v0: those of the smooth formula ``a100-llama2-7b-c10`` (``calibration``), under which token budgets pay off that cost time on
+      measured tables. ``gym.make("LLMSched-v0")`` plays them to the bit; a scenario or an ``engine`` with iteration times of its own
+      needs ``calibration=None`` there. Scheduler rules of vLLM 0.28.0.
     """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 30}  # noqa: RUF012 - gymnasium's form

@@ -1,15 +1,18 @@
-"""The environments by name, each for something that it teaches; ``LLMSched-v0``, the default, is ``LLMSchedEnv`` itself.
+"""The environments by name, each for something that it teaches; ``LLMSched-v1``, the default, is ``LLMSchedEnv`` itself.
 
 ==================  =====================================================================  ===================================
 id                  regime                                                                 teaches
 ==================  =====================================================================  ===================================
-LLMSched-v0         Azure conversations on a 40 GB GPU at 6.5 requests/s                   how many to let in, and whom first
-LLMSchedEasy-v0     the paper's two types in its own model, with a queue at the start      that greedy admission collapses
-LLMSchedOverload-v0 the default at 10 requests/s, twice what the memory bears              whom to serve when not all can be
-LLMSchedBursty-v0   the default with bursts of 11 requests/s for 15 s                      to come out of a burst
-LLMSchedKnown-v0    the default with output lengths known at arrival                       what knowing is worth
-LLMSchedHardware-v0 the default on a real vLLM engine (needs vLLM)                         that it holds outside
+LLMSched-v1         Azure conversations on a 40 GB GPU at 6.5 requests/s                   how many to let in, and whom first
+LLMSchedEasy-v1     the paper's two types in its own model, with a queue at the start      that greedy admission collapses
+LLMSchedOverload-v1 the default at 10 requests/s, twice what the memory bears              whom to serve when not all can be
+LLMSchedBursty-v1   the default with bursts of 11 requests/s for 15 s                      to come out of a burst
+LLMSchedKnown-v1    the default with output lengths known at arrival                       what knowing is worth
+LLMSchedHardware-v1 the default on a real vLLM engine (needs vLLM)                         that it holds outside
 ==================  =====================================================================  ===================================
+
+Version 0 of each is still registered (``FORMER_ENVIRONMENTS``): the same, where the engine is vLLM's with the iteration times of the
+formula ``a100-llama2-7b-c10`` instead of the measured table.
 
 ``llmsched headroom`` measures what there is to learn in each: ``docs/environments.md`` has its table. A reward threshold is nine
 tenths of the way from admitting everything to the best constant action, rounded; what a plain PPO reaches stands beside it.
@@ -43,6 +46,10 @@ class LLMSchedEasy(LLMSchedEnv):
     Mean latency: admitting everything 160.5 s, best constant action 111.4 s (level 0.9), best policy 111.4 s (level 0.9),
     gap 31 %; reward threshold -116.
 
+    ## Version History
+    * v1: equal to v0 to the bit; the number is that of the other environments.
+    * v0: the model of the paper states its own iteration times.
+
     All else is as in ``LLMSchedEnv``.
     """
 
@@ -58,6 +65,10 @@ class LLMSchedOverload(LLMSchedEnv):
     ## Headroom
     Mean latency: admitting everything 56.1 s, best constant action 32.7 s (level 0.95, by work), best policy 28.9 s (generalist),
     gap 48 %; reward threshold -35.
+
+    ## Version History
+    * v1: iteration times of the measured table ``a100-llama2-7b-vllm``, as ``LLMSched-v1``.
+    * v0: those of the formula ``a100-llama2-7b-c10``.
 
     All else is as in ``LLMSchedEnv``.
     """
@@ -75,6 +86,10 @@ class LLMSchedBursty(LLMSchedEnv):
     Mean latency: admitting everything 17.3 s, best constant action 12.0 s (level 0.95, by work), best policy 10.7 s (generalist),
     gap 38 %; reward threshold -12.5.
 
+    ## Version History
+    * v1: iteration times of the measured table ``a100-llama2-7b-vllm``, as ``LLMSched-v1``.
+    * v0: those of the formula ``a100-llama2-7b-c10``.
+
     All else is as in ``LLMSchedEnv``.
     """
 
@@ -85,6 +100,10 @@ class LLMSchedKnown(LLMSchedEnv):
     ## Description
     Classes are quarters of the output lengths, so predictions of memory and the order by work know much of how long a request
     will run. Policies that need lengths, such as WAIT, are told them.
+
+    ## Version History
+    * v1: iteration times of the measured table ``a100-llama2-7b-vllm``, as ``LLMSched-v1``.
+    * v0: those of the formula ``a100-llama2-7b-c10``.
 
     All else is as in ``LLMSchedEnv``.
     """
@@ -98,6 +117,10 @@ class LLMSchedHardware(LLMSchedEnv):
     on a CPU gives a ``block_size`` with it.
     ``backend_config`` says which model and which clock (``docs/hardware.md``); it needs vLLM. The clock is measured by default,
     so an episode is not the same twice.
+
+    ## Version History
+    * v1: what the observation says of load and rate follows the measured table ``a100-llama2-7b-vllm``.
+    * v0: it follows the formula ``a100-llama2-7b-c10``. The engine is the same in both.
 
     All else is as in ``LLMSchedEnv``.
     """
@@ -138,17 +161,29 @@ class NamedEnvironment:
         )
 
 
+_KNOWN = {"reveal_output_length": True}
+_EASY = {"scenario": "two-type", "backlog": 300, "num_requests": 1500, "hold_seconds": 12.0}
+_OVERLOAD = {"rate": 10.0, "num_requests": 1000}
+_BURSTY = {"scenario": "azure-conv-40gb-bursts"}
+_HARDWARE = {"backend": "vllm", "engine": BLOCKS_OF_32}
+_FORMULA = {"calibration": "a100-llama2-7b-c10"}
+
 ENVIRONMENTS = (
-    NamedEnvironment("LLMSched-v0", LLMSchedEnv, {}, -12.5),
-    NamedEnvironment(
-        "LLMSchedEasy-v0",
-        LLMSchedEasy,
-        {"scenario": "two-type", "backlog": 300, "num_requests": 1500, "hold_seconds": 12.0},
-        -116.0,
-    ),
-    NamedEnvironment("LLMSchedOverload-v0", LLMSchedOverload, {"rate": 10.0, "num_requests": 1000}, -35.0),
-    NamedEnvironment("LLMSchedBursty-v0", LLMSchedBursty, {"scenario": "azure-conv-40gb-bursts"}, -12.5),
-    NamedEnvironment("LLMSchedKnown-v0", LLMSchedKnown, {"reveal_output_length": True}),
-    NamedEnvironment("LLMSchedHardware-v0", LLMSchedHardware, {"backend": "vllm", "engine": BLOCKS_OF_32}, simulated=False),
+    NamedEnvironment("LLMSched-v1", LLMSchedEnv, {}, -12.5),
+    NamedEnvironment("LLMSchedEasy-v1", LLMSchedEasy, _EASY, -116.0),
+    NamedEnvironment("LLMSchedOverload-v1", LLMSchedOverload, _OVERLOAD, -35.0),
+    NamedEnvironment("LLMSchedBursty-v1", LLMSchedBursty, _BURSTY, -12.5),
+    NamedEnvironment("LLMSchedKnown-v1", LLMSchedKnown, _KNOWN),
+    NamedEnvironment("LLMSchedHardware-v1", LLMSchedHardware, _HARDWARE, simulated=False),
 )
-"""All that this package registers."""
+"""The newest version of each."""
+
+FORMER_ENVIRONMENTS = (
+    NamedEnvironment("LLMSched-v0", LLMSchedEnv, _FORMULA, -12.5),
+    NamedEnvironment("LLMSchedEasy-v0", LLMSchedEasy, _EASY, -116.0),
+    NamedEnvironment("LLMSchedOverload-v0", LLMSchedOverload, {**_OVERLOAD, **_FORMULA}, -35.0),
+    NamedEnvironment("LLMSchedBursty-v0", LLMSchedBursty, {**_BURSTY, **_FORMULA}, -12.5),
+    NamedEnvironment("LLMSchedKnown-v0", LLMSchedKnown, {**_KNOWN, **_FORMULA}),
+    NamedEnvironment("LLMSchedHardware-v0", LLMSchedHardware, {**_HARDWARE, **_FORMULA}, simulated=False),
+)
+"""Former versions, registered for results that name them; Gymnasium warns that they are out of date."""

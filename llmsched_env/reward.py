@@ -165,7 +165,7 @@ class CompiledReward:
         def tokens(engine, own):
             return own.parameters[0] * engine.report.generated_tokens
 
-        gym.make("LLMSched-v0", reward=CompiledReward(tokens, [0.001]))
+        gym.make("LLMSched-v1", reward=CompiledReward(tokens, [0.001]))
 
     Args:
         function: decorated with ``llmsched_env.compiled.compiled``.

@@ -30,6 +30,7 @@ from llmsched_env.errors import ConfigError, UnknownSettingError, did_you_mean
 from llmsched_env.fluid.equilibrium import check_rate
 from llmsched_env.forecast import Forecast, make_forecast
 from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakTables, peak_tables
+from llmsched_env.perf import load_calibration
 from llmsched_env.reward import Reward, make_reward
 from llmsched_env.types import ClassBy, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.work import expected_work, work_weights
@@ -86,6 +87,8 @@ which none matters, and steps of one length in seconds are what a fixed discount
 class EnvSettings:
     """The settings of an environment beside its scenario, as people give them (``LLMSchedEnv`` says what each means).
 
+    ``calibration`` sets the time model of the engine and nothing else of it.
+
     ``None`` stands for the scenario's own.
     """
 
@@ -93,6 +96,7 @@ class EnvSettings:
     rate: float | None = None
     num_requests: int | None = None
     engine: Mapping[str, Any] | EngineConfig | None = None
+    calibration: str | None = None
     class_by: ClassBy | None = None
     class_edges: Sequence[int] = ()
     segment_ends: Sequence[int] | None = None
@@ -171,7 +175,7 @@ class EnvSpec:
         if not isinstance(drawn, Scenario):
             raise ConfigError(f"scenario: {scenario!r}, must be a name or a Scenario")
         layout = _layout(drawn, given)
-        engine = engine_with(drawn.engine, given.engine)
+        engine = _engine(drawn, given)
         codec = _codec(given, layout, engine)
         if codec.token_budgets and engine.preset == "paper":
             raise ConfigError(f"token_budgets: {codec.token_budgets}, must be empty: the paper preset has no token budget")
@@ -256,6 +260,27 @@ def _codec(given: EnvSettings, layout: QueueLayout, engine: EngineConfig) -> Cod
     return PeakCodec(given.levels, orders, token_budgets=budgets)  # type: ignore[arg-type]
 
 
+def _engine(scenario: Scenario, given: EnvSettings) -> EngineConfig:
+    """The scenario's engine with the changes of ``engine`` and the iteration times of ``calibration``.
+
+    Raises:
+        ConfigError: iteration times given twice, a calibration that cannot be loaded, or one for the ``paper`` preset.
+    """
+    engine = engine_with(scenario.engine, given.engine)
+    if given.calibration is None:
+        return engine
+    named = f"calibration: {checks.shown(given.calibration)}"
+    if isinstance(given.engine, EngineConfig):
+        raise ConfigError(f"{named} beside an EngineConfig as engine, whose time_model is set already; must be None with it")
+    for name in ("time_model", "d0", "d1"):
+        if given.engine is not None and name in given.engine:
+            shown = checks.shown(given.engine[name])
+            raise ConfigError(f"{named} beside engine.{name}={shown}: both set the iteration times, must be None with it")
+    if engine.preset == "paper":
+        raise ConfigError(f"{named}, must be None with the paper preset, whose model states its iteration times (d0, d1)")
+    return engine.replace(time_model=load_calibration(given.calibration))
+
+
 def _layout(scenario: Scenario, given: EnvSettings) -> QueueLayout:
     base = scenario.known_layout if given.reveal_output_length else scenario.layout
     if (given.class_by is not None and given.class_by != base.by) or given.class_edges:
@@ -265,7 +290,7 @@ def _layout(scenario: Scenario, given: EnvSettings) -> QueueLayout:
     if given.segment_ends is not None:
         base = QueueLayout(base.by, base.edges, base.num_types, given.segment_ends)  # type: ignore[arg-type]
     if base.reveals_output_length and not given.reveal_output_length:
-        raise ConfigError("class_by: 'output' needs reveal_output_length=True (LLMSchedKnown-v0): it shows hidden lengths")
+        raise ConfigError("class_by: 'output' needs reveal_output_length=True (LLMSchedKnown-v1): it shows hidden lengths")
     return base
 
 

@@ -347,7 +347,7 @@ class EngineConfig:
     Attributes:
         preset: ``paper`` (KV in tokens, whole prompts, eviction loses all progress) or ``vllm``
             (KV in blocks, chunked prefill, recompute preemption).
-        time_model: seconds of one iteration from its batch.
+        time_model: seconds of one iteration from its batch; the default is measured on an A100 with Llama-2-7B (``llmsched_env.perf``).
         admission_order: global order of outside requests: queue key (``arrival``: arrival order,
             evicted requests first) or class first (``class``), requests of one class by queue key.
         class_rank: order of the classes under ``class``, one rank a class, smallest first; classes of
@@ -391,7 +391,7 @@ class EngineConfig:
     """
 
     preset: Preset = "vllm"
-    time_model: IterationTimeModel = field(default_factory=lambda: load_calibration("a100-llama2-7b-c10"))
+    time_model: IterationTimeModel = field(default_factory=lambda: load_calibration("a100-llama2-7b-vllm"))
     admission_order: AdmissionOrder = "arrival"
     class_rank: tuple[int, ...] = ()
     late_after: float = 0.0

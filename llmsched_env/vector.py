@@ -36,7 +36,7 @@ Observations = dict[str, npt.NDArray[np.float32]]
 class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64], npt.NDArray[Any]]):
     """``num_envs`` independent ``LLMSchedEnv`` over the same kernel, equal to them step by step.
 
-    ``gym.make_vec("llmsched_env:LLMSched-v0", num_envs=256, scenario="azure-conv", rate=6.0)``. Spaces,
+    ``gym.make_vec("llmsched_env:LLMSched-v1", num_envs=256, scenario="azure-conv", rate=6.0)``. Spaces,
     observations, masks and rewards are those of ``LLMSchedEnv``; environment i is seeded with ``seed + i``.
 
     Args:

@@ -130,10 +130,10 @@ def test_one_rank_for_each_class() -> None:
 
 # --- backlog --------------------------------------------------------------------------------------
 def test_backlog_waits_at_time_zero() -> None:
-    env = gym.make("LLMSched-v0", num_requests=200, backlog=50)
+    env = gym.make("LLMSched-v1", num_requests=200, backlog=50)
     env.reset(seed=1)
     assert env.unwrapped.view().num_waiting == 50
-    plain = gym.make("LLMSched-v0", num_requests=200)
+    plain = gym.make("LLMSched-v1", num_requests=200)
     plain.reset(seed=1)
     a, b = (e.unwrapped.backend.record.hidden.arrival for e in (env, plain))
     np.testing.assert_array_equal(a[:50], 0.0)
@@ -143,7 +143,7 @@ def test_backlog_waits_at_time_zero() -> None:
 
 
 def test_backlog_is_drawn_from_its_range_by_the_seed() -> None:
-    env = gym.make("LLMSched-v0", num_requests=100, backlog=(5, 40))
+    env = gym.make("LLMSched-v1", num_requests=100, backlog=(5, 40))
     drawn = []
     for seed in range(12):
         env.reset(seed=seed)
@@ -153,7 +153,7 @@ def test_backlog_is_drawn_from_its_range_by_the_seed() -> None:
     assert env.unwrapped.view().num_waiting == drawn[0]
     for bad in (-1, (3, 2), (1, 2, 3)):
         with pytest.raises(ConfigError, match="backlog"):
-            gym.make("LLMSched-v0", backlog=bad)
+            gym.make("LLMSched-v1", backlog=bad)
 
 
 # --- the reserve action set -----------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_backlog_is_drawn_from_its_range_by_the_seed() -> None:
 def test_a_constant_action_is_the_reserve_policy(theta: float) -> None:
     scenario = load_scenario("azure-conv")
     workload = scenario.generate(5, rate=7.0, num_requests=600)
-    env = gym.make("LLMSched-v0", **RESERVE, rate=7.0, num_requests=600, engine={"num_blocks": 2816}, segment_ends=(), thetas=(0.0, theta))
+    env = gym.make("LLMSched-v1", **RESERVE, rate=7.0, num_requests=600, engine={"num_blocks": 2816}, segment_ends=(), thetas=(0.0, theta))
     env.reset(seed=0, options={"workload": workload})
     done = False
     while not done:
@@ -175,7 +175,7 @@ def test_a_constant_action_is_the_reserve_policy(theta: float) -> None:
 
 
 def test_reserve_env_passes_the_checker_and_holds_at_zero() -> None:
-    env = gym.make("LLMSched-v0", **RESERVE, num_requests=40, backlog=10)
+    env = gym.make("LLMSched-v1", **RESERVE, num_requests=40, backlog=10)
     check_env(env.unwrapped, skip_render_check=True)
     assert env.action_space == gym.spaces.Discrete(10)
     env.reset(seed=0)
@@ -185,9 +185,9 @@ def test_reserve_env_passes_the_checker_and_holds_at_zero() -> None:
     assert env.unwrapped.view().num_residents > 0
     assert env.unwrapped.action_masks().all()
     with pytest.raises(ConfigError, match="action_set: 'nope', must be 'peak', 'admit' or 'reserve'"):
-        gym.make("LLMSched-v0", action_set="nope")
+        gym.make("LLMSched-v1", action_set="nope")
     with pytest.raises(ConfigError, match="thetas"):
-        gym.make("LLMSched-v0", action_set="reserve", thetas=(-1.0,))
+        gym.make("LLMSched-v1", action_set="reserve", thetas=(-1.0,))
 
 
 def test_reserve_reads_no_output_length() -> None:

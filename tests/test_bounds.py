@@ -98,7 +98,7 @@ def test_any_integers_are_taken_or_refused(action: list[int]) -> None:
 
 @pytest.mark.parametrize("value", [-1, 17, 2.5, math.nan, "x"])
 def test_admit_only(value: Any) -> None:
-    env = AdmitOnly(gym.make("LLMSched-v0", **ADMIT, num_requests=20))
+    env = AdmitOnly(gym.make("LLMSched-v1", **ADMIT, num_requests=20))
     env.reset(seed=0)
     with pytest.raises(ConfigError, match="action"):
         env.step(value)

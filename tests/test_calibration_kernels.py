@@ -55,7 +55,7 @@ def test_measured_kernels_become_a_calibration_that_an_environment_runs_on(confi
     assert calibrate.main(words) == 0
     model = load_calibration(str(file))
     assert isinstance(model, TableTime) and model.sequences.size == 2 and model.provenance.engine.startswith("none: kernels of PyTorch")
-    env = gym.make("llmsched_env:LLMSched-v0", engine={"time_model": str(file)})
+    env = gym.make("llmsched_env:LLMSched-v1", engine={"time_model": str(file)})
     env.reset(seed=0)
     for _ in range(5):
         env.step(env.action_space.sample())

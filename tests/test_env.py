@@ -17,14 +17,15 @@ from gymnasium.utils.env_checker import check_env, data_equivalence
 
 import llmsched_env
 from llmsched_env import AdmitOnly, ConfigError, Decision, LLMSchedEnv, Workload
+from llmsched_env.environments import FORMER_ENVIRONMENTS
 from llmsched_env.observation import ObservationLayout
 from llmsched_env.workload import scenario_names
 from tests.env_settings import ADMIT, RESERVE
 
-IDS = ["LLMSched-v0", "LLMSchedKnown-v0"]
+IDS = ["LLMSched-v1", "LLMSchedKnown-v1"]
 
 
-def make(env_id: str = "LLMSched-v0", **kwargs: Any) -> gym.Env[Any, Any]:
+def make(env_id: str = "LLMSched-v1", **kwargs: Any) -> gym.Env[Any, Any]:
     return gym.make(env_id, **{**ADMIT, "num_requests": 40, **kwargs})
 
 
@@ -62,7 +63,7 @@ def test_sb3_checker(env_id: str, wrap: bool) -> None:
 
 
 def test_make_imports_the_module_by_prefix() -> None:
-    env = gym.make("llmsched_env:LLMSched-v0", scenario="azure-conv", rate=6.0)
+    env = gym.make("llmsched_env:LLMSched-v1", scenario="azure-conv", rate=6.0)
     assert isinstance(env.unwrapped, LLMSchedEnv)
     assert env.unwrapped.rate == 6.0
 
@@ -335,7 +336,7 @@ def test_admit_only_equals_the_full_action() -> None:
 
 def test_version_and_registration_are_idempotent() -> None:
     before = dict(gym.registry)
-    for environment in llmsched_env.ENVIRONMENTS:
+    for environment in (*llmsched_env.ENVIRONMENTS, *FORMER_ENVIRONMENTS):
         assert environment.id in before
         environment.register()
     assert gym.registry == before

@@ -110,11 +110,11 @@ def test_tianshou_ppo(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_rl_zoo3(tmp_path: Path) -> None:
     need("rl_zoo3", "-r requirements/tools-zoo.txt")
-    common = ["--algo", "ppo", "--env", "LLMSched-v0", "--gym-packages", "llmsched_env", "--env-kwargs", "num_requests:20"]
+    common = ["--algo", "ppo", "--env", "LLMSched-v1", "--gym-packages", "llmsched_env", "--env-kwargs", "num_requests:20"]
     settings = ["--conf-file", str(EXAMPLES / "rl_zoo3" / "ppo.yml"), "--eval-env-kwargs", "num_requests:20"]
     run(tmp_path, "-m", "rl_zoo3.train", *common, *settings, "-n", "2048", "--eval-freq", "1000", "--eval-episodes", "2", "--seed", "0")
-    folder = tmp_path / "logs" / "ppo" / "LLMSched-v0_1"
-    assert (folder / "LLMSched-v0.zip").is_file() and (folder / "LLMSched-v0" / "vecnormalize.pkl").is_file()
+    folder = tmp_path / "logs" / "ppo" / "LLMSched-v1_1"
+    assert (folder / "LLMSched-v1.zip").is_file() and (folder / "LLMSched-v1" / "vecnormalize.pkl").is_file()
     found = run(tmp_path, "-m", "rl_zoo3.enjoy", *common, "--folder", "logs", "--no-render", "-n", "200")
     assert re.search(r"Mean reward: -\d+\.\d+", found), found
 

@@ -153,12 +153,12 @@ def test_an_expert_decides_every_iteration() -> None:
 
 
 def test_limits_on_steps_count_macro_steps() -> None:
-    env = gym.make_vec("LLMSched-v0", num_envs=1, max_episode_steps=3, hold=5, num_requests=400)
+    env = gym.make_vec("LLMSched-v1", num_envs=1, max_episode_steps=3, hold=5, num_requests=400)
     env.reset(seed=0)
     ends = [bool(env.step(env.action_space.sample())[3][0]) for _ in range(3)]
     assert ends == [False, False, True]
     with pytest.raises(ConfigError, match="max_episode_steps: 3"):
-        gym.make_vec("LLMSched-v0", num_envs=1, max_episode_steps=3)
+        gym.make_vec("LLMSched-v1", num_envs=1, max_episode_steps=3)
 
 
 @pytest.mark.parametrize(

@@ -215,7 +215,7 @@ import sys
 for extra in {extras!r}:
     sys.modules[extra] = None  # importing it raises ImportError
 import gymnasium
-env = gymnasium.make("llmsched_env:LLMSched-v0", scenario="azure-conv", num_requests=5)
+env = gymnasium.make("llmsched_env:LLMSched-v1", scenario="azure-conv", num_requests=5)
 env.reset(seed=0)
 env.action_space.seed(0)
 while not any(env.step(env.action_space.sample())[2:4]):

@@ -120,7 +120,7 @@ def test_the_environment_and_agents_mean_the_same_by_a_level(name: str) -> None:
     scenario = load_scenario(name)
     recipe = Recipe(action_set="peak", layout=scenario.layout, levels=LEVELS, hold=6)
     agents = AgentVecEnv([EnvSetting(scenario, scenario.rate, scenario.engine)], recipe, 2, num_requests=80, backlog=30)
-    env = gym.make_vec("LLMSched-v0", 2, scenario=name, num_requests=80, backlog=30, hold=6, orders=(), autoreset_mode="SameStep")
+    env = gym.make_vec("LLMSched-v1", 2, scenario=name, num_requests=80, backlog=30, hold=6, orders=(), autoreset_mode="SameStep")
     agents.seed(3), agents.reset(), env.reset(seed=3)
     rng = np.random.default_rng(0)
     for _ in range(200):

@@ -92,7 +92,7 @@ def test_every_episode_begins_anew() -> None:
     backend.reset(Workload.of([0.0, 0.5], [8, 8], [4, 4]), QueueLayout(), small(prefill_schedule_interval=50), EpisodeLimits())
     while not backend.done:
         backend.step(Decision.greedy(1))
-    env = gym.make("llmsched_env:LLMSched-v0", num_requests=20, engine={"prefill_schedule_interval": 8})
+    env = gym.make("llmsched_env:LLMSched-v1", num_requests=20, engine={"prefill_schedule_interval": 8})
     runs = []
     for _ in range(2):
         env.reset(seed=4)

@@ -129,7 +129,7 @@ def test_an_installed_package_adds_one_of_each_kind() -> None:
     assert load_scenario("busy").name == "busy"
     assert isinstance(load_calibration("slow"), LinearTime)
     assert isinstance(make_backend("my-sim"), SimBackend)
-    env = gym.make("llmsched_env:LLMSched-v0", scenario="busy", reward="minus-evictions", num_requests=10)
+    env = gym.make("llmsched_env:LLMSched-v1", scenario="busy", reward="minus-evictions", num_requests=10)
     env.reset(seed=0)
     assert env.step(env.action_space.sample())[1] == 0.0
 
@@ -314,7 +314,7 @@ def test_a_scenario_file_is_a_scenario_everywhere(tmp_path: Path) -> None:
     assert isinstance(scenario, Scenario)
     assert (scenario.name, scenario.rate, scenario.num_requests, scenario.ttft_slo) == ("night", 5.0, 40, 2.0)
     assert scenario.engine.num_blocks == 2816 and scenario.layout.num_classes == 3
-    for env in (gym.make("llmsched_env:LLMSched-v0", scenario=path), gym.make_vec("llmsched_env:LLMSched-v0", 2, scenario=path)):
+    for env in (gym.make("llmsched_env:LLMSched-v1", scenario=path), gym.make_vec("llmsched_env:LLMSched-v1", 2, scenario=path)):
         env.reset(seed=0)
     assert scenario.generate(0).arrival.shape == (40,)
 

@@ -359,7 +359,7 @@ def test_every_iteration_of_a_macro_step_is_in_the_course() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_gymnasium_records_a_video(tmp_path: Path) -> None:
     pytest.importorskip("moviepy")
-    env = RecordVideo(gym.make("llmsched_env:LLMSched-v0", render_mode="rgb_array", num_requests=10), str(tmp_path))
+    env = RecordVideo(gym.make("llmsched_env:LLMSched-v1", render_mode="rgb_array", num_requests=10), str(tmp_path))
     env.reset(seed=0)
     over = False
     while not over:

@@ -216,7 +216,7 @@ def test_refusals() -> None:
     SB3VecEnv(started)
     with pytest.raises(ConfigError, match="LLMSchedEnv, must be"):
         SB3VecEnv(LLMSchedEnv(**SHORT))  # type: ignore[arg-type]
-    made = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=2, **SHORT)
+    made = gym.make_vec("llmsched_env:LLMSched-v1", num_envs=2, **SHORT)
     assert isinstance(made, LLMSchedVectorEnv)
     env = SB3VecEnv(made)
     env.reset()
@@ -250,7 +250,7 @@ def test_threads_of_the_environments_leave_torchs_alone() -> None:
     try:
         for count in (before, 3, 1):
             torch.set_num_threads(count)
-            plain = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=4, threads=2, **CUT)
+            plain = gym.make_vec("llmsched_env:LLMSched-v1", num_envs=4, threads=2, **CUT)
             plain.reset(seed=0)
             for _ in range(20):
                 plain.step(np.ones((4, *plain.single_action_space.shape), dtype=np.int64))  # type: ignore[misc]

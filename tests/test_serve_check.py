@@ -77,7 +77,7 @@ def test_a_policy_that_will_start(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert lines[0] == (
         "policy nested-wait: 1 classes by single, segments end at [12]; 20 requests/s planned for; a request waits at most 2 s in one queue"
     )
-    assert "policy nested-wait: no calibration given: iteration times of a100-llama2-7b-c10 assumed" in lines
+    assert "policy nested-wait: no calibration given: iteration times of a100-llama2-7b-vllm assumed" in lines
     assert any(line.startswith("policy nested-wait: engine settings not given: ") and "watermark = 0.0" in line for line in lines)
     assert any("40 of 40 requests completed in" in line and "Poisson 20/s" in line for line in lines)
     assert lines[-1] == (

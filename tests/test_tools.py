@@ -36,10 +36,10 @@ def to_the_ends(envs: Any, count: int = 2) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
 def test_statistics_of_the_vector_environment_are_those_of_the_scalar_one(mode: str) -> None:
-    envs = wrappers.RecordEpisodeStatistics(gym.make_vec("LLMSched-v0", num_envs=2, autoreset_mode=mode, **SMALL))
+    envs = wrappers.RecordEpisodeStatistics(gym.make_vec("LLMSched-v1", num_envs=2, autoreset_mode=mode, **SMALL))
     infos = [info for info in to_the_ends(envs) if "episode" in info]
     for i in range(2):
-        env = gym.wrappers.RecordEpisodeStatistics(gym.make("LLMSched-v0", **SMALL))
+        env = gym.wrappers.RecordEpisodeStatistics(gym.make("LLMSched-v1", **SMALL))
         env.reset(seed=i)
         over = False
         while not over:
@@ -52,7 +52,7 @@ def test_statistics_of_the_vector_environment_are_those_of_the_scalar_one(mode: 
 
 def test_every_observation_wrapper_of_gymnasium_takes_the_default_mode() -> None:
     def flat() -> Any:
-        return wrappers.FlattenObservation(gym.make_vec("LLMSched-v0", num_envs=2, **SMALL))
+        return wrappers.FlattenObservation(gym.make_vec("LLMSched-v1", num_envs=2, **SMALL))
 
     for wrapped in (
         flat(),
@@ -65,7 +65,7 @@ def test_every_observation_wrapper_of_gymnasium_takes_the_default_mode() -> None
 
 
 def test_infos_have_the_same_keys_at_every_step() -> None:
-    env = gym.make("LLMSched-v0", **SMALL)
+    env = gym.make("LLMSched-v1", **SMALL)
     _, info = env.reset(seed=0)
     keys, over = {frozenset(info)}, False
     while not over:
@@ -74,16 +74,16 @@ def test_infos_have_the_same_keys_at_every_step() -> None:
         keys.add(frozenset(info))
     assert keys == {frozenset({"clock", "seconds", "discount", "action_mask", "summary"})}
     assert info["summary"]["completed"] == 8
-    envs = gym.make_vec("LLMSched-v0", num_envs=2, **SMALL)
+    envs = gym.make_vec("LLMSched-v1", num_envs=2, **SMALL)
     assert {frozenset(infos) for infos in to_the_ends(envs)} == {frozenset({"clock", "seconds", "discount", "action_mask"})}
     for kind in ("sync", "async"):
-        made = gym.make_vec("LLMSched-v0", num_envs=2, vectorization_mode=kind, **SMALL)
+        made = gym.make_vec("LLMSched-v1", num_envs=2, vectorization_mode=kind, **SMALL)
         assert to_the_ends(made)
         made.close()
 
 
 def test_masks_in_the_form_that_sampling_takes() -> None:
-    for env in (gym.make("LLMSched-v0", **SMALL), gym.make("LLMSched-v0", **{**SMALL, **RESERVE})):
+    for env in (gym.make("LLMSched-v1", **SMALL), gym.make("LLMSched-v1", **{**SMALL, **RESERVE})):
         _, info = env.reset(seed=0)
         env.action_space.seed(0)
         for _ in range(60):
@@ -92,7 +92,7 @@ def test_masks_in_the_form_that_sampling_takes() -> None:
             *_, terminated, truncated, info = env.step(action)
             if terminated or truncated:
                 break
-    only = AdmitOnly(gym.make("LLMSched-v0", **SMALL))
+    only = AdmitOnly(gym.make("LLMSched-v1", **SMALL))
     only.reset(seed=0)
     only.step(only.action_space.sample(mask=only.sample_mask()))
     envs = LLMSchedVectorEnv(3, **SMALL)
@@ -101,7 +101,7 @@ def test_masks_in_the_form_that_sampling_takes() -> None:
 
 
 def test_a_flat_observation_means_the_same_to_every_tool() -> None:
-    env = gym.make("LLMSched-v0", **SMALL)
+    env = gym.make("LLMSched-v1", **SMALL)
     observation, _ = env.reset(seed=0)
     space = env.observation_space
     assert isinstance(space, gym.spaces.Dict)

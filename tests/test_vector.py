@@ -101,7 +101,7 @@ def test_equal_to_scalar_environments(case: dict[str, Any], mode: AutoresetMode)
 
 
 def test_make_vec_and_batched_spaces() -> None:
-    env = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=6, num_requests=20, rate=10.0)
+    env = gym.make_vec("llmsched_env:LLMSched-v1", num_envs=6, num_requests=20, rate=10.0)
     assert isinstance(env.unwrapped, LLMSchedVectorEnv)
     observed, _ = env.reset(seed=0)
     assert env.observation_space.contains(observed)
@@ -109,7 +109,7 @@ def test_make_vec_and_batched_spaces() -> None:
         observed, rewards, *_ = env.step(env.action_space.sample())
         assert env.observation_space.contains(observed)
         assert rewards.shape == (6,)
-    known = gym.make_vec("LLMSchedKnown-v0", num_envs=2, num_requests=20)
+    known = gym.make_vec("LLMSchedKnown-v1", num_envs=2, num_requests=20)
     known.reset(seed=0)
     env.close()
 

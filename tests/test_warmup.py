@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FIRST_USE = """
 import gymnasium as gym
-for name in ("LLMSched-v0", "LLMSchedKnown-v0"):
+for name in ("LLMSched-v1", "LLMSchedKnown-v1"):
     env = gym.make(f"llmsched_env:{name}")
     env.reset(seed=0)
     env.step(env.action_space.sample())
@@ -37,8 +37,9 @@ for name in ("LLMSched-v0", "LLMSchedKnown-v0"):
 def test_parts_are_all_that_ships() -> None:
     names = [part.name for part in bench.parts()]
     assert len(set(names)) == len(names)
-    simulated = {name for name, spec in gym.registry.items() if name.startswith("LLMSched") and "backend" not in spec.kwargs}
-    assert simulated == set(bench.environments()) and "LLMSched-v0" in simulated and "LLMSchedHardware-v0" not in simulated
+    ours = {name: spec for name, spec in gym.registry.items() if name.startswith("LLMSched") and spec.version == 1}
+    simulated = {name for name, spec in ours.items() if "backend" not in spec.kwargs}
+    assert simulated == set(bench.environments()) and "LLMSched-v1" in simulated and "LLMSchedHardware-v1" not in simulated
     wanted = {*simulated, *(f"agent {name}" for name in shipped_agents())}
     for preset in ("vllm", "paper"):
         wanted |= {f"policy {cls.name}, preset {preset}" for cls in SHIPPED} | {f"actions {a}, preset {preset}" for a in ACTION_SETS}
@@ -46,7 +47,7 @@ def test_parts_are_all_that_ships() -> None:
 
 
 def test_a_part_is_run_and_counted() -> None:
-    chosen = [part for part in bench.parts() if part.name in ("LLMSched-v0", "policy fcfs, preset paper")]
+    chosen = [part for part in bench.parts() if part.name in ("LLMSched-v1", "policy fcfs, preset paper")]
     first = list(bench.warm(chosen))
     assert [one.name for one in first] == [part.name for part in chosen]
     assert all(one.compiled >= 0 and one.seconds > 0 for one in first)
@@ -55,7 +56,7 @@ def test_a_part_is_run_and_counted() -> None:
 
 def test_the_command_says_what_it_did(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(module, "_said", set())
-    chosen = [part for part in bench.parts() if part.name == "LLMSched-v0"]
+    chosen = [part for part in bench.parts() if part.name == "LLMSched-v1"]
     monkeypatch.setattr(warmup, "parts", lambda: chosen)
     list(bench.warm(chosen))
     assert warmup.main([]) == 0

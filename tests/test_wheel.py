@@ -26,7 +26,7 @@ PACKAGES = {
 EPISODE = """
 import sys
 import gymnasium
-env = gymnasium.make("llmsched_env:LLMSched-v0", scenario="azure-conv", rate=6.0, num_requests=20)
+env = gymnasium.make("llmsched_env:LLMSched-v1", scenario="azure-conv", rate=6.0, num_requests=20)
 env.reset(seed=1)
 env.action_space.seed(1)
 done = False
@@ -167,8 +167,8 @@ def test_a_package_adds_a_policy_a_scenario_and_a_reward_from_outside(with_comma
     program = (
         "import gymnasium as gym\n"
         "settings = dict(scenario='night-chat', action_set='admit', reward='few-waiting', num_requests=20)\n"
-        "one = gym.make('llmsched_env:LLMSched-v0', backlog=5, **settings)\n"
-        "many = gym.make_vec('llmsched_env:LLMSched-v0', num_envs=2, **settings)\n"
+        "one = gym.make('llmsched_env:LLMSched-v1', backlog=5, **settings)\n"
+        "many = gym.make_vec('llmsched_env:LLMSched-v1', num_envs=2, **settings)\n"
         "one.reset(seed=0), many.reset(seed=0)\n"
         "print(one.step(one.action_space.sample() * 0)[1] <= -0.05, many.step(many.action_space.sample())[1].shape)\n"
     )

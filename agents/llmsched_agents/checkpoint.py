@@ -24,7 +24,9 @@ from llmsched_env.types import QueueLayout
 FORMAT = 1
 MOST_CHOICES = 4096
 """Largest count in a configuration: of levels, of an action's choices, of settings along one axis."""
-ENVIRONMENT = "LLMSched-v0"
+ENVIRONMENT = "LLMSched-v1"
+READ = ("LLMSched-v0", ENVIRONMENT)
+"""Environments whose agents run here: their spaces are the same, only iteration times differ."""
 WEIGHTS, CONFIG, RECORD = "weights.safetensors", "config.json", "record.json"
 SHIPPED = Path(__file__).parent / "checkpoints"
 """The agents that ship, a folder each."""
@@ -89,7 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{where} has format {checks.shown(config['format'])}, this version reads {FORMAT}")
     made_for = checks.mapping(f"{where}: environment", config["environment"])
     identity, package = made_for.get("id"), made_for.get("package", "")
-    if identity != ENVIRONMENT or ENVIRONMENT not in gym.registry:
+    if identity not in READ or ENVIRONMENT not in gym.registry:
         raise ConfigError(f"checkpoint: {folder} was trained on {checks.shown(identity)}, this version has {ENVIRONMENT!r}: train it again")
     if not isinstance(package, str) or __version__.split(".")[:2] != package.split(".")[:2]:
         raise ConfigError(

@@ -17,6 +17,7 @@ from llmsched_agents.lookup import named_policies
 from llmsched_baselines import SHIPPED
 from llmsched_env import compiled
 from llmsched_env.bench.comparison import Comparison, Task, extrapolation_reported, finished_rows, record
+from llmsched_env.environments import ENVIRONMENTS
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import calibration_names, load_calibration
 from llmsched_env.perf.base import IterationTimeModel
@@ -53,8 +54,8 @@ class Warmed:
 
 
 def environments() -> list[str]:
-    """Ids of the registered environments that run on the simulator."""
-    return sorted(name for name, spec in gym.registry.items() if name.startswith("LLMSched") and "backend" not in spec.kwargs)
+    """Ids of the environments that run on the simulator, in their newest versions: the former ones compile nothing else."""
+    return sorted(environment.id for environment in ENVIRONMENTS if environment.simulated)
 
 
 def parts() -> list[Part]:
@@ -64,7 +65,7 @@ def parts() -> list[Part]:
         preset = load_scenario(scenario).engine.preset
         found += [Part(f"actions {actions}, preset {preset}", partial(_actions, actions, scenario)) for actions in ACTION_SETS]
     found.append(Part("rewards", _rewards))
-    found.append(Part("prefix cache", partial(_environment, "LLMSched-v0", backend="sim-prefix-cache")))
+    found.append(Part("prefix cache", partial(_environment, "LLMSched-v1", backend="sim-prefix-cache")))
     for scenario in (DEFAULT_SCENARIO, PAPER_SCENARIO):
         preset = load_scenario(scenario).engine.preset
         found += [Part(f"policy {cls.name}, preset {preset}", partial(_policy, cls.name, scenario)) for cls in SHIPPED]
@@ -111,12 +112,12 @@ def _environment(name: str, **settings: Any) -> None:
 
 
 def _actions(actions: str, scenario: str) -> None:
-    _environment("LLMSched-v0", scenario=scenario, action_set=actions)
+    _environment("LLMSched-v1", scenario=scenario, action_set=actions)
 
 
 def _rewards() -> None:
     for reward in REWARDS:
-        _environment("LLMSched-v0", reward=reward)
+        _environment("LLMSched-v1", reward=reward)
 
 
 def _policy(name: str, scenario: str) -> None:

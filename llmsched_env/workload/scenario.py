@@ -29,8 +29,8 @@ class Scenario:
         lengths: distribution of prompt, output and type.
         arrivals: process with its default rate.
         engine: default engine.
-        layout: queues of LLMSched-v0; never by output length.
-        known_layout: queues of LLMSchedKnown-v0: by type, or by output length.
+        layout: queues of LLMSched-v1; never by output length.
+        known_layout: queues of LLMSchedKnown-v1: by type, or by output length.
         num_requests: default length of an episode.
         ttft_slo, tpot_slo: default latency limits, seconds.
         rows: exact requests to replay, in order, or None to sample ``lengths``. Their times come

@@ -16,8 +16,8 @@ mooncake                joint quantiles, Mooncake conversation  Poisson 0.4/s   
 ======================  ======================================  ============================  =================
 
 ``vllm`` stands for Llama-2-7B on one A100-80GB, the defaults of ``EngineConfig.vllm()``. The default
-rates are round numbers near 0.8 of the fluid stability boundary; ``azure-code`` stays at about half
-of it, as its bursts queue up long before.
+rates are round numbers at 0.6 to 0.8 of the fluid stability boundary; ``azure-code`` stays at 0.4 of it, as its bursts queue up long
+before, and the two of 40 GB go to 1.2 and 0.9 of theirs.
 
 Default layouts of workloads without types: hidden lengths (``layout``) are one class with four
 segments that end at the quartiles of the output length; known lengths (``known_layout``) four classes

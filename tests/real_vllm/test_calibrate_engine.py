@@ -103,7 +103,7 @@ def test_the_calibration_works_at_once_in_scripts_and_environments(calibrated: t
         overrides = with_calibration(Overrides(), str(path))
         assert overrides.engine == {"time_model": str(path), "num_blocks": BLOCKS, "block_size": cpu_block_size()}
         settings = {**overrides.engine, "max_model_len": LONGEST, "oversize": "reject"}
-        env = gym.make("llmsched_env:LLMSched-v0", **ADMIT, engine=settings, num_requests=5)
+        env = gym.make("llmsched_env:LLMSched-v1", **ADMIT, engine=settings, num_requests=5)
         env.reset(seed=0)
         env.step(env.action_space.sample())
         assert env.unwrapped.engine.time_model == load_calibration(str(path))  # type: ignore[attr-defined]

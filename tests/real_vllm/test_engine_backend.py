@@ -490,7 +490,7 @@ SMALL = {"num_blocks": 4160 // BLOCK, "block_size": BLOCK, "max_num_seqs": 16, "
 
 
 def test_gymnasium_checker() -> None:
-    env = gym.make("llmsched_env:LLMSchedHardware-v0", num_requests=4, engine=SMALL).unwrapped
+    env = gym.make("llmsched_env:LLMSchedHardware-v1", num_requests=4, engine=SMALL).unwrapped
     env.reset(seed=0)  # vLLM's own warnings come when the engine is built
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -500,10 +500,10 @@ def test_gymnasium_checker() -> None:
 
 
 def test_the_default_environment_runs_out_of_the_box() -> None:
-    env = gym.make("llmsched_env:LLMSchedHardware-v0", num_requests=3)
+    env = gym.make("llmsched_env:LLMSchedHardware-v1", num_requests=3)
     base: Any = env.unwrapped
     assert isinstance(base.backend, VllmEngineBackend)
-    sim = gym.make("llmsched_env:LLMSched-v0", num_requests=3)
+    sim = gym.make("llmsched_env:LLMSched-v1", num_requests=3)
     assert env.action_space == sim.action_space
     assert env.observation_space == sim.observation_space
     observation, _ = env.reset(seed=1)
@@ -523,7 +523,7 @@ def test_the_default_environment_runs_out_of_the_box() -> None:
 
 def test_the_virtual_clock_gives_the_same_observations_and_rewards_as_the_simulator() -> None:
     envs = [
-        gym.make("LLMSched-v0", **ADMIT, num_requests=12, engine=SMALL, rate=9.0, backend=name, backend_config=config).unwrapped
+        gym.make("LLMSched-v1", **ADMIT, num_requests=12, engine=SMALL, rate=9.0, backend=name, backend_config=config).unwrapped
         for name, config in (("sim", {}), ("vllm", {"clock": "virtual"}))
     ]
     first = [env.reset(seed=3)[0] for env in envs]

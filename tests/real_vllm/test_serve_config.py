@@ -36,7 +36,7 @@ def test_one_variable_is_enough() -> None:
         "azure-conv assumed" in text
         and "KV" in live.policy.notes
         and "80% of this engine's stability boundary" in text
-        and "a100-llama2-7b-c10 assumed" in text
+        and "a100-llama2-7b-vllm assumed" in text
     )
     rehearse(live.policy, LiveMirror(live.policy.layout, live.policy.engine))
 

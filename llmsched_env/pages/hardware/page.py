@@ -54,7 +54,7 @@ FILES = (
 
 VALIDATE = """Any of the first three goes wherever a calibration does: `--calibration tiny.json` of every program, or
 
-    gym.make("llmsched_env:LLMSched-v0", engine={"time_model": "tiny.json", "num_blocks": 512, "max_model_len": 1024})
+    gym.make("llmsched_env:LLMSched-v1", engine={"time_model": "tiny.json", "num_blocks": 512, "max_model_len": 1024})
 
 (`--calibration` takes the number of KV blocks from the file; `gym.make` is told.) What is fitted are the seconds of whole engine
 steps: scheduling, execution, sampling and bookkeeping, because an engine stepped synchronously pays for all of them. A server that

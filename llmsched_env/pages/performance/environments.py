@@ -11,10 +11,10 @@ import numpy as np
 
 from llmsched_env.compiled import compiled
 from llmsched_env.pages.performance.figure import Figure, median, median_and_best
-from llmsched_env.pages.performance.kernel import kernel_rate
+from llmsched_env.pages.performance.kernel import CALIBRATION, kernel_rate
 from llmsched_env.threads import Workers, available_threads
 
-ADMIT: dict[str, Any] = {"scenario": "azure-conv", "action_set": "admit"}
+ADMIT: dict[str, Any] = {"scenario": "azure-conv", "action_set": "admit", "calibration": CALIBRATION}
 """What is stepped: one engine iteration a step."""
 
 
@@ -30,7 +30,7 @@ def scalar_steps(env: gym.Env[Any, Any], action: Any, steps: int) -> float:
 
 def scalar_figure(repeats: int) -> Figure:
     """One environment against ``CartPole-v1``, in turn."""
-    ours = gym.make("LLMSched-v0", **ADMIT, num_requests=4000, rate=30.0, engine={"max_num_seqs": 64})
+    ours = gym.make("LLMSched-v1", **ADMIT, num_requests=4000, rate=30.0, engine={"max_num_seqs": 64})
     ours.reset(seed=0)
     greedy = np.array([1] * 4 + [16] * 4)
     scalar_steps(ours, greedy, 2000)
@@ -62,7 +62,7 @@ def vector_figures(repeats: int) -> list[Figure]:
         if threads > available_threads():
             continue
         settings = {"max_num_seqs": 128, "num_blocks": 20_000}
-        env = gym.make_vec("LLMSched-v0", **ADMIT, num_envs=num, num_requests=4096, rate=30.0, engine=settings, threads=threads)
+        env = gym.make_vec("LLMSched-v1", **ADMIT, num_envs=num, num_requests=4096, rate=30.0, engine=settings, threads=threads)
         env.reset(seed=0)
         action = np.tile(np.array([1] * 4 + [16] * 4), (num, 1))
         for _ in range(500):
@@ -130,7 +130,7 @@ def second_thread(repeats: int) -> float:
 
 def reset_figure(repeats: int) -> Figure:
     """What drawing and queueing the requests of an episode costs beside stepping it."""
-    env = gym.make_vec("LLMSched-v0", **ADMIT, num_envs=64, num_requests=4096, rate=6.0, threads=1).unwrapped
+    env = gym.make_vec("LLMSched-v1", **ADMIT, num_envs=64, num_requests=4096, rate=6.0, threads=1).unwrapped
     greedy = np.tile(np.array([1] * 4 + [16] * 4), (64, 1))
     env.reset(seed=0)
 

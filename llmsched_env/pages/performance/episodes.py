@@ -11,6 +11,7 @@ from typing import Any
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.pages.performance.figure import Figure, median_and_best
+from llmsched_env.pages.performance.kernel import CALIBRATION
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode
 from llmsched_env.types import EpisodeLimits, Workload
@@ -24,10 +25,11 @@ VIDUR_REQUESTS = {5.0: 698, 7.0: 1059}
 def replica_day(seed: int, share: float) -> tuple[int, int, float]:
     """(requests, iterations, CPU seconds) of one replica under ``vllm`` for a share of a day at 0.8 of the boundary."""
     scenario = load_scenario("azure-conv")
-    rate = 0.8 * stability_boundary(scenario.statistics, scenario.engine)
+    engine = scenario.engine.replace(time_model=load_calibration(CALIBRATION))
+    rate = 0.8 * stability_boundary(scenario.statistics, engine)
     count = round(rate * 86_400 * share)
     start = time.process_time()
-    policy = make_policy("vllm", Setting(scenario.statistics, rate, scenario.engine))
+    policy = make_policy("vllm", Setting(scenario.statistics, rate, engine))
     result = run_episode(policy, scenario.generate(seed, rate=rate, num_requests=count), limits=EpisodeLimits(max_iterations=100_000_000))
     assert result.summary.completed == count
     return count, result.summary.iterations, time.process_time() - start

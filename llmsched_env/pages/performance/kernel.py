@@ -12,11 +12,15 @@ from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import Engine
 from llmsched_env.pages.performance.figure import Figure
+from llmsched_env.perf import load_calibration
 from llmsched_env.records import Numbers
 from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
 
 # Simulated over real time, published: BLIS (inference-sim) and Vidur (arXiv 2405.05465).
 BLIS_REAL_TIME, VIDUR_REAL_TIME = 212, 141
+
+CALIBRATION = "a100-llama2-7b-c10"
+"""Iteration times of the page's episodes: the figures of one version compare with those of another."""
 
 
 @compiled
@@ -33,7 +37,8 @@ def kernel_rate(running: int, repeats: int, *, constant: bool) -> tuple[float, f
     rng = np.random.default_rng(0)
     n = 2000 + 20 * running
     workload = Workload.of(np.zeros(n), rng.integers(50, 200, n), rng.integers(100, 500, n))
-    engine = EngineConfig.vllm(max_num_seqs=running, max_num_batched_tokens=max(2048, running), num_blocks=200_000)
+    sizes = {"max_num_seqs": running, "max_num_batched_tokens": max(2048, running), "num_blocks": 200_000}
+    engine = EngineConfig.vllm(time_model=load_calibration(CALIBRATION), **sizes)
     rule = Rule.constant(Decision.greedy(1)) if constant else Rule(everybody, 1)
     backend, rates, ratios = SimBackend(), [], []
     for _ in range(repeats + 1):

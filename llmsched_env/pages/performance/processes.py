@@ -44,7 +44,7 @@ def ppo_share() -> tuple[float, float]:
             self.seconds += time.perf_counter() - start
             return result
 
-    inner = gym.make_vec("LLMSched-v0", **ADMIT, num_envs=256, num_requests=2000, rate=7.0, engine={"num_blocks": 2816}, backlog=(0, 200))
+    inner = gym.make_vec("LLMSched-v1", **ADMIT, num_envs=256, num_requests=2000, rate=7.0, engine={"num_blocks": 2816}, backlog=(0, 200))
     env = Timed(cast("LLMSchedVectorEnv", inner.unwrapped))
     model = PPO("MultiInputPolicy", env, n_steps=64, batch_size=4096, n_epochs=4, device="cpu", seed=0)
     model.learn(256 * 64)  # compiles
@@ -80,7 +80,7 @@ imports = time.perf_counter() - start
 from numba.core import event
 recorder = event.RecordingListener()
 with event.install_listener("numba:compile", recorder):
-    env = gym.make("LLMSched-v0")
+    env = gym.make("LLMSched-v1")
     env.reset(seed=0)
     env.step(env.action_space.sample())
 depth, began, compiling, functions = 0, 0.0, 0.0, 0

@@ -19,12 +19,16 @@ from llmsched_env.backend import Counters
 from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.bench.comparison import extrapolation_reported
 from llmsched_env.metrics import Interval, mean_interval
+from llmsched_env.perf import load_calibration
 from llmsched_env.perf.models import FormulaTime
 from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, LengthStatistics, RequestLog, Workload
 from llmsched_env.workload import MMPP2, PiecewiseConstant, Poisson, Scenario, Types, load_scenario
 
 WINDOW = (0.2, 0.9)
 """Requests that arrive in this part of a run count for latency and TTFT: the same central window for every policy."""
+
+CALIBRATION = "a100-llama2-7b-c10"
+"""Iteration times of the ``vllm`` preset: a formula of the kind that the page is about, whose prefill can be made free."""
 
 DRIFT_FROM = 0.3
 DRIFT_SAMPLES = 200
@@ -80,7 +84,7 @@ class Case:
         decode_only = fields.pop("decode_only", False)
         if self.preset == "paper":
             return EngineConfig.paper(fields.pop("capacity_tokens"), fields.pop("d0"), fields.pop("d1"), **fields)
-        engine = EngineConfig.vllm()
+        engine = EngineConfig.vllm(time_model=load_calibration(CALIBRATION))
         return engine.replace(time_model=without_prefill(engine)) if decode_only else engine
 
     def overrides(self) -> dict[str, Any]:
