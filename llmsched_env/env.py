@@ -172,8 +172,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     ``reset(options={"rate": ..., "num_requests": ..., "workload": Workload})`` changes one episode.
 
     ## Headroom
-    Of the defaults (``docs/environments.md`` has all named environments). Mean latency: admitting everything 17.7 s, best
-    constant action 11.9 s (level 0.95, by work), best policy 10.1 s (generalist), gap 43 %; reward threshold -12.5.
+    Of the defaults (``docs/environments.md`` has all named environments). Mean latency: admitting everything 15.9 s, best
+    constant action 11.1 s (level 0.95, by work), best policy 9.1 s (generalist), gap 43 %; reward threshold -11.5.
 
     ## Version History
     * v1: iteration times of the measured table ``a100-llama2-7b-vllm``, which has the staircase of a GPU's tiles.

@@ -25,7 +25,7 @@ from llmsched_env import ConfigError
 from llmsched_env.cli import collect
 from llmsched_env.runner import run_episode
 
-DOMAIN = Domain(("azure-conv",), (0.95,), (400,))
+DOMAIN = Domain(("azure-conv",), (0.95,), (400,), ("a100-llama2-7b-c10",))
 SETTING = DOMAIN.grid()[0]
 
 
