@@ -88,7 +88,8 @@ def test_every_scenario_is_whole(name: str) -> None:
     assert not scenario.layout.reveals_output_length and scenario.layout.by == ("single" if name in STEADY else "prompt")
     assert scenario.known_layout.by in ("type", "output")
     load = scenario.rate / stability_boundary(scenario.statistics, scenario.engine)
-    assert (1.1 < load < 1.2) if name == "azure-conv-40gb" else (0.4 < load < 0.96)
+    low, high = {"azure-conv-40gb": (1.1, 1.2), "azure-code": (0.36, 0.4)}.get(name, (0.4, 0.96))
+    assert low < load < high
     workload = scenario.generate(5)
     assert len(workload) == scenario.num_requests
     total = workload.prompt_tokens.astype(np.int64) + workload.output_tokens

@@ -446,9 +446,9 @@ def test_a_policy_is_built_once_for_all_its_seeds(monkeypatch: pytest.MonkeyPatc
 
 
 def test_extrapolated_iterations_are_named_with_their_share(tmp_path: Path, run_compare: Program) -> None:
-    # 128 requests decode at once in the data behind the default iteration time; at this rate far more do.
+    # 128 requests decode at once in the data behind these iteration times; at this rate far more do.
     words = ("--scenario", "lmsys", "--rates", 1, 60, "--seeds", 1, "--num-requests", 400, "--jobs", 1, "--policies", "vllm", "reserve")
-    code, text, err = run_compare(*words, "--out", tmp_path)
+    code, text, err = run_compare(*words, "--calibration", "a100-llama2-7b-c10", "--out", tmp_path)
     assert code == 0
     assert "CalibrationRangeWarning" not in err  # the report says it instead
     rows = {(row.policy, row.rate): row for row in read_rows(tmp_path / "summary.csv", Row)}
