@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as some
 
 from llmsched_env.errors import ConfigError, InfeasibleError
@@ -30,11 +30,14 @@ from llmsched_env.fluid import (
     window_rates,
 )
 from llmsched_env.fluid.equilibrium import charge_sum
-from llmsched_env.perf import LinearTime
+from llmsched_env.perf import LinearTime, load_calibration
 from llmsched_env.perf.batch import BATCH_FIELDS
 from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
 
 TWO_TYPES = ([10, 10], [10, 20])
+
+FORMULA = load_calibration("a100-llama2-7b-c10")
+"""Its time by request falls as batches grow, as the fluid model assumes; that of measured tables has stairs."""
 
 
 def paper(capacity: int = 137_000, d0: float = 1.0, d1: float = 1e-3) -> EngineConfig:
@@ -324,7 +327,7 @@ def numbers_after(pattern: str, text: str) -> float:
 @given(TYPES, some.floats(1.01, 3), some.sampled_from(["paper", "vllm"]))
 def test_infeasible_rate_names_values_that_are_feasible(types, excess, preset) -> None:  # type: ignore[no-untyped-def]
     prompt, output, weight = zip(*types, strict=True)
-    engine = paper(20_000, 0.01, 1e-6) if preset == "paper" else EngineConfig.vllm(num_blocks=256, max_num_seqs=64)
+    engine = paper(20_000, 0.01, 1e-6) if preset == "paper" else EngineConfig.vllm(num_blocks=256, max_num_seqs=64, time_model=FORMULA)
     statistics = LengthStatistics.of(prompt, output, weight)
     rate = excess * stability_boundary(statistics, engine) * statistics.weight
     with pytest.raises(InfeasibleError) as caught:
@@ -355,7 +358,7 @@ BUCKETS = some.lists(
 def test_returned_thresholds_meet_the_conditions(points, share, rounding, preset, coarse) -> None:  # type: ignore[no-untyped-def]
     prompt, output, weight, ids = (np.array(c) for c in zip(*points, strict=True))
     d0 = 20.0 if coarse else 0.01  # large d0: many requests a stage, integers feasible
-    engine = paper(200_000, d0, 1e-6) if preset == "paper" else EngineConfig.vllm(max_num_seqs=64)
+    engine = paper(200_000, d0, 1e-6) if preset == "paper" else EngineConfig.vllm(max_num_seqs=64, time_model=FORMULA)
     statistics = LengthStatistics.of(prompt, output, weight)
     rate = share * stability_boundary(statistics, engine) * statistics.weight
     try:
@@ -367,6 +370,18 @@ def test_returned_thresholds_meet_the_conditions(points, share, rounding, preset
     verify_wait(found, prompt, output, rate, ids, engine)
     if rounding != "auto":
         assert found.rounding == rounding or np.all(found.thresholds == np.round(found.thresholds))
+
+
+@given(BUCKETS, some.one_of(some.floats(0.02, 1), some.just(1.0)))
+@example([(1, 27, 3.0, 0), (126, 1, 2.0, 0)], 1.0)  # 64 residents fill a tile, and a 65th makes an iteration longer than it adds
+def test_stairs_of_a_measured_table_leave_thresholds_up_to_the_boundary(points, share) -> None:  # type: ignore[no-untyped-def]
+    prompt, output, weight, ids = (np.array(c) for c in zip(*points, strict=True))
+    engine = EngineConfig.vllm(max_num_seqs=64)
+    statistics = LengthStatistics.of(prompt, output, weight)
+    rate = share * stability_boundary(statistics, engine) * statistics.weight
+    found = wait_thresholds(prompt, output, rate, engine, class_id=ids, num_classes=3)
+    assert not found.overload
+    verify_wait(found, prompt, output, rate, ids, engine)
 
 
 def verify_wait(found: WaitThresholds, prompt, output, rate, ids, engine: EngineConfig) -> None:  # type: ignore[no-untyped-def]

@@ -26,6 +26,7 @@ from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, sta
 from llmsched_env.pages.reproduction.memory import buffer, toy
 from llmsched_env.pages.reproduction.stability import fit, fluid_rate, growth
 from llmsched_env.pages.reproduction.systems import LOADS, PLANS, evaluate, of_plan, stable_on_grid
+from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode
 from llmsched_env.types import EngineConfig
 
@@ -166,7 +167,7 @@ def test_largest_stable_rate_on_a_grid_ends_at_the_first_unstable_one() -> None:
 
 
 def test_decode_only_engine_takes_no_time_for_prompts() -> None:
-    engine = EngineConfig.vllm()
+    engine = EngineConfig.vllm(time_model=load_calibration("a100-llama2-7b-c10"))
     packed = without_prefill(engine)
     assert packed.d3 == 0 == packed.b == packed.c
     assert packed.d4 == pytest.approx(engine.time_model.b + engine.time_model.d4)  # type: ignore[attr-defined]

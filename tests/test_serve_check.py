@@ -95,7 +95,7 @@ def test_what_is_said_is_what_a_server_logs(tmp_path: Path) -> None:
     config = LiveConfig.from_environment({"LLMSCHED_POLICY": "reserve"})
     live, mirror = start(config, EngineConfig.vllm())
     first, *notes = announcement(config, live)
-    assert first.startswith("1 classes by single, segments end at completion; 5.208 requests/s planned for")
+    assert first.startswith("1 classes by single, segments end at completion; 5.314 requests/s planned for")
     assert tuple(notes) == live.notes and len(mirror) == 0 and mirror.view.layout == live.policy.layout
 
 
