@@ -34,7 +34,7 @@ def test_one_variable_is_enough() -> None:
     text = "; ".join(live.notes)
     assert (
         "azure-conv assumed" in text
-        and "KV" in live.policy.notes
+        and "M_req" in live.policy.notes
         and "80% of this engine's stability boundary" in text
         and "a100-llama2-7b-vllm assumed" in text
     )
