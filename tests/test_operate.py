@@ -286,7 +286,7 @@ def test_an_action_is_the_rule_of_its_numbers() -> None:
 @pytest.mark.parametrize("chosen", [{"scenario": "azure-conv-40gb"}, {"scenario": "two-type", "class_by": "type"}])
 def test_many_at_once_are_one_by_one(chosen: dict[str, Any]) -> None:
     settings = {**chosen, "action_set": "operate", "num_requests": 40, "backlog": 20, "hold": 3, "hold_seconds": 0.0}
-    envs = gym.make_vec("llmsched_env:LLMSched-v0", num_envs=3, autoreset_mode="SameStep", **settings)
+    envs = gym.make_vec("llmsched_env:LLMSched-v1", num_envs=3, autoreset_mode="SameStep", **settings)
     single = [LLMSchedEnv(**settings) for _ in range(3)]
     observations, _ = envs.reset(seed=5)
     for i, env in enumerate(single):
@@ -310,7 +310,7 @@ def test_many_at_once_are_one_by_one(chosen: dict[str, Any]) -> None:
 
 
 def test_the_environment_passes_gymnasiums_checks() -> None:
-    env = gym.make("llmsched_env:LLMSched-v0", **SMALL, disable_env_checker=True)
+    env = gym.make("llmsched_env:LLMSched-v1", **SMALL, disable_env_checker=True)
     check_env(env.unwrapped, skip_render_check=True)
 
 
