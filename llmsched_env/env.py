@@ -148,7 +148,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | num_requests | scenario's | requests per episode |
     | engine | scenario's | dict of ``EngineConfig`` fields to change (also ``d0``, ``d1``), or an ``EngineConfig`` |
     | calibration | None | iteration times, by name (``llmsched_env.perf.calibration_names()``) or file; None: the scenario's own |
-    | class_by, class_edges | scenario's | ``single``, ``type``, ``prompt`` or ``output`` classes and their upper edges |
+    | class_by, class_edges | scenario's | ``single``, ``type``, ``prompt``, ``output`` or ``tenant`` classes and their upper edges |
     | segment_ends | scenario's | decode lengths that end segments |
     | reveal_output_length | False (True in LLMSchedKnown-v1) | classes by output length and per-request lengths in the view |
     | action_set | "peak" | one of the four above |

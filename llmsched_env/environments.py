@@ -8,6 +8,7 @@ LLMSchedEasy-v1     the paper's two types in its own model, with a queue at the 
 LLMSchedOverload-v1 the default at 10 requests/s, twice what the memory bears              whom to serve when not all can be
 LLMSchedBursty-v1   the default with bursts of 11 requests/s for 15 s                      to come out of a burst
 LLMSchedKnown-v1    the default with output lengths known at arrival                       what knowing is worth
+LLMSchedTenants-v1  four tenants, of whom one sends bursts of long requests                whom to serve so that nobody pays for it
 LLMSchedHardware-v1 the default on a real vLLM engine (needs vLLM)                         that it holds outside
 ==================  =====================================================================  ===================================
 
@@ -109,6 +110,23 @@ class LLMSchedKnown(LLMSchedEnv):
     """
 
 
+class LLMSchedTenants(LLMSchedEnv):
+    """Four tenants share one engine, and one of them is a noisy neighbour.
+
+    ## Description
+    Three tenants send conversations on a 40 GB GPU; the fourth sends bursts of long requests that fill the memory for as long as they
+    are served first come, first served (scenario ``tenants``, ``docs/tenants.md``). A class is a tenant, and the observation says
+    what each has received of late and how far it is ahead of the least served. The reward is ``fair_latency``: every tenant counts
+    by its weight, however many requests it sends, and the return is minus the weighted mean of the tenants' mean latencies.
+
+    ## Headroom
+    Mean latency, the mean of the tenants' by weight: admitting everything 15.3 s, best constant action 10.3 s (level 0.95, by work),
+    best policy 8.9 s (generalist), gap 42 %; reward threshold -11.
+
+    All else is as in ``LLMSchedEnv``.
+    """
+
+
 class LLMSchedHardware(LLMSchedEnv):
     """The default environment on a real vLLM engine.
 
@@ -174,6 +192,7 @@ ENVIRONMENTS = (
     NamedEnvironment("LLMSchedOverload-v1", LLMSchedOverload, _OVERLOAD, -33.0),
     NamedEnvironment("LLMSchedBursty-v1", LLMSchedBursty, _BURSTY, -12.0),
     NamedEnvironment("LLMSchedKnown-v1", LLMSchedKnown, _KNOWN),
+    NamedEnvironment("LLMSchedTenants-v1", LLMSchedTenants, {"scenario": "tenants", "reward": "fair_latency"}, -11.0),
     NamedEnvironment("LLMSchedHardware-v1", LLMSchedHardware, _HARDWARE, simulated=False),
 )
 """The newest version of each."""

@@ -27,7 +27,13 @@ queue_length          (Q,)   count   requests in each queue (outside for k = 0, 
 segment_kv            (Q,)   share   KV of the residents inside each segment
 segment_residents     (Q,)   count   these residents
 sequences             (1,)   share   free sequence slots (1 in the ``paper`` preset, which has no cap)
+service_gap           (J,)   service virtual token counter of each tenant less the least of the tenants with a request
+                                     outside or resident, 0 below it
+service_share         (J,)   share   service of the last 30 s over weight, of the sum over all tenants
 ====================  =====  ======  =================================================================
+
+The last two are there where classes are tenants (``QueueLayout(by="tenant")``): *service* is log(1 + c) / log(1 + 10^6), clipped,
+of c = tokens over weight, where a prompt token counts 1 and an output token 2 (``llmsched_env.engine.state``, ``Queues``).
 
 The order is that of the names, as ``gymnasium.spaces.Dict`` and every tool that rebuilds a space from a dictionary sort
 them: a flat observation means the same everywhere.
@@ -52,6 +58,7 @@ from llmsched_env.types import QueueLayout
 FloatObservation = npt.NDArray[np.float32]
 
 _COUNT_SCALE = 1.0 / math.log(1.0 + 10_000.0)
+_SERVICE_SCALE = 1.0 / math.log(1.0 + 1e6)
 _TIME_UNIT = 0.01
 _TIME_SCALE = 1.0 / math.log(1.0 + 1e6)
 
@@ -127,6 +134,29 @@ def encode(engine, forecast, out):  # type: ignore[no-untyped-def]
     out[kv + 3] = _share(final / (2.0 * forecast.capacity_tokens))
     cap = float(settings.most_active)
     out[at + 3 * num_queues] = 1.0 if paper else _share((cap - float(engine.num_residents)) / cap)
+    if settings.by_tenant != 0:
+        _encode_service(engine, at + 3 * num_queues + 1, out)
+
+
+@compiled
+def _encode_service(engine, at, out):  # type: ignore[no-untyped-def]
+    """Write what each tenant has received, ``service_gap`` and ``service_share``, from ``out[at]`` on."""
+    queues, num_segments, num_classes = engine.queues, engine.settings.num_segments, engine.settings.num_classes
+    least = math.inf
+    total = 0.0
+    for j in range(num_classes):
+        q = j * num_segments
+        present = queues.waiting[q] + queues.residents[q]
+        for k in range(1, num_segments):
+            present += queues.waiting[q + k] + queues.residents[q + k]
+        if present > 0:
+            least = min(least, queues.counter[q])
+        total += queues.recent_service[q] / queues.weight[q]
+    for j in range(num_classes):
+        q = j * num_segments
+        gap = max(queues.counter[q] - least, 0.0) if least < math.inf else 0.0
+        out[at + j] = min(math.log(1.0 + gap) * _SERVICE_SCALE, 1.0)
+        out[at + num_classes + j] = _share(queues.recent_service[q] / queues.weight[q] / total) if total > 0.0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +182,7 @@ class ObservationLayout:
                 ("segment_kv", num_queues),
                 ("segment_residents", num_queues),
                 ("sequences", 1),
+                *((("service_gap", num_classes), ("service_share", num_classes)) if layout.by == "tenant" else ()),
             )
         )
 

@@ -32,6 +32,7 @@ from llmsched_env.forecast import Forecast, make_forecast
 from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakTables, peak_tables
 from llmsched_env.perf import load_calibration
 from llmsched_env.reward import Reward, make_reward
+from llmsched_env.tenant_reward import TenantReward
 from llmsched_env.types import ClassBy, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.work import expected_work, work_weights
 from llmsched_env.workload import Scenario, load_scenario, scenario_from_trace
@@ -190,7 +191,7 @@ class EnvSpec:
             limits=EpisodeLimits(drain=given.drain, horizon=given.horizon, max_iterations=given.max_iterations),
             reveal_output_length=given.reveal_output_length,
             codec=codec,
-            reward=make_reward(given.reward),
+            reward=_reward(given.reward, drawn, layout),
             backlog=checked_backlog(given.backlog),
             hold=checks.integer("hold", 1 if given.hold is None else given.hold, low=1, high=1_000_000),
             hold_seconds=checks.number("hold_seconds", hold_seconds, unit="seconds"),
@@ -281,14 +282,21 @@ def _engine(scenario: Scenario, given: EnvSettings) -> EngineConfig:
     return engine.replace(time_model=load_calibration(given.calibration))
 
 
+def _reward(given: str | Mapping[str, Any] | Reward, scenario: Scenario, layout: QueueLayout) -> Reward:
+    reward = make_reward(given)
+    return reward.of(scenario.statistics.tenants, layout) if isinstance(reward, TenantReward) else reward
+
+
 def _layout(scenario: Scenario, given: EnvSettings) -> QueueLayout:
     base = scenario.known_layout if given.reveal_output_length else scenario.layout
     if (given.class_by is not None and given.class_by != base.by) or given.class_edges:
         by = given.class_by or base.by
-        num_types = scenario.statistics.num_types if by == "type" else 1
-        base = QueueLayout(by, given.class_edges, num_types, base.segment_ends)  # type: ignore[arg-type]  # checked and converted there
+        num_types = scenario.statistics.num_types if by == "type" else scenario.num_tenants if by == "tenant" else 1
+        weights = scenario.tenants.layout.tenant_weights if by == "tenant" and scenario.tenants is not None else ()
+        edges: Any = given.class_edges  # checked and converted there
+        base = QueueLayout(by, edges, num_types, base.segment_ends, tenant_weights=weights)
     if given.segment_ends is not None:
-        base = QueueLayout(base.by, base.edges, base.num_types, given.segment_ends)  # type: ignore[arg-type]
+        base = dataclasses.replace(base, segment_ends=given.segment_ends)  # type: ignore[arg-type]  # converted there
     if base.reveals_output_length and not given.reveal_output_length:
         raise ConfigError("class_by: 'output' needs reveal_output_length=True (LLMSchedKnown-v1): it shows hidden lengths")
     return base

@@ -31,6 +31,7 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel, LinearTime, load_calibration
 from llmsched_env.perf.base import check_model
 from llmsched_env.records import Ints, Rows
+from llmsched_env.tenant_terms import TenantTerms, check_terms
 
 IntArray = npt.NDArray[np.int32]
 FloatArray = npt.NDArray[np.float64]
@@ -53,7 +54,7 @@ MOST_QUEUES = 65_536
 Preset = Literal["paper", "vllm"]
 AdmissionOrder = Literal["arrival", "class"]
 SchedulingPolicy = Literal["fcfs", "priority"]
-ClassBy = Literal["single", "type", "prompt", "output", "work"]
+ClassBy = Literal["single", "type", "prompt", "output", "work", "tenant"]
 
 
 class Decision(Rows):
@@ -128,6 +129,7 @@ class Workload:
         request_id: names for the per-request log; empty means 0 .. N-1.
         priority: (N,) int32 from -``MOST_PRIORITY`` to ``MOST_PRIORITY``, lower is served first; None: 0 for all. Read by engines with
             ``scheduling_policy="priority"`` alone.
+        tenant: (N,) int32 >= 0, whose request it is; None: 0 for all.
     """
 
     arrival: FloatArray
@@ -136,6 +138,7 @@ class Workload:
     type_id: IntArray
     request_id: tuple[str, ...] = ()
     priority: IntArray | None = None
+    tenant: IntArray | None = None
 
     @classmethod
     def of(
@@ -146,6 +149,7 @@ class Workload:
         type_id: npt.ArrayLike | None = None,
         request_id: tuple[str, ...] = (),
         priority: npt.ArrayLike | None = None,
+        tenant: npt.ArrayLike | None = None,
     ) -> Workload:
         """Check and convert; raises ``ConfigError`` naming the first offending row."""
         times = checks.numbers("workload.arrival", arrival)
@@ -163,6 +167,9 @@ class Workload:
         urgency = None if priority is None else checks.counts("workload.priority", priority, -MOST_PRIORITY, MOST_PRIORITY)
         if urgency is not None and urgency.shape != (n,):
             raise ConfigError(f"workload.priority: shape {urgency.shape}, must be ({n},) as arrival has")
+        owner = None if tenant is None else checks.counts("workload.tenant", tenant, 0, MOST_QUEUES - 1)
+        if owner is not None and owner.shape != (n,):
+            raise ConfigError(f"workload.tenant: shape {owner.shape}, must be ({n},) as arrival has")
         bad = np.flatnonzero(~((times >= 0) & (times <= checks.MOST_SECONDS)))
         if bad.size:
             raise ConfigError(
@@ -176,7 +183,7 @@ class Workload:
             raise ConfigError(f"workload.request_id: {checks.shown(request_id)}, must be names (texts)")
         if request_id and len(request_id) != n:
             raise ConfigError(f"workload.request_id: {len(request_id)} names for {n} requests")
-        return cls(times, columns["prompt_tokens"], columns["output_tokens"], columns["type_id"], tuple(request_id), urgency)
+        return cls(times, columns["prompt_tokens"], columns["output_tokens"], columns["type_id"], tuple(request_id), urgency, tenant=owner)
 
     def __len__(self) -> int:
         return int(self.arrival.shape[0])
@@ -202,6 +209,8 @@ class LengthStatistics:
         weight: (M,) float64, sums to 1.
         type_id: (M,) int32, the type of each support point (zeros for untyped workloads).
         source: where the numbers come from.
+        tenant: (M,) int32, whose requests a support point stands for; None where there are no tenants.
+        tenants: their names, weights and limits; empty where there are none.
     """
 
     prompt: FloatArray
@@ -209,6 +218,8 @@ class LengthStatistics:
     weight: FloatArray
     type_id: IntArray
     source: str = ""
+    tenant: IntArray | None = None
+    tenants: tuple[TenantTerms, ...] = ()
 
     @classmethod
     def of(
@@ -218,6 +229,8 @@ class LengthStatistics:
         weight: npt.ArrayLike,
         type_id: npt.ArrayLike | None = None,
         source: str = "",
+        tenant: npt.ArrayLike | None = None,
+        tenants: tuple[TenantTerms, ...] = (),
     ) -> LengthStatistics:
         """Check, convert and normalise; raises ``ConfigError`` naming the field, and the row where it can."""
         p, o, w = (
@@ -238,11 +251,20 @@ class LengthStatistics:
         if not (np.all(w >= 0) and np.all(w <= 1e100) and w.sum() > 0):
             raise ConfigError("statistics.weight: must be finite, >= 0, <= 1e100 and not all zero")
         checks.text("statistics.source", source)
-        return cls(p, o, w / w.sum(), t, source)
+        terms = check_terms("statistics.tenants", tenants)
+        owner = None if tenant is None else checks.counts("statistics.tenant", tenant, 0, max(len(terms), 1) - 1, single=True)
+        if owner is not None and owner.shape != p.shape:
+            raise ConfigError(f"statistics.tenant: shape {owner.shape}, must be {p.shape} as prompt has")
+        return cls(p, o, w / w.sum(), t, source, owner, terms)
 
     @property
     def num_types(self) -> int:
         return int(self.type_id.max()) + 1
+
+    @property
+    def num_tenants(self) -> int:
+        """Tenants; 1 where none are declared."""
+        return max(len(self.tenants), 1)
 
     @property
     def mean_prompt(self) -> float:
@@ -268,12 +290,14 @@ class QueueLayout:
     Attributes:
         by: what decides a request's class: ``single`` (one class), ``type`` (the workload's
             ``type_id``), ``prompt`` (prompt length, which a server knows at arrival),
-            ``output`` (output length: known lengths only) or ``work`` (machine work of prompt and output, ``weights``: known lengths only).
+            ``output`` (output length: known lengths only), ``work`` (machine work of prompt and output, ``weights``: known lengths only)
+            or ``tenant`` (the workload's ``tenant``).
         edges: class j holds lengths (tokens; ``work``: microseconds) <= edges[j]; the last class everything above. Increasing.
-        num_types: J for ``by="type"``.
+        num_types: J for ``by="type"`` and ``by="tenant"``.
         segment_ends: (K-1,) increasing decode lengths r_1 < r_2 < ...: a request that has generated
             r_k tokens and is not complete stands in the boundary queue of segment k+1.
         weights: (c, w0, w1) for ``by="work"``, seconds as in ``llmsched_env.work``; empty otherwise.
+        tenant_weights: (J,) shares of the service that tenants are entitled to, > 0, of ``by="tenant"``; empty: all alike.
     """
 
     by: ClassBy = "single"
@@ -281,9 +305,10 @@ class QueueLayout:
     num_types: int = 1
     segment_ends: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+    tenant_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.one_of("layout.by", self.by, ("single", "type", "prompt", "output", "work"))
+        checks.one_of("layout.by", self.by, ("single", "type", "prompt", "output", "work", "tenant"))
         if len(self.weights) != (3 if self.by == "work" else 0):
             raise ConfigError(f"layout.weights: {self.weights}, must be (c, w0, w1) with by='work' and empty otherwise")
         object.__setattr__(self, "weights", tuple(checks.number("layout.weights", w, unit="seconds") for w in self.weights))
@@ -296,14 +321,29 @@ class QueueLayout:
         if self.edges and self.by not in ("prompt", "output", "work"):
             raise ConfigError(f"layout.edges: {self.edges} given, but only prompt, output and work classes have edges")
         object.__setattr__(self, "num_types", checks.integer("layout.num_types", self.num_types, low=1, high=MOST_QUEUES))
-        if self.num_types > 1 and self.by != "type":
-            raise ConfigError(f"layout.num_types: {self.num_types}, must be 1 unless by='type'")
+        if self.num_types > 1 and self.by not in ("type", "tenant"):
+            raise ConfigError(f"layout.num_types: {self.num_types}, must be 1 unless by='type' or by='tenant'")
+        self._check_tenant_weights()
         if self.num_queues > MOST_QUEUES:
             raise ConfigError(f"layout: {self.num_classes} classes of {self.num_segments} segments, must be at most {MOST_QUEUES} queues")
 
+    def _check_tenant_weights(self) -> None:
+        if not isinstance(self.tenant_weights, tuple | list):
+            raise ConfigError(f"layout.tenant_weights: {checks.shown(self.tenant_weights)}, must be one number > 0 for each tenant")
+        if self.tenant_weights and (self.by != "tenant" or len(self.tenant_weights) != self.num_types):
+            allowed = f"{self.num_types} for {self.num_types} tenants" if self.by == "tenant" else "none unless by='tenant'"
+            raise ConfigError(f"layout.tenant_weights: {checks.shown(self.tenant_weights)}, must be {allowed}")
+        weights = tuple(checks.number(f"layout.tenant_weights[{j}]", w, high=1e9, open_low=True) for j, w in enumerate(self.tenant_weights))
+        object.__setattr__(self, "tenant_weights", weights)
+
+    @property
+    def class_weights(self) -> tuple[float, ...]:
+        """(J,) weight of each class; 1 where none are given."""
+        return self.tenant_weights or (1.0,) * self.num_classes
+
     @property
     def num_classes(self) -> int:
-        return self.num_types if self.by == "type" else len(self.edges) + 1
+        return self.num_types if self.by in ("type", "tenant") else len(self.edges) + 1
 
     @property
     def num_segments(self) -> int:
@@ -327,10 +367,17 @@ class QueueLayout:
         micros: FloatArray = 1e6 * (c * prompts + outputs * (w0 + w1 * (prompts + outputs / 2)))
         return micros
 
-    def classify(self, prompt: npt.ArrayLike, output: npt.ArrayLike, type_id: npt.ArrayLike) -> IntArray:
-        """(n,) int32 class of each request."""
-        if self.by == "single":
+    def classify(
+        self, prompt: npt.ArrayLike, output: npt.ArrayLike, type_id: npt.ArrayLike, tenant: npt.ArrayLike | None = None
+    ) -> IntArray:
+        """(n,) int32 class of each request; ``tenant`` None stands for zeros."""
+        if self.by == "single" or (self.by == "tenant" and tenant is None):
             return np.zeros(np.shape(prompt), np.int32)
+        if self.by == "tenant":
+            owners = np.asarray(tenant, dtype=np.int32)
+            if owners.size and int(owners.max()) >= self.num_types:
+                raise ConfigError(f"workload.tenant: {int(owners.max())}, must be below layout.num_types = {self.num_types}")
+            return owners
         if self.by == "type":
             types = np.asarray(type_id, dtype=np.int32)
             if types.size and int(types.max()) >= self.num_types:
@@ -650,6 +697,7 @@ class RequestLog:
     forced_evictions: IntArray
     rejected: BoolArray
     request_id: tuple[str, ...] = ()
+    tenant: IntArray | None = None
 
     def __len__(self) -> int:
         return int(self.arrival.shape[0])

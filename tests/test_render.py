@@ -20,7 +20,7 @@ from llmsched_env.render import History, Names
 from llmsched_env.render.env_viewer import asked_words
 from llmsched_env.render.frame import whole_squares
 from llmsched_env.render.history import CLOCK, EVICTIONS, KV, MOST_SAMPLES, RUNNING, WAITING
-from llmsched_env.render.names import admission_words, type_names
+from llmsched_env.render.names import admission_words, class_names, type_names
 from llmsched_env.render.painter import BLUE, HEIGHT, WIDTH, Painter, film_colours
 from llmsched_env.render.scene import Scene, decision_words
 from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout
@@ -257,6 +257,8 @@ def test_classes_and_segments_have_names() -> None:
     assert Names.of(QueueLayout(by="type", num_types=2), ("chat", "code")).rows == ("chat", "code")
     assert Names.of(QueueLayout(by="type", num_types=2)).rows == ("type 1", "type 2")
     assert Names.of(QueueLayout()).columns == ("running",) and Names.of(QueueLayout()).rows == ("all requests",)
+    assert class_names(load_scenario("tenants"), load_scenario("tenants").layout) == ("chat", "assistant", "premium", "batch")
+    assert Names.of(QueueLayout(by="tenant", num_types=2)).rows == ("tenant 1", "tenant 2")
     assert type_names(load_scenario("two-type")) == ("10 + 10 tokens", "10 + 20 tokens")
 
 

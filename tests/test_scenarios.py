@@ -27,7 +27,7 @@ TABLES = {
 STATISTICS = ROOT / "llmsched_env" / "workload" / "statistics"
 STEADY = ["two-type", "nested-two-type", "p512d20", "lmsys", "azure-conv", "azure-code", "sharegpt", "mooncake"]
 PRESSED = ["azure-conv-40gb", "azure-conv-40gb-bursts"]  # azure-conv at the limit of a smaller memory
-NAMES = [*STEADY[:5], *PRESSED, *STEADY[5:]]
+NAMES = [*STEADY[:5], *PRESSED, *STEADY[5:], "tenants"]
 
 
 def same(first: Workload, second: Workload) -> bool:
@@ -85,7 +85,8 @@ def test_p512d20() -> None:
 def test_every_scenario_is_whole(name: str) -> None:
     scenario = load_scenario(name)
     assert scenario.name == name and scenario.description and scenario.source
-    assert not scenario.layout.reveals_output_length and scenario.layout.by == ("single" if name in STEADY else "prompt")
+    expected = "tenant" if name == "tenants" else "single" if name in STEADY else "prompt"
+    assert not scenario.layout.reveals_output_length and scenario.layout.by == expected
     assert scenario.known_layout.by in ("type", "output")
     load = scenario.rate / stability_boundary(scenario.statistics, scenario.engine)
     low, high = {"azure-conv-40gb": (1.1, 1.2), "azure-code": (0.36, 0.4)}.get(name, (0.4, 0.96))
@@ -142,7 +143,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
     assert not same(scenario.generate(rng), scenario.generate(rng)), "a generator gives a new episode at each call"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[:-1])  # with tenants it holds for each: ``test_tenants``
 def test_rates_share_lengths_and_arrivals_up_to_scale(name: str) -> None:
     scenario = load_scenario(name)
     slow, fast = scenario.generate(7, rate=2.0), scenario.generate(7, rate=4.0)

@@ -135,7 +135,7 @@ class Recipe:
                 "edges": list(layout.edges),
                 "num_types": layout.num_types,
                 "segment_ends": list(layout.segment_ends),
-                **({"weights": list(layout.weights)} if layout.weights else {}),
+                **({"tenant_weights": list(layout.tenant_weights)} if layout.tenant_weights else {}),
             }
         return values
 
@@ -155,7 +155,11 @@ class Recipe:
         if fields.get("layout") is not None and not isinstance(fields["layout"], QueueLayout):
             kept = dict(fields["layout"])
             fields["layout"] = QueueLayout(
-                by=kept["by"], edges=tuple(kept["edges"]), num_types=kept["num_types"], segment_ends=tuple(kept["segment_ends"])
+                by=kept["by"],
+                edges=tuple(kept["edges"]),
+                num_types=kept["num_types"],
+                segment_ends=tuple(kept["segment_ends"]),
+                tenant_weights=tuple(kept.get("tenant_weights", ())),
             )
         if "engine" in fields:
             fields["engine"] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields["engine"].items()}

@@ -19,8 +19,10 @@ from llmsched_baselines.pooled_work import PooledWork
 from llmsched_baselines.reserve import Reserve, ShortestPrompt
 from llmsched_baselines.rivals import ActiveCap, PrefillCadence, PrefillDecodeInterval, PrefillThreshold
 from llmsched_baselines.vllm_v0 import VllmV0
+from llmsched_baselines.vtc import Vtc
 from llmsched_baselines.wait import Wait
 from llmsched_baselines.wait_cp import WaitCp
+from llmsched_baselines.wfq import TenantPriority, Wfq
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.registry import POLICIES
@@ -46,6 +48,9 @@ SHIPPED: tuple[type[Policy], ...] = (
     Operate,
     ModifiedWait,
     WaitCp,
+    Vtc,
+    Wfq,
+    TenantPriority,
 )
 POLICIES.built_in({cls.name: cls for cls in SHIPPED})
 

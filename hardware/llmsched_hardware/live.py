@@ -216,8 +216,8 @@ class LiveMirror:
     ) -> None:
         if engine.preset != "vllm":
             raise ConfigError(f"engine.preset: {engine.preset!r}, must be 'vllm' on a live server")
-        if layout.by == "type" and layout.num_types > 1:
-            raise ConfigError("layout.by: 'type', but requests of a live server have no type; must be single or prompt")
+        if layout.by in ("type", "tenant") and layout.num_types > 1:
+            raise ConfigError(f"layout.by: {layout.by!r}, but requests of a live server have no {layout.by}; must be single or prompt")
         if layout.reveals_output_length and not reveal_output_length:
             raise ConfigError(f"layout.by: {layout.by!r}, but a live server does not know output lengths; must be single or prompt")
         self.layout, self.engine, self.reveal_output_length = layout, engine, reveal_output_length

@@ -129,7 +129,9 @@ def on_engine(scenario: Scenario, engine: EngineConfig, scale: float = 1.0, max_
             rows = replace(rows, prompt_tokens=p, output_tokens=o)
     statistics = lengths.statistics()
     known = scenario.known_layout if scenario.known_layout.by == "type" else bucket_layout(statistics)
-    return replace(scenario, lengths=lengths, rows=rows, engine=engine, layout=hidden_layout(statistics), known_layout=known)
+    tenants = scenario.tenants if lengths is scenario.lengths else None
+    layout = hidden_layout(statistics)
+    return replace(scenario, lengths=lengths, rows=rows, engine=engine, layout=layout, known_layout=known, tenants=tenants)
 
 
 @dataclass(frozen=True, slots=True)

@@ -142,6 +142,8 @@ class Comparison:
         gaps = np.round(sample.arrival * scenario.rate, 6)  # in mean gaps: a trace stretched to another rate is the same
         for values in (gaps, sample.prompt_tokens, sample.output_tokens, sample.type_id):
             digest.update(np.ascontiguousarray(values).tobytes())
+        if sample.tenant is not None:
+            digest.update(sample.tenant.tobytes() + repr(scenario.statistics.tenants).encode())
         return digest.hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
@@ -164,7 +166,9 @@ def _plain(value: Any) -> Any:
 def shortest_request(workload: Workload) -> Workload:
     """The shortest request alone."""
     i = int(np.argmin(workload.prompt_tokens.astype(np.int64) + workload.output_tokens))
-    return Workload.of([0.0], workload.prompt_tokens[i : i + 1], workload.output_tokens[i : i + 1], workload.type_id[i : i + 1])
+    tenant = None if workload.tenant is None else workload.tenant[i : i + 1]
+    columns = (workload.prompt_tokens[i : i + 1], workload.output_tokens[i : i + 1], workload.type_id[i : i + 1])
+    return Workload.of([0.0], *columns, tenant=tenant)
 
 
 def run_tasks(comparison: Comparison, tasks: Sequence[Task]) -> Iterator[Row]:

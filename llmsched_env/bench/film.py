@@ -9,7 +9,7 @@ from llmsched_env.bench.comparison import Comparison, Task
 from llmsched_env.errors import policy_named
 from llmsched_env.render import History, Viewer
 from llmsched_env.render.film import Frame
-from llmsched_env.render.names import bands, type_names
+from llmsched_env.render.names import bands, class_names
 from llmsched_env.render.viewer import SIZE
 from llmsched_env.types import EpisodeLimits
 
@@ -29,7 +29,7 @@ def frames(comparison: Comparison, task: Task, *, every: float, until: float, si
     policy, backend, scenario = comparison.policy(task.policy, task.rate), make_backend("sim"), comparison.scenario
     workload = comparison.workload(task.rate, task.seed)
     title = f"{task.policy} on {scenario.name}, {task.rate:g} requests/s"
-    viewer = Viewer(title, policy.layout, type_names=type_names(scenario), bands=bands(scenario), size=size)
+    viewer = Viewer(title, policy.layout, type_names=class_names(scenario, policy.layout), bands=bands(scenario), size=size)
     policy.reset()
     limits = EpisodeLimits()
     view = backend.reset(workload, policy.layout, policy.engine, limits, reveal_output_length=policy.known_lengths)

@@ -16,8 +16,9 @@ from llmsched_baselines import Setting
 from llmsched_env.environments import ENVIRONMENTS, NamedEnvironment
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import Interval, mean_interval
-from llmsched_env.runner import run_episode
+from llmsched_env.runner import EpisodeResult, run_episode
 from llmsched_env.spec import EnvSpec
+from llmsched_env.tenant_metrics import summarize_tenants
 from llmsched_env.types import Workload
 from llmsched_env.vector import LLMSchedVectorEnv
 
@@ -33,6 +34,9 @@ POLICIES = {
 }
 """What is tried beside it, hidden lengths."""
 
+TENANT_POLICIES = ("vtc", "wfq", "tenant-priority")
+"""What is tried beside these where the scenario has tenants."""
+
 KNOWING = ("wait", "mc-sf", "oracle-sjf", "pooled-work")
 """Policies that are told output lengths."""
 
@@ -46,7 +50,7 @@ class Score:
 
     Attributes:
         name: of the policy, or what the actions are.
-        latency: mean latency in seconds, mean over the episodes.
+        latency: mean latency in seconds, mean over the episodes; with tenants the mean of theirs by weight.
         evictions: an episode, on average; NaN where it was not counted.
     """
 
@@ -136,7 +140,8 @@ def headroom(environment: NamedEnvironment, episodes: int) -> Headroom:
     random = Score("random actions", mean_interval(-returns(envs, None)))
     constants = [Score(described(spec, action), mean_interval(-returns(envs, action))) for action in every_action(space)]
     envs.close()
-    by_latency = sorted(tried(POLICIES[preset]), key=lambda score: score.latency.mean)
+    names = (*POLICIES[preset], *(TENANT_POLICIES if spec.scenario.tenants is not None else ()))
+    by_latency = sorted(tried(names), key=lambda score: score.latency.mean)
     knowing = sorted(tried(KNOWING), key=lambda score: score.latency.mean)
     best = min(constants, key=lambda score: score.latency.mean)
     return Headroom(environment.id, environment.reward_threshold, greedy, random, best, tuple(by_latency), tuple(knowing))
@@ -149,8 +154,15 @@ def scored(name: str, setting: Setting, workloads: Sequence[Workload]) -> Score:
         ConfigError: the policy refuses the setting.
     """
     policy = named_policy(name).build(setting)
-    results = [run_episode(policy, workload).summary for workload in workloads]
-    return Score(name, mean_interval([r.latency_mean for r in results]), float(np.mean([r.evictions for r in results])))
+    results = [run_episode(policy, workload) for workload in workloads]
+    seconds = [mean_latency(result, setting) for result in results]
+    return Score(name, mean_interval(seconds), float(np.mean([result.summary.evictions for result in results])))
+
+
+def mean_latency(result: EpisodeResult, setting: Setting) -> float:
+    """What the reward of the environment is minus the sum of: the mean latency, of tenants the mean of theirs by weight; seconds."""
+    tenants = setting.statistics.tenants
+    return summarize_tenants(result.log, tenants).fair_latency if tenants else result.summary.latency_mean
 
 
 def returns(envs: LLMSchedVectorEnv, action: npt.NDArray[np.int64] | None) -> npt.NDArray[np.float64]:

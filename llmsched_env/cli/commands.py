@@ -29,6 +29,7 @@ from llmsched_env.cli import (
     reproduce,
     serve_check,
     swap_backends,
+    tenants,
     train,
     tune,
     validate,
@@ -41,6 +42,7 @@ from llmsched_env.errors import did_you_mean
 MODULES = (
     demo,
     compare,
+    tenants,
     advise,
     replay,
     film,

@@ -11,8 +11,37 @@ from __future__ import annotations
 import math
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.state import LATE_KEY, RATE_WINDOW_SECONDS, REJECTED, WAITING, Engine
+from llmsched_env.engine.state import INPUT_PRICE, LATE_KEY, OUTPUT_PRICE, RATE_WINDOW_SECONDS, REJECTED, WAITING, Engine
 from llmsched_env.pointers import call
+
+
+@compiled
+def give_service(engine: Engine, q: int, prompt: int, output: int) -> None:
+    """The tenant of outside queue q receives so many prompt and output tokens (arXiv 2401.00588, Algorithm 2: its counter rises)."""
+    queues = engine.queues
+    service = INPUT_PRICE * prompt + OUTPUT_PRICE * output
+    queues.service[q] += service
+    queues.recent_service[q] += service
+    queues.counter[q] += service / queues.weight[q]
+
+
+@compiled
+def lift_counter(engine: Engine, q: int) -> None:
+    """A request joins outside queue q: a tenant of whom nobody waited has no claim on the service it did not ask for meanwhile.
+
+    arXiv 2401.00588, Algorithm 2, monitoring stream: its counter is lifted to the least of the tenants who wait, or, where nobody
+    does, to that of the tenant who was last to leave the queue. It is never lowered.
+    """
+    queues, settings = engine.queues, engine.settings
+    if queues.waiting[q] > 0:
+        return
+    least = math.inf
+    for other in range(0, settings.num_queues, settings.num_segments):
+        if queues.waiting[other] > 0:
+            least = min(least, queues.counter[other])
+    if least == math.inf:
+        least = queues.counter[engine.last_left] if engine.last_left >= 0 else 0.0
+    queues.counter[q] = max(queues.counter[q], least)
 
 
 @compiled
@@ -63,6 +92,8 @@ def pop_front(engine: Engine, q: int) -> int:
         queues.late[q] -= 1
     queues.waiting[q] -= 1
     engine.num_waiting -= 1
+    if queues.waiting[q] == 0:
+        engine.last_left = q
     return r
 
 
@@ -91,6 +122,8 @@ def remove(engine: Engine, r: int) -> None:
         queues.late[q] -= 1
     queues.waiting[q] -= 1
     engine.num_waiting -= 1
+    if queues.waiting[q] == 0:
+        engine.last_left = q
 
 
 @compiled
@@ -216,6 +249,8 @@ def receive_arrivals(engine: Engine, start: float) -> float:
         else:
             requests.status[r] = WAITING
             requests.group[r] = settings.num_queues
+            if settings.by_tenant != 0:
+                lift_counter(engine, q)
             if settings.by_priority != 0:
                 call(engine.code.queue_in_order, engine, r)
             else:

@@ -57,6 +57,7 @@ def load_settings(
     settings.padded_prefill = engine.padded_prefill
     settings.decode_needs_free_block = engine.decode_needs_free_block
     settings.by_class = engine.admission_order == "class"
+    settings.by_tenant = layout.by == "tenant"
     settings.by_priority = engine.scheduling_policy == "priority"
     settings.boundary_slot = engine.boundary_slot
     settings.drain = limits.drain
@@ -83,6 +84,7 @@ def load_queues(queues: st.Queues, engine: EngineConfig, layout: QueueLayout) ->
     queues.rank[: layout.num_queues] = np.repeat(ranks, layout.num_segments)
     queues.segment_end[: layout.num_queues] = np.tile([*layout.segment_ends, st.NO_END], layout.num_classes)
     queues.segment_end[layout.num_queues] = st.NO_END
+    queues.weight[: layout.num_queues] = np.repeat(layout.class_weights, layout.num_segments)
 
 
 def most_residents(engine: EngineConfig, num_requests: int, shortest_prompt: int) -> int:
@@ -120,7 +122,7 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[
 def load_requests(hidden: npt.NDArray[Any], workload: Workload, layout: QueueLayout) -> None:
     """Write an episode's requests into (N,) ``Hidden`` rows."""
     hidden["arrival"], hidden["prompt"], hidden["output"] = workload.arrival, workload.prompt_tokens, workload.output_tokens
-    classes = layout.classify(workload.prompt_tokens, workload.output_tokens, workload.type_id)
+    classes = layout.classify(workload.prompt_tokens, workload.output_tokens, workload.type_id, workload.tenant)
     hidden["outside"] = classes * layout.num_segments
 
 
@@ -475,6 +477,7 @@ class RecordBackend(ABC):
             forced_evictions=hidden["forced"].copy(),
             rejected=requests["status"] == st.REJECTED,
             request_id=self._workload.request_id,
+            tenant=self._workload.tenant,
         )
 
     @property

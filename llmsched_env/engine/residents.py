@@ -8,7 +8,7 @@ advance by themselves (row Q of ``queues``). See ``llmsched_env.engine.state``.
 from __future__ import annotations
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.queues import pop_front, push_front
+from llmsched_env.engine.queues import give_service, lift_counter, pop_front, push_front
 from llmsched_env.engine.state import BOUNDARY, DECODE, ENTERING, FINISHED, NO_EVENT, PREFILL, WAITING, Engine
 from llmsched_env.pointers import call
 
@@ -219,6 +219,8 @@ def admit(engine: Engine, q: int) -> int:
     r = pop_front(engine, q)
     if not (engine.hidden.admitted[r] >= 0.0):  # NaN: not admitted before
         engine.hidden.admitted[r] = engine.clock
+        if engine.settings.by_tenant != 0:
+            give_service(engine, q, requests.prompt[r], 0)
     requests.status[r] = PREFILL
     requests.sequence[r] = engine.next_sequence
     engine.next_sequence += 1
@@ -317,6 +319,8 @@ def requeue(engine: Engine, evicted: int, preempted: int) -> None:
 
 @compiled
 def put_back(engine: Engine, r: int) -> None:
+    if engine.settings.by_tenant != 0:
+        lift_counter(engine, engine.requests.queue[r])
     if engine.settings.by_priority != 0:
         call(engine.code.queue_in_order, engine, r)
     else:

@@ -47,6 +47,8 @@ NO_EVENT = -1
 LATE_KEY = 2**30  # added to the queue key of a late request: after every timely one
 PRIORITY_STEP = 2**20  # between the queue keys of one priority and the next: more requests an episode cannot have
 RATE_WINDOW_SECONDS = 30.0
+INPUT_PRICE = 1.0  # of a prompt token in the service that a tenant receives (arXiv 2401.00588, w_p)
+OUTPUT_PRICE = 2.0  # of an output token (w_q)
 
 
 class Settings(Record):
@@ -72,6 +74,7 @@ class Settings(Record):
     padded_prefill: bool  # Vidur's accounting of a prefill batch
     decode_needs_free_block: bool  # Vidur's
     by_class: bool  # admission order
+    by_tenant: bool  # classes are tenants: the service that each receives is counted
     by_priority: bool  # vLLM's scheduling policy "priority"
     boundary_slot: bool  # variant A of Nested WAIT
     drain: bool
@@ -144,6 +147,10 @@ class Queues(Rows):
 
     head_arrival: Floats  # k = 0: arrival time of the head, NaN if empty
     arrivals: Floats  # k = 0: arrivals of the class, each decayed by exp(-age / RATE_WINDOW_SECONDS)
+    weight: Floats  # k = 0: of the tenant
+    service: Floats  # k = 0: what the tenant has received, INPUT_PRICE x prompt tokens at first admission + OUTPUT_PRICE x output tokens
+    recent_service: Floats  # k = 0: the same, each part decayed by exp(-age / RATE_WINDOW_SECONDS)
+    counter: Floats  # k = 0: virtual token counter: service / weight, lifted when a tenant comes back (``queues.lift_counter``)
     waiting: Ints  # requests in the queue: outside (k = 0) or at the boundary (k >= 1)
     residents: Ints  # residents inside the segment
     resident_kv: Ints  # their KV, in KV units
@@ -329,6 +336,7 @@ class Engine(Record):
     newest: int
     next_sequence: int
     lowest_key: int
+    last_left: int  # outside queue of the tenant whose last waiting request was taken in most recently; -1: none yet
     end: int
     measured_seconds: float  # of this iteration, where another engine has measured it; below 0: the time model says
     run_all: bool  # the iteration is a greedy one that replaces the decision

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.queues import mark_late, receive_arrivals, refresh_heads
+from llmsched_env.engine.queues import give_service, mark_late, receive_arrivals, refresh_heads
 from llmsched_env.engine.residents import (
     await_event,
     complete,
@@ -54,6 +54,9 @@ def clear_queues(engine: Engine) -> None:
     for q in range(settings.num_queues + 1):
         queues.head_arrival[q] = math.nan
         queues.arrivals[q] = 0.0
+        queues.service[q] = 0.0
+        queues.recent_service[q] = 0.0
+        queues.counter[q] = 0.0
         queues.waiting[q] = 0
         queues.residents[q] = 0
         queues.resident_kv[q] = 0
@@ -87,6 +90,7 @@ def clear_queues(engine: Engine) -> None:
     engine.newest = -1
     engine.next_sequence = 0
     engine.lowest_key = -1
+    engine.last_left = -1
 
 
 @compiled
@@ -253,6 +257,7 @@ def advance_clock(engine: Engine, clock: float) -> None:
     engine.rate_seconds = engine.rate_seconds * keep + RATE_WINDOW_SECONDS * (1.0 - keep)
     for q in range(0, settings.num_queues, settings.num_segments):
         queues.arrivals[q] *= keep
+        queues.recent_service[q] *= keep
 
 
 @compiled
@@ -289,6 +294,8 @@ def advance_members(engine: Engine) -> int:
         queues.member_kv[q] += members
         engine.kv_tokens += members
         engine.report.generated_tokens += members
+        if settings.by_tenant != 0:
+            give_service(engine, q - q % settings.num_segments, 0, members)
         if settings.paper != 0:
             queues.resident_kv[q] += members
         else:
@@ -335,6 +342,8 @@ def advance_alone(engine: Engine, count: int) -> int:
             elif requests.status[r] != PREFILL:
                 requests.base_generated[r] += 1
                 engine.report.generated_tokens += 1
+                if settings.by_tenant != 0:
+                    give_service(engine, requests.outside[r], 0, 1)
                 engine.events.due[count] = r
                 count += 1
         elif status == ENTERING or (status == DECODE and settings.external == 0):

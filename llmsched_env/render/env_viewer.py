@@ -11,7 +11,7 @@ import numpy.typing as npt
 from llmsched_env.action import ActionCodec, OperateCodec
 from llmsched_env.backend import Backend
 from llmsched_env.render.history import History
-from llmsched_env.render.names import bands, type_names
+from llmsched_env.render.names import bands, class_names
 from llmsched_env.render.viewer import SIZE, Viewer
 from llmsched_env.types import Decision, QueueLayout
 from llmsched_env.workload import Scenario
@@ -69,7 +69,7 @@ class EnvViewer:
             self._viewer = Viewer(
                 env.scenario.name,
                 env.layout,
-                type_names=type_names(env.scenario),
+                type_names=class_names(env.scenario, env.layout),
                 bands=bands(env.scenario),
                 size=getattr(env, "render_size", SIZE),
                 human=env.render_mode == "human",

@@ -39,7 +39,7 @@ class Names:
         """The names of a layout's queues.
 
         Args:
-            type_names: of ``by="type"``, one a type; without them types are numbered.
+            type_names: of ``by="type"`` or ``by="tenant"``, one a class; without them classes are numbered.
             bands: decode lengths, increasing: where the layout has one queue alone, they tell its residents apart.
         """
         used = tuple(bands) if layout.num_queues == 1 else ()
@@ -79,10 +79,10 @@ def _ends(group_of: IntArray, group: int) -> tuple[int, int]:
 def _class_name(layout: QueueLayout, type_names: Sequence[str], first: int, last: int) -> str:
     if layout.by == "single":
         return "all requests"
-    if layout.by == "type":
+    if layout.by in ("type", "tenant"):
         if first == last:
-            return type_names[first] if len(type_names) == layout.num_types else f"type {first + 1}"
-        return f"types {first + 1}\N{EN DASH}{last + 1}"
+            return type_names[first] if len(type_names) == layout.num_types else f"{layout.by} {first + 1}"
+        return f"{layout.by}s {first + 1}\N{EN DASH}{last + 1}"
     return f"{layout.by} {_range((0, *layout.edges), first, last)}"
 
 
@@ -97,6 +97,13 @@ def _range(bounds: Sequence[int], first: int, last: int) -> str:
     if first == 0:
         return f"\N{LESS-THAN OR EQUAL TO} {bounds[last + 1]:,}"
     return f"{bounds[first] + 1:,}\N{EN DASH}{bounds[last + 1]:,}"
+
+
+def class_names(scenario: Scenario, layout: QueueLayout) -> tuple[str, ...]:
+    """Names of the classes of a layout that have some: the tenants', or those of the types."""
+    if layout.by == "tenant":
+        return () if scenario.tenants is None else scenario.tenants.names
+    return type_names(scenario)
 
 
 def type_names(scenario: Scenario) -> tuple[str, ...]:

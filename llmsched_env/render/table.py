@@ -17,7 +17,7 @@ HEAD = 32.0
 """Height of the table's head."""
 TALL_ROW = 60.0
 """Rows at least as high have upright bars, where there are several columns."""
-CLASS_WORDS = {"single": "", "type": "type", "prompt": "prompt tokens", "output": "output tokens", "work": "work (us)"}
+CLASS_WORDS = {"single": "", "type": "type", "prompt": "prompt tokens", "output": "output tokens", "work": "work (us)", "tenant": "tenant"}
 
 
 def queue_colours(names: Names) -> list[list[p.Colour]]:

@@ -7,6 +7,7 @@ from llmsched_env.workload.scenario import Scenario, scenario_from_trace
 from llmsched_env.workload.scenario_files import read_scenario
 from llmsched_env.workload.scenarios import load_scenario, scenario_names
 from llmsched_env.workload.tables import QuantileTable, load_lengths
+from llmsched_env.workload.tenants import Tenant, TenantMix
 
 __all__ = [
     "MMPP2",
@@ -18,6 +19,8 @@ __all__ = [
     "Poisson",
     "QuantileTable",
     "Scenario",
+    "Tenant",
+    "TenantMix",
     "Trace",
     "TraceArrivals",
     "TraceLengths",

@@ -17,7 +17,7 @@ mooncake        timestamp, input_length, output_length (JSON lines)      millise
 vllm            queued_ts, input_toks, output_toks (JSON lines)          engine's monotonic seconds
 ==============  =======================================================  ===========================
 
-``vidur`` and ``replay`` files may have a ``type`` column. Other columns are ignored. A file whose first time is a
+``vidur`` and ``replay`` files may have a ``type`` and a ``tenant`` column. Other columns are ignored. A file whose first time is a
 date holds dates, whatever its format.
 
 Clocks: every clock is shifted so that the first request arrives at 0, wherever the file's own begins (0, the start of a
@@ -84,6 +84,8 @@ class Trace:
         dropped_reason: why, empty if none.
         origin: seconds on the file's own clock (dates: since 1970, UTC) at which the first request arrives.
         reordered: rows that stood after a later one and were put in order.
+        tenant: (N,) int32: index into ``tenant_names``; None without a ``tenant`` column.
+        tenant_names: the distinct values of the ``tenant`` column, in the order of ``type_names``; empty without one.
     """
 
     path: str
@@ -98,6 +100,8 @@ class Trace:
     dropped_reason: str = ""
     origin: float = 0.0
     reordered: int = 0
+    tenant: IntArray | None = None
+    tenant_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return int(self.prompt_tokens.shape[0])
@@ -106,7 +110,7 @@ class Trace:
         """The rows as a workload, from time 0. Raises ``ConfigError`` for files with lengths only."""
         if self.arrival is None:
             raise ConfigError(f"{self.path}: has lengths only ({self.format}), no arrival times")
-        return Workload.of(self.arrival, self.prompt_tokens, self.output_tokens, self.type_id, self.request_id)
+        return Workload.of(self.arrival, self.prompt_tokens, self.output_tokens, self.type_id, self.request_id, tenant=self.tenant)
 
 
 def read_trace(
@@ -197,6 +201,7 @@ class _Columns:
     outputs: list[int] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    tenants: list[str] = field(default_factory=list)
     late: int = 0
     failed: int = 0
     invalid: int = 0
@@ -249,6 +254,7 @@ def _collect(
     i_prompt, i_output = header.index(layout.prompt), header.index(layout.output)
     i_arrival = header.index(layout.arrival) if layout.arrival else -1
     i_type = header.index("type") if layout.typed and "type" in header else -1
+    i_tenant = header.index("tenant") if layout.typed and "tenant" in header else -1
     i_name = header.index("request_id") if layout.named and "request_id" in header else -1
 
     columns = _Columns()
@@ -281,10 +287,13 @@ def _collect(
             if prompt < 1 or output < 1:
                 columns.failed += 1
                 continue
-            label = name = ""
+            label = name = tenant = ""
             if i_type >= 0:
                 column = i_type
                 label = trace_values.label(cells[column])
+            if i_tenant >= 0:
+                column = i_tenant
+                tenant = trace_values.label(cells[column])
             if i_name >= 0:
                 column = i_name
                 name = trace_values.label(cells[column])
@@ -304,6 +313,8 @@ def _collect(
         columns.late += late
         if i_type >= 0:
             columns.labels.append(label)
+        if i_tenant >= 0:
+            columns.tenants.append(tenant)
         if i_name >= 0:
             columns.names.append(name)
     columns.clock = clock or columns.clock
@@ -323,6 +334,7 @@ def _problem(name: str, cell: Any, error: ValueError) -> str:
 def _trace(where: str, layout: Format, found: _Columns) -> Trace:
     arrival, order, origin = _arrivals(where, layout, found)
     type_id, type_names = _types(found.labels, len(found.prompts))
+    tenant, tenant_names = _types(found.tenants, len(found.prompts))
     return Trace(
         where,
         layout.name,
@@ -336,6 +348,8 @@ def _trace(where: str, layout: Format, found: _Columns) -> Trace:
         found.dropped_reason,
         origin,
         found.late,
+        tenant[order] if tenant_names else None,
+        tenant_names,
     )
 
 

@@ -14,6 +14,7 @@ from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Work
 from llmsched_env.workload.arrivals import ArrivalProcess, Poisson, TraceArrivals, check_count, check_positive
 from llmsched_env.workload.lengths import LengthModel, TraceLengths
 from llmsched_env.workload.readers import REORDER_SECONDS, InvalidRows, TimeUnit, Trace, read_trace
+from llmsched_env.workload.tenants import Tenant, TenantMix
 
 QUARTERS = 4
 DEFAULT_MODEL_LEN = 4096
@@ -36,6 +37,8 @@ class Scenario:
         rows: exact requests to replay, in order, or None to sample ``lengths``. Their times come
             from ``arrivals``.
         trace: the file that ``rows`` were read from, with what was left out of it or put in order.
+        tenants: whose requests they are (``llmsched_env.workload.tenants``); None: everybody's. Where nothing is replayed they
+            say of whom ``lengths`` and ``arrivals`` are, ``TenantMix.scenario_parts``.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Scenario:
     tpot_slo: float = 0.1
     rows: Workload | None = None
     trace: Trace | None = None
+    tenants: TenantMix | None = None
 
     def __post_init__(self) -> None:
         if self.layout.reveals_output_length:
@@ -58,6 +62,8 @@ class Scenario:
         check_count("scenario.num_requests", self.num_requests, low=1)
         for name in ("ttft_slo", "tpot_slo"):
             check_positive(f"scenario.{name}", getattr(self, name), "seconds")
+        if self.tenants is not None and self.rows is None:
+            self.tenants.check_parts(self.arrivals, self.lengths)
 
     @property
     def rate(self) -> float:
@@ -74,6 +80,11 @@ class Scenario:
         """What an operator knows of the lengths. For a trace: of the trace itself, a perfect forecast."""
         return self.lengths.statistics()
 
+    @property
+    def num_tenants(self) -> int:
+        """Tenants; 1 where none are declared."""
+        return 1 if self.tenants is None else len(self.tenants.tenants)
+
     def generate(
         self,
         seed: int | np.random.SeedSequence | np.random.Generator,
@@ -85,7 +96,7 @@ class Scenario:
         """Draw the requests of one episode.
 
         Arrivals and lengths have a random stream each: the same seed at two rates gives the same
-        requests in the same order. A seed s and a fresh ``np.random.default_rng(s)`` give the same
+        requests in the same order; with tenants, to each of them. A seed s and a fresh ``np.random.default_rng(s)`` give the same
         workload; a generator gives a new one at each call.
 
         Args:
@@ -103,6 +114,9 @@ class Scenario:
         if horizon is not None:
             check_positive("horizon", horizon, "seconds")
         for_times, for_lengths = _two_streams(seed)
+        if self.tenants is not None and self.rows is None:
+            count = num_requests or (self.num_requests if horizon is None else None)
+            return self.tenants.draw((arrivals, self.lengths), for_times, for_lengths, count, horizon)
         limit = len(self.rows) if self.rows is not None else None
         if limit is not None and num_requests is not None and num_requests > limit:
             raise ConfigError(f"num_requests: {num_requests}, but {self.name} has {limit} requests")
@@ -117,7 +131,8 @@ class Scenario:
         n = times.shape[0]
         if self.rows is not None:
             rows = self.rows
-            return Workload.of(times, rows.prompt_tokens[:n], rows.output_tokens[:n], rows.type_id[:n], rows.request_id[:n])
+            owner = None if rows.tenant is None else rows.tenant[:n]
+            return Workload.of(times, rows.prompt_tokens[:n], rows.output_tokens[:n], rows.type_id[:n], rows.request_id[:n], tenant=owner)
         # Valid by construction: the checks of Workload.of would take as long as the draws.
         return Workload(times, *self.lengths.sample(for_lengths, n))
 
@@ -192,8 +207,8 @@ def scenario_from_trace(
         engine: default ``EngineConfig.vllm()`` whose ``max_model_len`` is raised to the longest
             request where that is above 4,096, at most to the KV cache. What is longer still is
             refused or rejected by the engine (``EngineConfig.oversize``).
-        layout, known_layout: default one class with segments at the output quartiles; classes by the
-            file's ``type`` column, or by output quartiles where it has none.
+        layout, known_layout: default one class with segments at the output quartiles, a class for each tenant where
+            the file has a ``tenant`` column; classes by the file's ``type`` column, or by output quartiles where it has none.
         ttft_slo, tpot_slo: seconds.
         jitter_seconds, time_unit, invalid_rows, reorder_seconds: see ``read_trace``.
 
@@ -215,10 +230,16 @@ def scenario_from_trace(
         trace.output_tokens,
         trace.type_id,
         trace.request_id,
+        tenant=trace.tenant,
     )
     changed = f", {trace.dropped} rows dropped: {trace.dropped_reason}" if trace.dropped else ""
     changed += f", {trace.reordered} rows put in order" if trace.reordered else ""
-    lengths = TraceLengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, f"{trace.path} ({trace.format})")
+    source = f"{trace.path} ({trace.format})"
+    lengths: LengthModel = TraceLengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, source)
+    tenants = None
+    if trace.tenant is not None:
+        tenants = TenantMix(tuple(Tenant(one, ttft_slo=ttft_slo, tpot_slo=tpot_slo) for one in trace.tenant_names))
+        lengths = tenants.recorded_lengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, trace.tenant, source)
     statistics = lengths.statistics()
     if engine is None:
         longest = int((trace.prompt_tokens.astype(np.int64) + trace.output_tokens).max())
@@ -234,11 +255,12 @@ def scenario_from_trace(
         lengths=lengths,
         arrivals=arrivals,
         engine=engine,
-        layout=layout or hidden_layout(statistics),
+        layout=layout or (hidden_layout(statistics) if tenants is None else tenants.layout),
         known_layout=known_layout,
         num_requests=len(trace),
         ttft_slo=ttft_slo,
         tpot_slo=tpot_slo,
         rows=rows,
         trace=trace,
+        tenants=tenants,
     )

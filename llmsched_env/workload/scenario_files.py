@@ -28,6 +28,23 @@
     by = "prompt"
     edges = [256, 1024]
 
+Tenants (``llmsched_env.workload.tenants``) are a table each. One without ``arrivals`` takes its ``share`` of the scenario's; one without
+``lengths`` has the scenario's. Queues are then a class for each tenant, unless a layout says otherwise:
+
+.. code-block:: toml
+
+    [[tenants]]
+    name = "chat"
+    weight = 2.0                         # of the service, relative to the others
+    ttft_slo = 1.0                       # seconds; default: the scenario's
+    tpot_slo = 0.1                       # seconds a token; default: the scenario's
+    share = 3.0                          # of the scenario's arrivals, relative to the others
+
+    [[tenants]]
+    name = "batch"
+    arrivals = { process = "mmpp2", rate_low = 0.0, rate_high = 4.0, mean_low_seconds = 40.0, mean_high_seconds = 10.0 }
+    lengths = { lognormal = { prompt_mean = 2500, prompt_sigma = 0.3, output_mean = 400, output_sigma = 0.5 } }
+
 Paths of files are relative to the TOML file.
 """
 
@@ -49,8 +66,12 @@ from llmsched_env.workload.lengths import LengthModel, Lognormal, TraceLengths, 
 from llmsched_env.workload.readers import read_trace
 from llmsched_env.workload.scenario import Scenario, bucket_layout, hidden_layout
 from llmsched_env.workload.tables import load_lengths
+from llmsched_env.workload.tenants import Tenant, TenantMix
 
-TOP = ("name", "description", "source", "num_requests", "ttft_slo", "tpot_slo", "lengths", "arrivals", "engine", "layout", "known_layout")
+TOP = (
+    "name", "description", "source", "num_requests", "ttft_slo", "tpot_slo", "lengths", "arrivals", "engine", "layout", "known_layout",
+    "tenants",
+)  # fmt: skip
 PROCESSES: dict[str, type[Any]] = {"poisson": Poisson, "gamma": Gamma, "mmpp2": MMPP2, "piecewise": PiecewiseConstant}
 LENGTHS = ("table", "trace", "types", "lognormal")
 
@@ -78,11 +99,8 @@ def read_scenario(path: str | os.PathLike[str]) -> Scenario:
 
 def _scenario(record: dict[str, Any], file: Path) -> Scenario:
     _known("", record, TOP)
-    for name in ("lengths", "arrivals"):
-        if name not in record:
-            raise ConfigError(f"{name}: missing (see llmsched_env/workload/scenario_files.py for an example)")
-    lengths = _lengths(checks.mapping("lengths", record["lengths"]), file.parent)
-    arrivals, whence = _arrivals(checks.mapping("arrivals", record["arrivals"]), file.parent)
+    tenants = _tenants(record, file.parent)
+    lengths, arrivals, whence = _traffic(record, file.parent, tenants)
     statistics = lengths.statistics()
     types = statistics.num_types
     known = QueueLayout(by="type", num_types=types) if types > 1 else bucket_layout(statistics)
@@ -94,10 +112,45 @@ def _scenario(record: dict[str, Any], file: Path) -> Scenario:
         lengths=lengths,
         arrivals=arrivals,
         engine=_engine(checks.mapping("engine", record.get("engine", {}))),
-        layout=_layout("layout", record, hidden_layout(statistics), types),
-        known_layout=_layout("known_layout", record, known, types),
+        layout=_layout("layout", record, hidden_layout(statistics) if tenants is None else tenants.layout, types, tenants),
+        known_layout=_layout("known_layout", record, known, types, tenants),
+        tenants=tenants,
         **{field: record[field] for field in ("num_requests", "ttft_slo", "tpot_slo") if field in record},
     )
+
+
+def _traffic(record: Mapping[str, Any], folder: Path, tenants: TenantMix | None) -> tuple[LengthModel, ArrivalProcess, str]:
+    """Lengths, arrivals, and where the times of the arrivals are from."""
+    for name in ("lengths", "arrivals"):
+        if name not in record and tenants is None:
+            raise ConfigError(f"{name}: missing (see llmsched_env/workload/scenario_files.py for an example)")
+    lengths = _lengths("lengths", record["lengths"], folder) if "lengths" in record else None
+    arrivals, whence = _arrivals("arrivals", record["arrivals"], folder) if "arrivals" in record else (None, "")
+    if tenants is not None:
+        joined, of_tenants = tenants.scenario_parts(arrivals, lengths)
+        return of_tenants, joined, whence
+    assert lengths is not None and arrivals is not None
+    return lengths, arrivals, whence
+
+
+def _tenants(record: Mapping[str, Any], folder: Path) -> TenantMix | None:
+    if "tenants" not in record:
+        return None
+    if not isinstance(record["tenants"], list):
+        raise ConfigError(f"tenants: {checks.shown(record['tenants'])}, must be tables [[tenants]]")
+    limits = {field: record[field] for field in ("ttft_slo", "tpot_slo") if field in record}
+    found = []
+    for i, table in enumerate(record["tenants"]):
+        owner = f"tenants[{i}]"
+        given = {**limits, **checks.mapping(owner, table)}
+        if "arrivals" in given and "share" in given:
+            raise ConfigError(f"{owner}.share: {checks.shown(given['share'])} beside arrivals of its own, must be left out")
+        if "arrivals" in given:
+            given["arrivals"] = _arrivals(f"{owner}.arrivals", given["arrivals"], folder)[0]
+        if "lengths" in given:
+            given["lengths"] = _lengths(f"{owner}.lengths", given["lengths"], folder)
+        found.append(_built(owner, Tenant, given))
+    return TenantMix(tuple(found))
 
 
 def _known(owner: str, given: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
@@ -117,32 +170,34 @@ def _built(owner: str, kind: Callable[..., Any], given: Mapping[str, Any]) -> An
         return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
 
 
-def _lengths(given: Mapping[str, Any], folder: Path) -> LengthModel:
-    _known("lengths.", given, LENGTHS)
+def _lengths(owner: str, table: Any, folder: Path) -> LengthModel:
+    given = checks.mapping(owner, table)
+    _known(f"{owner}.", given, LENGTHS)
     if len(given) != 1:
-        raise ConfigError(f"lengths: {', '.join(given) or 'nothing'} given, must be one of {', '.join(LENGTHS)}")
+        raise ConfigError(f"{owner}: {', '.join(given) or 'nothing'} given, must be one of {', '.join(LENGTHS)}")
     ((kind, value),) = given.items()
     if kind == "table":
-        name = checks.text("lengths.table", value, empty=False)
+        name = checks.text(f"{owner}.table", value, empty=False)
         return load_lengths(str(folder / name) if name.endswith(".json") else name)
     if kind == "trace":
-        trace = read_trace(folder / checks.text("lengths.trace", value, empty=False))
+        trace = read_trace(folder / checks.text(f"{owner}.trace", value, empty=False))
         return TraceLengths(trace.prompt_tokens, trace.output_tokens, trace.type_id, trace.path)
-    built: LengthModel = _built(f"lengths.{kind}", Types if kind == "types" else Lognormal, checks.mapping(f"lengths.{kind}", value))
+    built: LengthModel = _built(f"{owner}.{kind}", Types if kind == "types" else Lognormal, checks.mapping(f"{owner}.{kind}", value))
     return built
 
 
-def _arrivals(given: dict[str, Any], folder: Path) -> tuple[ArrivalProcess, str]:
+def _arrivals(owner: str, table: Any, folder: Path) -> tuple[ArrivalProcess, str]:
     """The process, and where its times are from."""
-    process = checks.one_of("arrivals.process", given.pop("process", "poisson"), (*PROCESSES, "trace"))
+    given = checks.mapping(owner, table)
+    process = checks.one_of(f"{owner}.process", given.pop("process", "poisson"), (*PROCESSES, "trace"))
     if process != "trace":
-        built: ArrivalProcess = _built("arrivals", PROCESSES[process], given)
+        built: ArrivalProcess = _built(owner, PROCESSES[process], given)
         return built, ""
-    _known("arrivals.", given, ("file", "rate"))
-    file = folder / checks.text("arrivals.file", given.get("file", ""), empty=False)
+    _known(f"{owner}.", given, ("file", "rate"))
+    file = folder / checks.text(f"{owner}.file", given.get("file", ""), empty=False)
     times = read_trace(file).arrival
     if times is None:
-        raise ConfigError(f"arrivals.file: {file} has no arrival times")
+        raise ConfigError(f"{owner}.file: {file} has no arrival times")
     recorded: ArrivalProcess = TraceArrivals(times)
     return recorded if "rate" not in given else recorded.with_rate(given["rate"]), f", arrivals of {file}"
 
@@ -158,11 +213,14 @@ def _engine(given: dict[str, Any]) -> EngineConfig:
     return engine_with(EngineConfig.paper(given.pop("capacity_tokens"), d0, d1), given)
 
 
-def _layout(name: str, record: Mapping[str, Any], default: QueueLayout, types: int) -> QueueLayout:
+def _layout(name: str, record: Mapping[str, Any], default: QueueLayout, types: int, tenants: TenantMix | None) -> QueueLayout:
     if name not in record:
         return default
     given = checks.mapping(name, record[name])
     if given.get("by") == "type":
         given.setdefault("num_types", types)
+    if given.get("by") == "tenant" and tenants is not None:
+        given.setdefault("num_types", len(tenants.tenants))
+        given.setdefault("tenant_weights", list(tenants.layout.tenant_weights))
     layout: QueueLayout = _built(name, QueueLayout, given)
     return layout

@@ -13,6 +13,8 @@ azure-conv-40gb-bursts  the same                                MMPP-2, 2/s and 
 azure-code              joint quantiles, Azure 2023 code        Gamma 4/s, measured CV        vllm
 sharegpt                joint quantiles, ShareGPT               Poisson 8/s                   vllm
 mooncake                joint quantiles, Mooncake conversation  Poisson 0.4/s                 vllm, 32,768 tokens
+tenants                 azure-conv, and long requests of one    Poisson 3/s, and MMPP-2 of    vllm, 2,816 blocks
+                        tenant of four                          that one, 0.5/s
 ======================  ======================================  ============================  =================
 
 ``vllm`` stands for Llama-2-7B on one A100-80GB, the defaults of ``EngineConfig.vllm()``. The default
@@ -36,10 +38,11 @@ from llmsched_env.errors import ConfigError
 from llmsched_env.registry import SCENARIOS
 from llmsched_env.types import EngineConfig, QueueLayout
 from llmsched_env.workload.arrivals import MMPP2, ArrivalProcess, Gamma, Poisson
-from llmsched_env.workload.lengths import Types
+from llmsched_env.workload.lengths import Lognormal, Types
 from llmsched_env.workload.scenario import DEFAULT_MODEL_LEN, Scenario, bucket_edges, bucket_layout, hidden_layout
 from llmsched_env.workload.scenario_files import is_scenario_file, read_scenario
 from llmsched_env.workload.tables import load_lengths
+from llmsched_env.workload.tenants import Tenant, TenantMix
 
 # --- built-in scenarios ---------------------------------------------------------------------------
 
@@ -169,6 +172,34 @@ def _mooncake() -> Scenario:
     return _from_table("mooncake", text, 0.4, max_model_len=32_768)
 
 
+def _tenants() -> Scenario:
+    base = _azure_conv_40gb()
+    long = Lognormal(2_000, 0.3, 400, 0.4, max_prompt=3_000, max_output=1_000, max_total=DEFAULT_MODEL_LEN)
+    mix = TenantMix(
+        (
+            Tenant("chat", share=2.0),
+            Tenant("assistant", share=1.0),
+            Tenant("premium", weight=2.0, share=1.0, ttft_slo=0.5),
+            Tenant("batch", ttft_slo=30.0, tpot_slo=0.2, arrivals=MMPP2(0.0, 3.5, 60.0, 10.0), lengths=long),
+        )
+    )
+    arrivals, lengths = mix.scenario_parts(Poisson(3.0), base.lengths)
+    statistics = lengths.statistics()
+    return replace(
+        base,
+        name="tenants",
+        description="Four tenants on a GPU of 40 GB. Three send conversations of azure-conv, 3 requests/s together; the fourth, batch, "
+        "sends nothing for 60 s and then 3.5 requests/s of about 2,000 + 400 tokens for 10 s, on average: a noisy neighbour, whose bursts "
+        "fill the memory for as long as they are served first come, first served. premium is entitled to twice the service of the others.",
+        source=f"{base.source}; lengths and arrivals of batch are our own",
+        lengths=lengths,
+        arrivals=arrivals,
+        layout=mix.layout,
+        known_layout=bucket_layout(statistics),
+        tenants=mix,
+    )
+
+
 _BUILDERS: dict[str, Callable[[], Scenario]] = {
     "two-type": _two_type,
     "nested-two-type": _nested_two_type,
@@ -180,6 +211,7 @@ _BUILDERS: dict[str, Callable[[], Scenario]] = {
     "azure-code": _azure_code,
     "sharegpt": _sharegpt,
     "mooncake": _mooncake,
+    "tenants": _tenants,
 }
 SCENARIOS.built_in(_BUILDERS)
 

@@ -26,7 +26,7 @@ class Format:
         marks: of these columns at least one must be there too; tells formats with the same columns apart.
         unit: of times that are numbers, None where they must be dates unless the user says a unit.
         drops_zero: requests of 0 tokens are failures that the format records, left out and counted.
-        typed, named: a column ``type``, ``request_id`` is read where there is one.
+        typed, named: columns ``type`` and ``tenant``, a column ``request_id`` are read where there are any.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Format:
 
     @property
     def optional(self) -> tuple[str, ...]:
-        return ("type",) * self.typed + ("request_id",) * self.named
+        return ("type", "tenant") * self.typed + ("request_id",) * self.named
 
     def fits(self, header: list[str]) -> bool:
         return set(self.columns) <= set(header) and (not self.marks or not set(self.marks).isdisjoint(header))
