@@ -44,9 +44,20 @@ from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import Forecast
 from llmsched_env.operate import decode_operate
-from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakRecord, PeakTables, decode_peak, decode_peak_by_work, run_everything
+from llmsched_env.peak import (
+    LEVELS,
+    NO_TABLES,
+    ORDERS,
+    TRUSTS,
+    PeakRecord,
+    PeakTables,
+    decode_peak,
+    decode_peak_by_work,
+    run_everything,
+)
 from llmsched_env.pointers import address_of, call
 from llmsched_env.records import Indices, Record, Vector
+from llmsched_env.trust import decode_peak_by_trust
 from llmsched_env.types import ADMIT_ALL, TILE_TOKENS, Decision
 
 ADMIT = 0
@@ -141,8 +152,11 @@ def decode_level(engine: Engine, codec: CodecRecord, decision: Decision, level: 
     """A level of ``peak`` and a place in ``ORDERS``, by their numbers."""
     if order == 0:
         decode_peak(engine, codec.peak, codec.levels[level], decision)
-    else:
+    elif order == 1:
         decode_peak_by_work(engine, codec.peak, codec.levels[level], decision)
+    else:
+        codec.peak.prior.belief.trust = TRUSTS[order - 2]
+        decode_peak_by_trust(engine, codec.peak, codec.levels[level], decision)
 
 
 @compiled
@@ -173,6 +187,7 @@ def is_legal(codec, action):  # type: ignore[no-untyped-def]
 @compiled
 def decode(engine, codec, action, decision):  # type: ignore[no-untyped-def]
     """An action (W,) int64 of any set; ``codec`` is a ``CodecRecord``."""
+    # First: some orders ask for no more than the budget can begin.
     decision.token_budget = int(codec.budgets[action[action.shape[0] - 1]]) if codec.budgets.shape[0] > 0 else 0
     if codec.kind == ADMIT:
         decode_action(action, engine.settings.num_queues, int(codec.levels[0]), decision)

@@ -31,6 +31,7 @@ class WaitingRequests:
         arrival: seconds.
         key: queue key, comparable across classes; where requests have priorities it tells them (``docs/engine-rules.md``, rules 7 and 23).
         output_tokens: the true output length where the scenario reveals it, else None.
+        predicted_tokens: the output length that a predictor foretold; 0 where there is none.
     """
 
     id: IntArray
@@ -39,6 +40,7 @@ class WaitingRequests:
     arrival: FloatArray
     key: IntArray
     output_tokens: IntArray | None
+    predicted_tokens: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class ResidentRequests:
         prompt_tokens, generated, computed, prefill_target: tokens. ``computed`` < ``prefill_target``
             while prefill is unfinished. Tokens of an iteration in flight count (``EngineConfig.async_scheduling``).
         output_tokens: the true output length where the scenario reveals it, else None.
+        predicted_tokens: the output length that a predictor foretold; 0 where there is none.
     """
 
     id: IntArray
@@ -61,6 +64,7 @@ class ResidentRequests:
     computed: IntArray
     prefill_target: IntArray
     output_tokens: IntArray | None
+    predicted_tokens: IntArray
 
 
 class View(Protocol):

@@ -100,7 +100,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     Four sets (``llmsched_env.action``), ``peak`` by default:
 
     * ``peak``: ``MultiDiscrete([len(levels), len(orders)])``, without classes ``Discrete(len(levels))``: the share of the
-      memory that the KV predicted for the residents may reach, and who enters first, by "arrival" or least "work".
+      memory that the KV predicted for the residents may reach, and who enters first, by "arrival" or least "work";
+      with predicted classes "arrival" and "trust-0" to "trust-1" (``llmsched_env.trust``).
     * ``admit``: ``MultiDiscrete([2] * Q + [max_admit + 1] * Q)``, for queue q = j * K + k: component q says whether the
       residents of segment q are held with their KV (0) or advance (1); component Q + q how many requests enter segment q
       from its queue, oldest first, the largest standing for as many as fit.
@@ -148,7 +149,8 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
     | num_requests | scenario's | requests per episode |
     | engine | scenario's | dict of ``EngineConfig`` fields to change (also ``d0``, ``d1``), or an ``EngineConfig`` |
     | calibration | None | iteration times, by name (``llmsched_env.perf.calibration_names()``) or file; None: the scenario's own |
-    | class_by, class_edges | scenario's | ``single``, ``type``, ``prompt``, ``output`` or ``tenant`` classes and their upper edges |
+    | class_by, class_edges | scenario's | ``single``, ``type``, ``prompt``, ``predicted``, ``output`` or ``tenant`` and upper edges |
+    | predictions | scenario's | predicted output lengths: the sigma of their error, a ``PredictionModel`` or its fields |
     | segment_ends | scenario's | decode lengths that end segments |
     | reveal_output_length | False (True in LLMSchedKnown-v1) | classes by output length and per-request lengths in the view |
     | action_set | "peak" | one of the four above |
@@ -265,6 +267,7 @@ class LLMSchedEnv(gym.Env[Observation, npt.NDArray[np.int64]]):
             raise ConfigError(f"options.workload: {type(workload).__name__}, must be a Workload")
         self._env = self._record_at(rate)
         self._env.reward_numbers.forget()
+        self._env.codec.peak.forget()
         self.backend.reset(workload, self.layout, self.engine, self.limits, reveal_output_length=self.reveal_output_length)
         self._bind()
         observation, info = self._observe()

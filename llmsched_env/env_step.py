@@ -129,6 +129,9 @@ def env_reset(engine, env, observation, legal):  # type: ignore[no-untyped-def]
     memory = own.reward_numbers.memory
     for i in range(memory.shape[0]):
         memory[i] = 0
+    scored = own.codec.peak.scored
+    for j in range(scored.shape[0]):
+        scored[j] = 0
     look(e, own, observation, legal)
 
 

@@ -83,7 +83,7 @@ def classes_of(statistics: LengthStatistics, layout: QueueLayout) -> list[Length
     Where none of a class is known: for a bucket by prompt length, as buckets may be finer than the
     statistics, the requests whose prompts come nearest (by ratio) to its middle; else all requests.
     """
-    index = layout.classify(statistics.prompt, statistics.output, statistics.type_id, statistics.tenant)
+    index = layout.classify(statistics.prompt, statistics.output, statistics.type_id, statistics.tenant, statistics.predicted)
     middle = middles(statistics, layout) if layout.by == "prompt" else None
     found = []
     for j in range(layout.num_classes):
@@ -130,7 +130,7 @@ def class_weights(statistics: LengthStatistics, layout: QueueLayout) -> FloatArr
         near = -0.5 * ((np.log(statistics.prompt)[None, :] - middle) / 0.15) ** 2
         own = statistics.weight * np.exp(near - near.max(axis=1, keepdims=True))
     else:
-        index = layout.classify(statistics.prompt, statistics.output, statistics.type_id, statistics.tenant)
+        index = layout.classify(statistics.prompt, statistics.output, statistics.type_id, statistics.tenant, statistics.predicted)
         own = np.where(index[None, :] == j, statistics.weight, 0.0)
     mass = own.sum(axis=1, keepdims=True)
     own = np.where(mass > 0, own / np.where(mass > 0, mass, 1.0), statistics.weight)

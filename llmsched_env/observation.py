@@ -12,6 +12,9 @@ J classes, K segments, Q = J * K queues, queue q = j * K + k.
 name                  shape  scale   holds
 ====================  =====  ======  =================================================================
 arrival_rate          (J,)   share   recent arrival rate (30 s window) / twice the stability boundary
+calibration           (4,)   share   only with classes by predicted length: of recent completed requests, how many
+                                     (count); 1/2 + mean of log(actual / predicted) / 8; its standard
+                                     deviation / 4; 1/2 + correlation of the two logarithms / 2
 context               (4+J,) share   static: log2(KV capacity in tokens) / 24; rho / 2; M*/C / 2;
                                      rate / (2 * stability boundary); then for each class
                                      E[output | class] / longest request the engine serves
@@ -84,6 +87,26 @@ def _time(seconds):  # type: ignore[no-untyped-def]
     return min(math.log(1.0 + seconds / _TIME_UNIT) * _TIME_SCALE, 1.0)
 
 
+CALIBRATION = 4
+"""Numbers of the field ``calibration``."""
+
+
+@compiled
+def encode_calibration(engine, out):  # type: ignore[no-untyped-def]
+    """Write how predictions have fared into ``out``; as if they were perfect before any request has completed."""
+    sums = engine.predictions
+    n = max(sums.completed, 1.0)
+    predicted, actual = sums.predicted / n, sums.actual / n
+    spread = max(sums.predicted_squares / n - predicted * predicted, 0.0)
+    actual_spread = max(sums.actual_squares / n - actual * actual, 0.0)
+    common = sums.products / n - predicted * actual
+    scale = math.sqrt(spread * actual_spread)
+    out[0] = _count(int(sums.completed))
+    out[1] = _share(0.5 + (actual - predicted) / 8.0)
+    out[2] = _share(math.sqrt(max(spread + actual_spread - 2.0 * common, 0.0)) / 4.0)
+    out[3] = _share(0.5 + 0.5 * common / scale) if scale > 1e-12 else 1.0
+
+
 @compiled
 def encode(engine, forecast, out):  # type: ignore[no-untyped-def]
     """Write the observation of ``engine`` (``Engine``, ``Forecast``), flat and in table order, into ``out`` (size,) float32."""
@@ -93,6 +116,9 @@ def encode(engine, forecast, out):  # type: ignore[no-untyped-def]
     longest = float(settings.longest_request)
     window = engine.rate_seconds
     context = num_classes
+    if settings.by_prediction != 0:
+        encode_calibration(engine, out[context:])
+        context += CALIBRATION
     evictions = context + 4 + num_classes
     head_age = evictions + 2
     head_tokens = head_age + num_classes
@@ -171,6 +197,7 @@ class ObservationLayout:
         return cls(
             (
                 ("arrival_rate", num_classes),
+                *((("calibration", CALIBRATION),) if layout.by == "predicted" else ()),
                 ("context", 4 + num_classes),
                 ("evictions", 2),
                 ("head_age", num_classes),

@@ -12,6 +12,10 @@ An empty engine takes the first request whatever it is expected to need, so noth
 Requests enter in the engine's admission order (``arrival``), or least work first (``work``): class by class by the
 mean KV x iterations of its requests, l'(l + l'/2), oldest first within a class. The decision says how many of each
 class may enter; the engine lets those in, in its own order, as far as they really fit.
+
+Where output lengths are predicted there are orders ``trust-W`` besides: the oldest requests of the classes by their expected work
+when predictions are trusted to the share W (``llmsched_env.shrinkage``). No more requests are let in than the iteration's token
+budget can begin, so that the engine's own order does not come between.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.residents import generated
 from llmsched_env.engine.state import Engine
 from llmsched_env.forecast import class_weights, class_work
-from llmsched_env.records import Cube32, Indices, Record, Vector
+from llmsched_env.records import Counts, Cube32, Indices, Record, Vector
+from llmsched_env.shrinkage import NO_PRIOR, Belief, Prior, PriorRecord
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, FloatArray, LengthStatistics, QueueLayout
 
 GRID = (0, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -38,8 +43,17 @@ LEVELS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, math.inf)
 """Levels that the environment offers; ``inf`` admits as many as fit now. A level of 1 is left out: forecasts err, so that half the time
 the memory would not do, and it is little better than infinity."""
 
-ORDERS = ("arrival", "work")
-"""Orders in which requests may enter from outside."""
+WORK_ORDERS = ("arrival", "work")
+"""Orders in which requests may enter from outside where nothing is predicted."""
+
+TRUSTS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares to which predictions are trusted."""
+
+PREDICTED_ORDERS = ("arrival", *(f"trust-{trust:g}" for trust in TRUSTS))
+"""Orders where output lengths are predicted."""
+
+ORDERS = (*WORK_ORDERS, *PREDICTED_ORDERS[1:])
+"""All orders."""
 
 _LONGEST = 4096  # tokens; beyond, a length is as likely as at the end of the table
 
@@ -53,6 +67,10 @@ class PeakRecord(Record):
     group: Indices  # (J,) of each class
     place: Indices  # (G,) range of g = 0 .. G - 1; beyond, a length is as likely as at the end
     by_work: Indices  # (J,) classes, least work first
+    prior: PriorRecord  # of the orders by predicted work
+    scores: Vector  # (J,) work of the next request of each class
+    scored: Counts  # (J,) which request that is, plus 1; scores are kept while it and the belief stay the same
+    scored_with: Belief
     total: Vector  # (T,) scratch
     own: Vector  # (T,) scratch
 
@@ -67,6 +85,8 @@ class PeakTables:
         headroom: tokens counted for each resident beyond those it holds: what its last block wastes on average, and the spare.
         by_work: (J,) int64, classes in the order of the work to expect of a request, least first.
         work: (J,) float64, seconds of machine work to expect of a request (``llmsched_env.work``); empty where nobody asks for it.
+        group: (J,) int64, place of each class in ``survival``; None: each has its own.
+        prior: of the orders by predicted work.
     """
 
     survival: npt.NDArray[np.float32]
@@ -74,12 +94,18 @@ class PeakTables:
     headroom: float
     by_work: npt.NDArray[np.int64]
     work: FloatArray = field(default_factory=lambda: np.zeros(0))
+    group: npt.NDArray[np.int64] | None = None
+    prior: Prior = NO_PRIOR
 
     def record(self) -> PeakRecord:
         """A record with scratch of its own."""
         scratch = {name: np.zeros(self.steps.size) for name in ("total", "own")}
-        groups, places = (np.arange(size, dtype=np.int64) for size in self.survival.shape[:2])
-        made = PeakRecord(steps=self.steps, survival=self.survival, group=groups, place=places, by_work=self.by_work, **scratch)
+        own, places = (np.arange(size, dtype=np.int64) for size in self.survival.shape[:2])
+        groups = own if self.group is None else self.group
+        scratch["scores"] = np.zeros(groups.size)
+        scored = np.zeros(groups.size, dtype=np.int64)
+        tables = {"steps": self.steps, "survival": self.survival, "group": groups, "place": places, "by_work": self.by_work}
+        made = PeakRecord(prior=self.prior.record(), scored=scored, **tables, **scratch)
         made.headroom = self.headroom
         return made
 
@@ -122,7 +148,9 @@ def peak_tables(statistics: LengthStatistics, layout: QueueLayout, engine: Engin
         for t, ahead in enumerate(steps.astype(int).tolist()):
             survival[j, :, t] = 1.0 if ahead == 0 else above[ahead : size + ahead] / now
     headroom = spare if engine.preset == "paper" else spare * engine.block_size + (engine.block_size - 1) / 2
-    return PeakTables(survival, steps, headroom, np.argsort(class_work(statistics, layout), kind="stable").astype(np.int64))
+    by_work = np.argsort(class_work(statistics, layout), kind="stable").astype(np.int64)
+    prior = Prior.of(statistics, engine) if layout.by == "predicted" else NO_PRIOR
+    return PeakTables(survival, steps, headroom, by_work, prior=prior)
 
 
 def table_size(statistics: LengthStatistics) -> int:

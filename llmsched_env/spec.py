@@ -29,13 +29,14 @@ from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError, UnknownSettingError, did_you_mean
 from llmsched_env.fluid.equilibrium import check_rate
 from llmsched_env.forecast import Forecast, make_forecast
-from llmsched_env.peak import LEVELS, NO_TABLES, ORDERS, PeakTables, peak_tables
+from llmsched_env.peak import LEVELS, NO_TABLES, PREDICTED_ORDERS, WORK_ORDERS, PeakTables, peak_tables
 from llmsched_env.perf import load_calibration
 from llmsched_env.reward import Reward, make_reward
 from llmsched_env.tenant_reward import TenantReward
 from llmsched_env.types import ClassBy, EngineConfig, EpisodeLimits, QueueLayout, Workload
 from llmsched_env.work import expected_work, work_weights
-from llmsched_env.workload import Scenario, load_scenario, scenario_from_trace
+from llmsched_env.workload import PredictionModel, Scenario, load_scenario, scenario_from_trace
+from llmsched_env.workload.scenario import predicted_layout
 
 
 def checked_rate(rate: Any) -> float:
@@ -79,6 +80,9 @@ ACTION_SETS = {
 """Action sets and the settings that only they have."""
 
 DEFAULT_SCENARIO = "azure-conv-40gb"
+PREDICTED_CLASSES = 4
+"""Buckets by predicted output length where nobody gives edges, for each bucket by prompt length that the scenario's classes have."""
+
 HOLD_SECONDS = 4.0
 """How long a level stays in force by default. A decision in every iteration makes an episode of thousands of decisions, of
 which none matters, and steps of one length in seconds are what a fixed discount per step is right for."""
@@ -102,6 +106,7 @@ class EnvSettings:
     class_edges: Sequence[int] = ()
     segment_ends: Sequence[int] | None = None
     reveal_output_length: bool = False
+    predictions: PredictionModel | Mapping[str, Any] | float | None = None
     action_set: str = "peak"
     levels: Sequence[float] = LEVELS
     orders: Sequence[str] | None = None
@@ -175,6 +180,8 @@ class EnvSpec:
             drawn = load_scenario(scenario) if isinstance(scenario, str) else scenario
         if not isinstance(drawn, Scenario):
             raise ConfigError(f"scenario: {scenario!r}, must be a name or a Scenario")
+        if given.predictions is not None:
+            drawn = dataclasses.replace(drawn, predictions=PredictionModel.of(given.predictions))
         layout = _layout(drawn, given)
         engine = _engine(drawn, given)
         codec = _codec(given, layout, engine)
@@ -257,7 +264,8 @@ def _codec(given: EnvSettings, layout: QueueLayout, engine: EngineConfig) -> Cod
         if engine.preset == "vllm" and not budgets:
             budgets = tuple(budget for budget in BUDGETS if budget < engine.max_num_batched_tokens)
         return OperateCodec(given.levels, ageing, token_budgets=budgets)  # type: ignore[arg-type]
-    orders = given.orders if given.orders is not None else ORDERS if layout.num_classes > 1 else ()
+    default = PREDICTED_ORDERS if layout.by == "predicted" else WORK_ORDERS if layout.num_classes > 1 else ()
+    orders = given.orders if given.orders is not None else default
     return PeakCodec(given.levels, orders, token_budgets=budgets)  # type: ignore[arg-type]
 
 
@@ -294,9 +302,15 @@ def _layout(scenario: Scenario, given: EnvSettings) -> QueueLayout:
         num_types = scenario.statistics.num_types if by == "type" else scenario.num_tenants if by == "tenant" else 1
         weights = scenario.tenants.layout.tenant_weights if by == "tenant" and scenario.tenants is not None else ()
         edges: Any = given.class_edges  # checked and converted there
-        base = QueueLayout(by, edges, num_types, base.segment_ends, tenant_weights=weights)
+        if by == "predicted":
+            found = predicted_layout(scenario.statistics, PREDICTED_CLASSES, base)
+            base = dataclasses.replace(found, edges=edges) if given.class_edges else found
+        else:
+            base = QueueLayout(by, edges, num_types, base.segment_ends, tenant_weights=weights)
     if given.segment_ends is not None:
         base = dataclasses.replace(base, segment_ends=given.segment_ends)  # type: ignore[arg-type]  # converted there
+    if base.by == "predicted" and scenario.statistics.predicted is None:
+        predicted_layout(scenario.statistics, 1)  # refuses
     if base.reveals_output_length and not given.reveal_output_length:
         raise ConfigError("class_by: 'output' needs reveal_output_length=True (LLMSchedKnown-v1): it shows hidden lengths")
     return base

@@ -21,7 +21,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,7 @@ MOST_QUEUES = 65_536
 Preset = Literal["paper", "vllm"]
 AdmissionOrder = Literal["arrival", "class"]
 SchedulingPolicy = Literal["fcfs", "priority"]
-ClassBy = Literal["single", "type", "prompt", "output", "work", "tenant"]
+ClassBy = Literal["single", "type", "prompt", "predicted", "output", "work", "tenant"]
 
 
 class Decision(Rows):
@@ -130,6 +130,8 @@ class Workload:
         priority: (N,) int32 from -``MOST_PRIORITY`` to ``MOST_PRIORITY``, lower is served first; None: 0 for all. Read by engines with
             ``scheduling_policy="priority"`` alone.
         tenant: (N,) int32 >= 0, whose request it is; None: 0 for all.
+        predicted_tokens: (N,) int32, >= 1: a predictor's word on ``output_tokens``, which policies see once the request has arrived;
+            None where there is no predictor.
     """
 
     arrival: FloatArray
@@ -139,6 +141,7 @@ class Workload:
     request_id: tuple[str, ...] = ()
     priority: IntArray | None = None
     tenant: IntArray | None = None
+    predicted_tokens: IntArray | None = None
 
     @classmethod
     def of(
@@ -150,6 +153,7 @@ class Workload:
         request_id: tuple[str, ...] = (),
         priority: npt.ArrayLike | None = None,
         tenant: npt.ArrayLike | None = None,
+        predicted_tokens: npt.ArrayLike | None = None,
     ) -> Workload:
         """Check and convert; raises ``ConfigError`` naming the first offending row."""
         times = checks.numbers("workload.arrival", arrival)
@@ -170,6 +174,9 @@ class Workload:
         owner = None if tenant is None else checks.counts("workload.tenant", tenant, 0, MOST_QUEUES - 1)
         if owner is not None and owner.shape != (n,):
             raise ConfigError(f"workload.tenant: shape {owner.shape}, must be ({n},) as arrival has")
+        predicted = None if predicted_tokens is None else checks.counts("workload.predicted_tokens", predicted_tokens, 1)
+        if predicted is not None and predicted.shape != (n,):
+            raise ConfigError(f"workload.predicted_tokens: shape {predicted.shape}, must be ({n},) as arrival has")
         bad = np.flatnonzero(~((times >= 0) & (times <= checks.MOST_SECONDS)))
         if bad.size:
             raise ConfigError(
@@ -183,7 +190,8 @@ class Workload:
             raise ConfigError(f"workload.request_id: {checks.shown(request_id)}, must be names (texts)")
         if request_id and len(request_id) != n:
             raise ConfigError(f"workload.request_id: {len(request_id)} names for {n} requests")
-        return cls(times, columns["prompt_tokens"], columns["output_tokens"], columns["type_id"], tuple(request_id), urgency, tenant=owner)
+        lengths = (columns["prompt_tokens"], columns["output_tokens"], columns["type_id"])
+        return cls(times, *lengths, tuple(request_id), urgency, owner, predicted)
 
     def __len__(self) -> int:
         return int(self.arrival.shape[0])
@@ -211,6 +219,8 @@ class LengthStatistics:
         source: where the numbers come from.
         tenant: (M,) int32, whose requests a support point stands for; None where there are no tenants.
         tenants: their names, weights and limits; empty where there are none.
+        predicted: (M,) float64 tokens, what a predictor says of each support point, as logs of predicted and actual lengths tell it
+            (``llmsched_env.workload.predictions``); None where there is no predictor.
     """
 
     prompt: FloatArray
@@ -220,6 +230,7 @@ class LengthStatistics:
     source: str = ""
     tenant: IntArray | None = None
     tenants: tuple[TenantTerms, ...] = ()
+    predicted: FloatArray | None = None
 
     @classmethod
     def of(
@@ -231,6 +242,7 @@ class LengthStatistics:
         source: str = "",
         tenant: npt.ArrayLike | None = None,
         tenants: tuple[TenantTerms, ...] = (),
+        predicted: npt.ArrayLike | None = None,
     ) -> LengthStatistics:
         """Check, convert and normalise; raises ``ConfigError`` naming the field, and the row where it can."""
         p, o, w = (
@@ -244,7 +256,10 @@ class LengthStatistics:
         )
         if not (p.shape == o.shape == w.shape == t.shape and p.ndim == 1 and p.size):
             raise ConfigError(f"statistics: shapes {p.shape}, {o.shape}, {w.shape}, {t.shape} must be equal and (M,)")
-        for name, lengths in (("prompt", p), ("output", o)):
+        f = None if predicted is None else np.atleast_1d(checks.numbers("statistics.predicted", predicted))
+        if f is not None and f.shape != p.shape:
+            raise ConfigError(f"statistics.predicted: shape {f.shape}, must be {p.shape} as prompt has")
+        for name, lengths in (("prompt", p), ("output", o), ("predicted", np.ones(0) if f is None else f)):
             bad = np.flatnonzero(~((lengths >= 1) & (lengths <= checks.MOST_TOKENS)))
             if bad.size:
                 raise ConfigError(f"statistics.{name}: row {bad[0]} is {lengths[bad[0]]}, must be >= 1 and <= 2**30 tokens")
@@ -255,7 +270,7 @@ class LengthStatistics:
         owner = None if tenant is None else checks.counts("statistics.tenant", tenant, 0, max(len(terms), 1) - 1, single=True)
         if owner is not None and owner.shape != p.shape:
             raise ConfigError(f"statistics.tenant: shape {owner.shape}, must be {p.shape} as prompt has")
-        return cls(p, o, w / w.sum(), t, source, owner, terms)
+        return cls(p, o, w / w.sum(), t, source, owner, terms, f)
 
     @property
     def num_types(self) -> int:
@@ -278,6 +293,14 @@ class LengthStatistics:
     def max_output(self) -> int:
         return math.ceil(float(self.output.max()))
 
+    def without_predictions(self) -> LengthStatistics:
+        """The lengths alone, every (type, prompt, output) once: what takes longer the more points there are need not see predictions."""
+        if self.predicted is None:
+            return self
+        rows, index = np.unique(np.stack([self.type_id, self.prompt, self.output]), axis=1, return_inverse=True)
+        weight = np.bincount(index.ravel(), self.weight).astype(np.float64)
+        return LengthStatistics(rows[1], rows[2], weight, rows[0].astype(np.int32), self.source)
+
     def survival(self, length: float) -> float:
         """P(output > length)."""
         return float(self.weight[self.output > length].sum())
@@ -289,10 +312,12 @@ class QueueLayout:
 
     Attributes:
         by: what decides a request's class: ``single`` (one class), ``type`` (the workload's
-            ``type_id``), ``prompt`` (prompt length, which a server knows at arrival),
-            ``output`` (output length: known lengths only), ``work`` (machine work of prompt and output, ``weights``: known lengths only)
-            or ``tenant`` (the workload's ``tenant``).
+            ``type_id``), ``prompt`` (prompt length, which a server knows at arrival), ``predicted`` (the output length
+            that is predicted), ``output`` (output length: known lengths only), ``work`` (machine work of prompt and output,
+            ``weights``: known lengths only) or ``tenant`` (the workload's ``tenant``).
         edges: class j holds lengths (tokens; ``work``: microseconds) <= edges[j]; the last class everything above. Increasing.
+        prompt_edges: of ``predicted`` classes: each bucket by prompt length has all the buckets by prediction; class
+            i * (len(edges) + 1) + j is bucket i by prompt length and j by prediction.
         num_types: J for ``by="type"`` and ``by="tenant"``.
         segment_ends: (K-1,) increasing decode lengths r_1 < r_2 < ...: a request that has generated
             r_k tokens and is not complete stands in the boundary queue of segment k+1.
@@ -306,20 +331,23 @@ class QueueLayout:
     segment_ends: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
     tenant_weights: tuple[float, ...] = ()
+    prompt_edges: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.one_of("layout.by", self.by, ("single", "type", "prompt", "output", "work", "tenant"))
+        checks.one_of("layout.by", self.by, get_args(ClassBy))
         if len(self.weights) != (3 if self.by == "work" else 0):
             raise ConfigError(f"layout.weights: {self.weights}, must be (c, w0, w1) with by='work' and empty otherwise")
         object.__setattr__(self, "weights", tuple(checks.number("layout.weights", w, unit="seconds") for w in self.weights))
-        for name in ("edges", "segment_ends"):
+        for name in ("edges", "segment_ends", "prompt_edges"):
             given = getattr(self, name)
             values = checks.integers(f"layout.{name}", given, low=1, most=MOST_QUEUES)
             if any(b <= a for a, b in itertools.pairwise(values)):
                 raise ConfigError(f"layout.{name}: {checks.shown(given)}, must be increasing integers >= 1")
             object.__setattr__(self, name, values)
-        if self.edges and self.by not in ("prompt", "output", "work"):
-            raise ConfigError(f"layout.edges: {self.edges} given, but only prompt, output and work classes have edges")
+        if self.edges and self.by not in ("prompt", "output", "work", "predicted"):
+            raise ConfigError(f"layout.edges: {self.edges} given, but only prompt, output, work and predicted classes have edges")
+        if self.prompt_edges and self.by != "predicted":
+            raise ConfigError(f"layout.prompt_edges: {self.prompt_edges} given, but only predicted classes have them beside their edges")
         object.__setattr__(self, "num_types", checks.integer("layout.num_types", self.num_types, low=1, high=MOST_QUEUES))
         if self.num_types > 1 and self.by not in ("type", "tenant"):
             raise ConfigError(f"layout.num_types: {self.num_types}, must be 1 unless by='type' or by='tenant'")
@@ -343,7 +371,9 @@ class QueueLayout:
 
     @property
     def num_classes(self) -> int:
-        return self.num_types if self.by in ("type", "tenant") else len(self.edges) + 1
+        if self.by in ("type", "tenant"):
+            return self.num_types
+        return (len(self.edges) + 1) * (len(self.prompt_edges) + 1)
 
     @property
     def num_segments(self) -> int:
@@ -368,9 +398,18 @@ class QueueLayout:
         return micros
 
     def classify(
-        self, prompt: npt.ArrayLike, output: npt.ArrayLike, type_id: npt.ArrayLike, tenant: npt.ArrayLike | None = None
+        self,
+        prompt: npt.ArrayLike,
+        output: npt.ArrayLike,
+        type_id: npt.ArrayLike,
+        tenant: npt.ArrayLike | None = None,
+        predicted: npt.ArrayLike | None = None,
     ) -> IntArray:
-        """(n,) int32 class of each request; ``tenant`` None stands for zeros."""
+        """(n,) int32 class of each request; ``tenant`` None stands for zeros.
+
+        Raises:
+            ConfigError: a type or tenant that the layout does not have, or classes by prediction where nothing is predicted.
+        """
         if self.by == "single" or (self.by == "tenant" and tenant is None):
             return np.zeros(np.shape(prompt), np.int32)
         if self.by == "tenant":
@@ -383,6 +422,12 @@ class QueueLayout:
             if types.size and int(types.max()) >= self.num_types:
                 raise ConfigError(f"workload.type_id: {int(types.max())}, must be below layout.num_types = {self.num_types}")
             return types
+        if self.by == "predicted":
+            if predicted is None:
+                raise ConfigError("layout.by: 'predicted', but no lengths are predicted (workload.predicted_tokens, scenario.predictions)")
+            longer = np.searchsorted(np.asarray(self.prompt_edges), np.asarray(prompt), side="left")
+            bucket = np.searchsorted(np.asarray(self.edges), np.asarray(predicted), side="left")
+            return (longer * (len(self.edges) + 1) + bucket).astype(np.int32)
         values = self.work(prompt, output) if self.by == "work" else np.asarray(prompt if self.by == "prompt" else output)
         return np.searchsorted(np.asarray(self.edges), values, side="left").astype(np.int32)
 

@@ -124,7 +124,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         if caching:
             made = [spec.replace(engine=spec.engine.replace(enable_prefix_caching=True)) for spec in made]
         for name, shape in (
-            ("layout", lambda spec: (spec.layout.num_classes, spec.layout.num_segments)),
+            ("layout", lambda spec: (spec.layout.num_classes, spec.layout.num_segments, spec.layout.by == "predicted")),
             ("num_requests", lambda spec: spec.num_requests),
         ):
             shapes = {shape(spec) for spec in made}

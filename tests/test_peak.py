@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmsched_env import LLMSchedEnv
-from llmsched_env.peak import LEVELS, ORDERS, forecast_steps, peak_tables
+from llmsched_env.peak import LEVELS, WORK_ORDERS, forecast_steps, peak_tables
 from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, LengthStatistics, QueueLayout
 from llmsched_env.workload import load_scenario
 
@@ -48,13 +48,13 @@ def waiting_in_order(env: LLMSchedEnv, order: str) -> list[tuple[int, int, int]]
     return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", WORK_ORDERS)
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
 def test_a_level_admits_as_many_as_are_predicted_to_fit(level: float, order: str) -> None:
     env = LLMSchedEnv(**SMALL | {"engine": {"num_blocks": 1000}})
     env.reset(seed=4)
     limit = level * env.engine.num_blocks * env.engine.block_size
-    action = np.array([LEVELS.index(level), ORDERS.index(order)])
+    action = np.array([LEVELS.index(level), WORK_ORDERS.index(order)])
     seen = 0
     for _ in range(400):
         outside = waiting_in_order(env, order)

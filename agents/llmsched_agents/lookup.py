@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from llmsched_agents.adaptive import Adaptive, AdaptiveAged
 from llmsched_agents.checkpoint import CONFIG, WEIGHTS, checkpoint_folder, load_checkpoint, shipped_agents
+from llmsched_agents.learned_shrinkage import LearnedShrinkage
 from llmsched_baselines import SHIPPED as SHIPPED_POLICIES
 from llmsched_baselines import Setting, make_policy, policy_class, policy_names
 from llmsched_env import checks
@@ -23,7 +24,7 @@ from llmsched_env.registry import POLICIES, is_reference
 from llmsched_env.runner import Policy
 from llmsched_env.types import EngineConfig, QueueLayout
 
-POLICIES.built_in({policy.name: policy for policy in (Adaptive, AdaptiveAged)})
+POLICIES.built_in({policy.name: policy for policy in (Adaptive, AdaptiveAged, LearnedShrinkage)})
 
 Kind = Literal["registered", "checkpoint", "own"]
 

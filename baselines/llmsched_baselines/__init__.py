@@ -16,6 +16,7 @@ from llmsched_baselines.operate import Operate
 from llmsched_baselines.oracle import OracleSjf
 from llmsched_baselines.policy import Policy, Setting
 from llmsched_baselines.pooled_work import PooledWork
+from llmsched_baselines.predicted import PredictedWork
 from llmsched_baselines.reserve import Reserve, ShortestPrompt
 from llmsched_baselines.rivals import ActiveCap, PrefillCadence, PrefillDecodeInterval, PrefillThreshold
 from llmsched_baselines.vllm_v0 import VllmV0
@@ -51,6 +52,7 @@ SHIPPED: tuple[type[Policy], ...] = (
     Vtc,
     Wfq,
     TenantPriority,
+    PredictedWork,
 )
 POLICIES.built_in({cls.name: cls for cls in SHIPPED})
 

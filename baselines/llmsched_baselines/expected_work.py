@@ -47,7 +47,7 @@ class ExpectedWork(RulePolicy):
 
 def expected_prompt_by_class(statistics: LengthStatistics, layout: QueueLayout) -> FloatArray:
     """(J,) E[prompt | class], tokens; the middle of the bucket where the statistics know no request of the class."""
-    index = layout.classify(statistics.prompt, statistics.output, statistics.type_id, statistics.tenant)
+    index = layout.classify(statistics.prompt, statistics.output, statistics.type_id, statistics.tenant, statistics.predicted)
     mass = np.bincount(index, statistics.weight, layout.num_classes)
     tokens = np.bincount(index, statistics.weight * statistics.prompt, layout.num_classes)
     return np.where(mass > 0, tokens / np.where(mass > 0, mass, 1.0), middles(statistics, layout))

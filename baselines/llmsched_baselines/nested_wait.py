@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -234,6 +235,7 @@ class NestedWait(RulePolicy):
             raise ConfigError("policy.variant: 'A' needs the paper preset")
         self.engine = setting.engine_for(boundary_slot=variant == "A")
         self._variant = variant
+        setting = replace(setting, statistics=setting.statistics.without_predictions())
         statistics = setting.statistics
         if segment_ends is None:
             ends = self._design(setting, num_segments, slack, delta, overload)

@@ -14,7 +14,7 @@ from llmsched_env.engine.rules import Rule
 from llmsched_env.engine_changes import engine_with
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import Decision, EngineConfig, LengthStatistics, QueueLayout
-from llmsched_env.workload.scenario import bucket_edges
+from llmsched_env.workload.scenario import bucket_edges, interpolated_edges
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,3 @@ def prompt_classes(statistics: LengthStatistics, num_classes: int) -> QueueLayou
     else:
         edges = bucket_edges(statistics.prompt, statistics.weight, num_classes)
     return QueueLayout(by="prompt", edges=edges) if edges else QueueLayout()
-
-
-def interpolated_edges(statistics: LengthStatistics, num_classes: int) -> tuple[int, ...]:
-    """Upper edges of at most ``num_classes`` buckets of about equal probability by prompt length.
-
-    The statistics know some twenty prompt lengths, each the middle of a range; between them the
-    distribution function is taken to be linear.
-    """
-    lengths, index = np.unique(statistics.prompt, return_inverse=True)
-    mass = np.bincount(index, statistics.weight)
-    shares = np.arange(1, num_classes) / num_classes
-    edges = np.unique(np.floor(np.interp(shares, np.cumsum(mass) - mass / 2, lengths)).astype(np.int64))
-    return tuple(int(edge) for edge in edges if 1 <= edge < lengths[-1])

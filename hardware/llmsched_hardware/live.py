@@ -218,6 +218,8 @@ class LiveMirror:
             raise ConfigError(f"engine.preset: {engine.preset!r}, must be 'vllm' on a live server")
         if layout.by in ("type", "tenant") and layout.num_types > 1:
             raise ConfigError(f"layout.by: {layout.by!r}, but requests of a live server have no {layout.by}; must be single or prompt")
+        if layout.by == "predicted":
+            raise ConfigError("layout.by: 'predicted', but nothing predicts the lengths on a live server; must be single or prompt")
         if layout.reveals_output_length and not reveal_output_length:
             raise ConfigError(f"layout.by: {layout.by!r}, but a live server does not know output lengths; must be single or prompt")
         self.layout, self.engine, self.reveal_output_length = layout, engine, reveal_output_length
@@ -261,7 +263,7 @@ class LiveMirror:
         made["stays"] = np.zeros(size, dtype=Stays.DTYPE)
         if not self._tables:
             self._tables = made
-        for name in ("requests", "arrived", "hidden", "stays"):
+        for name in ("requests", "arrived", "hidden", "foretold", "stays"):
             made[name][:old] = self._tables[name][:old]
             self._tables[name] = made[name]
         self.stays = Stays(self._tables["stays"])

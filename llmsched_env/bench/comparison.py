@@ -140,7 +140,8 @@ class Comparison:
         fields = {f.name: getattr(engine, f.name) for f in dataclasses.fields(engine) if f.name != "time_model"}
         digest.update(repr((fields, engine.time_model.provenance)).encode())
         gaps = np.round(sample.arrival * scenario.rate, 6)  # in mean gaps: a trace stretched to another rate is the same
-        for values in (gaps, sample.prompt_tokens, sample.output_tokens, sample.type_id):
+        predicted = () if sample.predicted_tokens is None else (sample.predicted_tokens,)
+        for values in (gaps, sample.prompt_tokens, sample.output_tokens, sample.type_id, *predicted):
             digest.update(np.ascontiguousarray(values).tobytes())
         if sample.tenant is not None:
             digest.update(sample.tenant.tobytes() + repr(scenario.statistics.tenants).encode())
@@ -167,8 +168,9 @@ def shortest_request(workload: Workload) -> Workload:
     """The shortest request alone."""
     i = int(np.argmin(workload.prompt_tokens.astype(np.int64) + workload.output_tokens))
     tenant = None if workload.tenant is None else workload.tenant[i : i + 1]
+    predicted = None if workload.predicted_tokens is None else workload.predicted_tokens[i : i + 1]
     columns = (workload.prompt_tokens[i : i + 1], workload.output_tokens[i : i + 1], workload.type_id[i : i + 1])
-    return Workload.of([0.0], *columns, tenant=tenant)
+    return Workload.of([0.0], *columns, tenant=tenant, predicted_tokens=predicted)
 
 
 def run_tasks(comparison: Comparison, tasks: Sequence[Task]) -> Iterator[Row]:

@@ -37,6 +37,9 @@ POLICIES = {
 TENANT_POLICIES = ("vtc", "wfq", "tenant-priority")
 """What is tried beside these where the scenario has tenants."""
 
+PREDICTED = ("predicted-work", "learned-shrinkage")
+"""What is tried besides where output lengths are predicted."""
+
 KNOWING = ("wait", "mc-sf", "oracle-sjf", "pooled-work")
 """Policies that are told output lengths."""
 
@@ -140,7 +143,9 @@ def headroom(environment: NamedEnvironment, episodes: int) -> Headroom:
     random = Score("random actions", mean_interval(-returns(envs, None)))
     constants = [Score(described(spec, action), mean_interval(-returns(envs, action))) for action in every_action(space)]
     envs.close()
-    names = (*POLICIES[preset], *(TENANT_POLICIES if spec.scenario.tenants is not None else ()))
+    names = [*POLICIES[preset]]
+    names += TENANT_POLICIES if spec.scenario.tenants is not None else ()
+    names += PREDICTED if spec.layout.by == "predicted" else ()
     by_latency = sorted(tried(names), key=lambda score: score.latency.mean)
     knowing = sorted(tried(KNOWING), key=lambda score: score.latency.mean)
     best = min(constants, key=lambda score: score.latency.mean)

@@ -69,6 +69,7 @@ GRIDS: dict[str, Grid] = {
     "mc-sf": {"margin": tuple(round(0.01 * i, 2) for i in range(31)), "num_classes": (4, 8, 16, 32, 64), **ENGINE},
     "pooled-work": {"level": tuple(round(0.8 + 0.01 * i, 2) for i in range(31)), "memory_share": (0.0, 0.5, 1.0, None), **ENGINE},
     "operate": {"token_budget": BUDGETS, "level": (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99), "tau0": (10.0, 100.0, math.inf)},
+    "predicted-work": {"shrink": tuple(round(0.1 * i, 1) for i in range(11)), "level": (0.9, 0.95, 0.97, 0.99, 1.0, 1.05), **ENGINE},
     "oracle-sjf": {"by": ("output", "prompt"), "theta": THETAS, "num_classes": (4, 8, 16, 32, 64), **ENGINE},
 }
 """Grids in the order of their values. ``limit`` is in units of the cell's TTFT limit. Policies without an entry have nothing to tune."""

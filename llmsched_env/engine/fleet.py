@@ -11,7 +11,15 @@ import numpy.typing as npt
 from llmsched_env.engine import state as st
 from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import pool_tables, reset_pool
-from llmsched_env.engine.record_backend import engine_tables, load_order, load_queues, load_requests, load_settings, most_residents
+from llmsched_env.engine.record_backend import (
+    engine_tables,
+    load_order,
+    load_predictions,
+    load_queues,
+    load_requests,
+    load_settings,
+    most_residents,
+)
 from llmsched_env.perf.base import memory_of, packed_of
 from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
 
@@ -78,6 +86,7 @@ class Fleet:
         """The requests of engine i's next episode; ``llmsched_env.engine.step.reset`` starts it."""
         spec, record = self.spec_of(i), self.records[i]
         load_requests(self._tables["hidden"][i], workload, spec.layout)
+        load_predictions(self._tables["foretold"][i], workload)
         if "order" in self._tables:
             load_order(self._tables["order"][i], workload)
         record.num_requests = len(workload)

@@ -237,6 +237,7 @@ def receive_arrivals(engine: Engine, start: float) -> float:
         engine.report.arrived += 1
         requests.prompt[r] = hidden.prompt[r]
         engine.arrived.time[r] = hidden.arrival[r]
+        engine.arrived.predicted[r] = engine.foretold.predicted[r]
         if settings.reveal != 0:
             requests.output[r] = hidden.output[r]
         q = hidden.outside[r]
@@ -260,4 +261,5 @@ def receive_arrivals(engine: Engine, start: float) -> float:
             seconds += clock - max(start, hidden.arrival[r])
         r += 1
     engine.next_arrival = r
+    engine.predictions.arrived = r
     return seconds

@@ -68,6 +68,7 @@ def load_settings(
     settings.lose_progress = engine.preset == "paper" or engine.eviction == "lose_progress"
     settings.prefix_caching = engine.enable_prefix_caching
     settings.external = external
+    settings.by_prediction = layout.by == "predicted"
     settings.horizon = limits.horizon
     settings.late_after = engine.late_after
 
@@ -101,6 +102,7 @@ def engine_tables(
         "requests": (num_requests, st.Requests),
         "arrived": (num_requests, st.Arrived),
         "hidden": (num_requests, st.Hidden),
+        "foretold": (num_requests, st.Foretold),
         "queues": (num_queues + 1, st.Queues),
         "events": (num_residents, st.Events),
         "phases": (num_queues * block_size, st.Phases),
@@ -122,8 +124,14 @@ def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[
 def load_requests(hidden: npt.NDArray[Any], workload: Workload, layout: QueueLayout) -> None:
     """Write an episode's requests into (N,) ``Hidden`` rows."""
     hidden["arrival"], hidden["prompt"], hidden["output"] = workload.arrival, workload.prompt_tokens, workload.output_tokens
-    classes = layout.classify(workload.prompt_tokens, workload.output_tokens, workload.type_id, workload.tenant)
+    known = (workload.tenant, workload.predicted_tokens)
+    classes = layout.classify(workload.prompt_tokens, workload.output_tokens, workload.type_id, *known)
     hidden["outside"] = classes * layout.num_segments
+
+
+def load_predictions(foretold: npt.NDArray[Any], workload: Workload) -> None:
+    """Write what is predicted of an episode's requests into (N,) ``Foretold`` rows."""
+    foretold["predicted"] = 0 if workload.predicted_tokens is None else workload.predicted_tokens
 
 
 def load_order(order: npt.NDArray[Any], workload: Workload) -> None:
@@ -278,6 +286,7 @@ class RecordView:
             computed=rows["base_computed"] + steps,
             prefill_target=rows["target"],
             output_tokens=rows["output"] if self.reveals_output_length else None,
+            predicted_tokens=self._whole.arrived.rows["predicted"][ids],
         )
 
     def waiting_requests(self, j: int, limit: int) -> WaitingRequests:
@@ -292,6 +301,7 @@ class RecordView:
             arrival=self._whole.hidden.rows["arrival"][ids],
             key=rows["key"],
             output_tokens=rows["output"] if self.reveals_output_length else None,
+            predicted_tokens=self._whole.arrived.rows["predicted"][ids],
         )
 
 
@@ -346,6 +356,7 @@ class RecordBackend(ABC):
         self._link()
         load_queues(record.queues, engine, layout)
         load_requests(self._tables["hidden"], workload, layout)
+        load_predictions(self._tables["foretold"], workload)
         if by_priority:
             load_order(self._tables["order"], workload)
         if engine.enable_prefix_caching:

@@ -7,9 +7,11 @@ advance by themselves (row Q of ``queues``). See ``llmsched_env.engine.state``.
 
 from __future__ import annotations
 
+import math
+
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import give_service, lift_counter, pop_front, push_front
-from llmsched_env.engine.state import BOUNDARY, DECODE, ENTERING, FINISHED, NO_EVENT, PREFILL, WAITING, Engine
+from llmsched_env.engine.state import BOUNDARY, DECODE, ENTERING, FINISHED, NO_EVENT, PREDICTION_MEMORY, PREFILL, WAITING, Engine
 from llmsched_env.pointers import call
 
 
@@ -343,6 +345,22 @@ def note_completion(engine: Engine, r: int, tokens: int) -> None:
     engine.events.finished[report.completed] = r
     report.completed += 1
     report.completed_tokens += tokens
+    if engine.arrived.predicted[r] > 0:
+        judge_prediction(engine, engine.arrived.predicted[r], tokens)
+
+
+@compiled
+def judge_prediction(engine: Engine, predicted: int, tokens: int) -> None:
+    """A request of which ``predicted`` output tokens were expected has ended with ``tokens``."""
+    sums = engine.predictions
+    keep = 1.0 - 1.0 / PREDICTION_MEMORY
+    x, y = math.log(float(predicted)), math.log(float(tokens))
+    sums.completed = keep * sums.completed + 1.0
+    sums.predicted = keep * sums.predicted + x
+    sums.actual = keep * sums.actual + y
+    sums.predicted_squares = keep * sums.predicted_squares + x * x
+    sums.actual_squares = keep * sums.actual_squares + y * y
+    sums.products = keep * sums.products + x * y
 
 
 @compiled

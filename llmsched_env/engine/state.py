@@ -49,6 +49,7 @@ PRIORITY_STEP = 2**20  # between the queue keys of one priority and the next: mo
 RATE_WINDOW_SECONDS = 30.0
 INPUT_PRICE = 1.0  # of a prompt token in the service that a tenant receives (arXiv 2401.00588, w_p)
 OUTPUT_PRICE = 2.0  # of an output token (w_q)
+PREDICTION_MEMORY = 256  # completed requests over which predictions are judged
 
 
 class Settings(Record):
@@ -88,6 +89,7 @@ class Settings(Record):
     prefix_caching: bool
     external: bool  # another engine schedules: nobody is a member of a group
     reveal: bool  # policies are told output lengths
+    by_prediction: bool  # classes by predicted output length
     horizon: float  # seconds
     late_after: float  # seconds after which a request never admitted is late; 0 never
 
@@ -131,9 +133,16 @@ class Hidden(Rows):
 
 
 class Arrived(Rows):
-    """When requests arrived, one row a request: of those who have, and a table of its own as a row of ``Requests`` is a cache line."""
+    """What came with a request, of those who have arrived: a table of its own as a row of ``Requests`` is a cache line."""
 
     time: Floats  # seconds; NaN for those to come
+    predicted: Ints  # output length as predicted, tokens; 0 where nothing is predicted, and for those to come
+
+
+class Foretold(Rows):
+    """Predictions of all requests, those to come included, one row a request."""
+
+    predicted: Ints
 
 
 class Order(Rows):
@@ -307,6 +316,18 @@ class Cadence(Record):
     capacity_bound: int  # 1: at the last release somebody who might have entered was left outside
 
 
+class Predictions(Record):
+    """What has become of predictions so far, in logarithms of tokens: sums over completed requests, recent ones counting most."""
+
+    arrived: int  # requests 0 .. arrived - 1 have arrived
+    completed: float  # completed requests that had a prediction; each counts (1 - 1 / PREDICTION_MEMORY) ** (how many came after it)
+    predicted: float  # sum of log(predicted)
+    actual: float  # sum of log(output)
+    predicted_squares: float
+    actual_squares: float
+    products: float  # sum of log(predicted) log(output)
+
+
 class Engine(Record):
     """One engine and the requests of its episode."""
 
@@ -358,10 +379,12 @@ class Engine(Record):
     flight_out_of_range: Annotated[int, Level.HIDDEN]
     num_first_tokens: Annotated[int, Level.HIDDEN]
     num_last_tokens: Annotated[int, Level.HIDDEN]
+    predictions: Predictions
     # what policies do not see
     num_requests: Annotated[int, Level.HIDDEN]
     next_arrival: Annotated[int, Level.HIDDEN]
     hidden: Annotated[Hidden, Level.HIDDEN]
+    foretold: Annotated[Foretold, Level.HIDDEN]
     phases: Annotated[Phases, Level.HIDDEN]
     wheel: Annotated[Wheel, Level.HIDDEN]
     pool: Annotated[Pool, Level.HIDDEN]

@@ -117,6 +117,19 @@ def clear_report(engine: Engine) -> None:
 
 
 @compiled
+def clear_predictions(engine: Engine) -> None:
+    """Nothing has arrived, nothing has come of a prediction."""
+    sums = engine.predictions
+    sums.arrived = 0
+    sums.completed = 0.0
+    sums.predicted = 0.0
+    sums.actual = 0.0
+    sums.predicted_squares = 0.0
+    sums.actual_squares = 0.0
+    sums.products = 0.0
+
+
+@compiled
 def reset(engine: Engine) -> None:
     """Start the episode whose requests are in ``hidden``: arrivals at time 0 are queued before the first decision."""
     requests, hidden = engine.requests, engine.hidden
@@ -140,6 +153,7 @@ def reset(engine: Engine) -> None:
         hidden.evictions[r] = 0
         hidden.forced[r] = 0
         requests.output[r] = 0
+        engine.arrived.predicted[r] = 0
         hidden.admitted[r] = math.nan
         hidden.first_token[r] = math.nan
         hidden.completed[r] = math.nan
@@ -168,6 +182,7 @@ def reset(engine: Engine) -> None:
     engine.num_last_tokens = 0
     engine.cadence.since_prefill = engine.settings.prefill_interval  # the first iteration is never held back
     engine.cadence.capacity_bound = 0
+    clear_predictions(engine)
     engine.next_arrival = 0
     engine.batch.batch_size = 0.0
     for i in range(engine.batch.memory.shape[0]):

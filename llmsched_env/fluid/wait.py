@@ -109,7 +109,7 @@ class ClassProfiles:
 
 def class_profiles(statistics: LengthStatistics, layout: QueueLayout) -> ClassProfiles:
     """The classes of ``layout`` as sets of support points."""
-    ids = layout.classify(statistics.prompt, statistics.output, statistics.type_id, statistics.tenant)
+    ids = layout.classify(statistics.prompt, statistics.output, statistics.type_id, statistics.tenant, statistics.predicted)
     return ClassProfiles(statistics.prompt, statistics.output, statistics.weight, ids, layout.num_classes)
 
 

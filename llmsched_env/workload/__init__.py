@@ -2,6 +2,7 @@
 
 from llmsched_env.workload.arrivals import MMPP2, ArrivalProcess, Gamma, PiecewiseConstant, Poisson, TraceArrivals
 from llmsched_env.workload.lengths import LengthModel, Lognormal, TraceLengths, Types
+from llmsched_env.workload.predictions import PredictionModel
 from llmsched_env.workload.readers import Trace, read_trace
 from llmsched_env.workload.scenario import Scenario, scenario_from_trace
 from llmsched_env.workload.scenario_files import read_scenario
@@ -17,6 +18,7 @@ __all__ = [
     "Lognormal",
     "PiecewiseConstant",
     "Poisson",
+    "PredictionModel",
     "QuantileTable",
     "Scenario",
     "Tenant",

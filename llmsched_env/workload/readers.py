@@ -17,8 +17,8 @@ mooncake        timestamp, input_length, output_length (JSON lines)      millise
 vllm            queued_ts, input_toks, output_toks (JSON lines)          engine's monotonic seconds
 ==============  =======================================================  ===========================
 
-``vidur`` and ``replay`` files may have a ``type`` and a ``tenant`` column. Other columns are ignored. A file whose first time is a
-date holds dates, whatever its format.
+``vidur`` and ``replay`` files may have a ``type`` and a ``tenant`` column, and a ``predicted_tokens`` column with a predictor's word
+on each output. Other columns are ignored. A file whose first time is a date holds dates, whatever its format.
 
 Clocks: every clock is shifted so that the first request arrives at 0, wherever the file's own begins (0, the start of a
 slice, 1970): latencies and rates must not depend on it. ``Trace.origin`` keeps what was taken off. Times that are
@@ -86,6 +86,7 @@ class Trace:
         reordered: rows that stood after a later one and were put in order.
         tenant: (N,) int32: index into ``tenant_names``; None without a ``tenant`` column.
         tenant_names: the distinct values of the ``tenant`` column, in the order of ``type_names``; empty without one.
+        predicted_tokens: (N,) int32, >= 1; None without a ``predicted_tokens`` column.
     """
 
     path: str
@@ -102,6 +103,7 @@ class Trace:
     reordered: int = 0
     tenant: IntArray | None = None
     tenant_names: tuple[str, ...] = ()
+    predicted_tokens: IntArray | None = None
 
     def __len__(self) -> int:
         return int(self.prompt_tokens.shape[0])
@@ -110,7 +112,8 @@ class Trace:
         """The rows as a workload, from time 0. Raises ``ConfigError`` for files with lengths only."""
         if self.arrival is None:
             raise ConfigError(f"{self.path}: has lengths only ({self.format}), no arrival times")
-        return Workload.of(self.arrival, self.prompt_tokens, self.output_tokens, self.type_id, self.request_id, tenant=self.tenant)
+        lengths = (self.prompt_tokens, self.output_tokens, self.type_id, self.request_id)
+        return Workload.of(self.arrival, *lengths, tenant=self.tenant, predicted_tokens=self.predicted_tokens)
 
 
 def read_trace(
@@ -202,6 +205,7 @@ class _Columns:
     labels: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     tenants: list[str] = field(default_factory=list)
+    predictions: list[int] = field(default_factory=list)
     late: int = 0
     failed: int = 0
     invalid: int = 0
@@ -256,6 +260,7 @@ def _collect(
     i_type = header.index("type") if layout.typed and "type" in header else -1
     i_tenant = header.index("tenant") if layout.typed and "tenant" in header else -1
     i_name = header.index("request_id") if layout.named and "request_id" in header else -1
+    i_predicted = header.index("predicted_tokens") if layout.predicts and "predicted_tokens" in header else -1
 
     columns = _Columns()
     clock: _Clock | None = None
@@ -297,6 +302,12 @@ def _collect(
             if i_name >= 0:
                 column = i_name
                 name = trace_values.label(cells[column])
+            predicted = 0
+            if i_predicted >= 0:
+                column = i_predicted
+                predicted = trace_values.tokens(cells[column])
+                if predicted < 1:
+                    raise ValueError("must be a number of tokens >= 1")
         except ValueError as error:
             problem = _problem(header[column], cells if isinstance(cells, BadRow) else cells[column], error)
             if isinstance(error, _ClockError):
@@ -317,6 +328,8 @@ def _collect(
             columns.tenants.append(tenant)
         if i_name >= 0:
             columns.names.append(name)
+        if i_predicted >= 0:
+            columns.predictions.append(predicted)
     columns.clock = clock or columns.clock
     return columns
 
@@ -350,6 +363,7 @@ def _trace(where: str, layout: Format, found: _Columns) -> Trace:
         found.late,
         tenant[order] if tenant_names else None,
         tenant_names,
+        np.array(found.predictions, dtype=np.int32)[order] if found.predictions else None,
     )
 
 

@@ -13,6 +13,7 @@ from llmsched_env.fluid.segments import equal_probability_ends
 from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload.arrivals import ArrivalProcess, Poisson, TraceArrivals, check_count, check_positive
 from llmsched_env.workload.lengths import LengthModel, TraceLengths
+from llmsched_env.workload.predictions import PredictionModel
 from llmsched_env.workload.readers import REORDER_SECONDS, InvalidRows, TimeUnit, Trace, read_trace
 from llmsched_env.workload.tenants import Tenant, TenantMix
 
@@ -39,6 +40,7 @@ class Scenario:
         trace: the file that ``rows`` were read from, with what was left out of it or put in order.
         tenants: whose requests they are (``llmsched_env.workload.tenants``); None: everybody's. Where nothing is replayed they
             say of whom ``lengths`` and ``arrivals`` are, ``TenantMix.scenario_parts``.
+        predictions: how a predictor of output lengths errs; None where there is none, or where ``rows`` have predictions of their own.
     """
 
     name: str
@@ -55,10 +57,12 @@ class Scenario:
     rows: Workload | None = None
     trace: Trace | None = None
     tenants: TenantMix | None = None
+    predictions: PredictionModel | None = None
 
     def __post_init__(self) -> None:
         if self.layout.reveals_output_length:
-            raise ConfigError("scenario.layout: by='output' reveals hidden lengths, must be single, type or prompt")
+            raise ConfigError("scenario.layout: by='output' reveals hidden lengths, must be single, type, prompt or predicted")
+        object.__setattr__(self, "predictions", PredictionModel.of(self.predictions))
         check_count("scenario.num_requests", self.num_requests, low=1)
         for name in ("ttft_slo", "tpot_slo"):
             check_positive(f"scenario.{name}", getattr(self, name), "seconds")
@@ -78,7 +82,11 @@ class Scenario:
     @functools.cached_property
     def statistics(self) -> LengthStatistics:
         """What an operator knows of the lengths. For a trace: of the trace itself, a perfect forecast."""
-        return self.lengths.statistics()
+        known = self.lengths.statistics()
+        predictor = self.predictions
+        if predictor is None and self.rows is not None and self.rows.predicted_tokens is not None:
+            predictor = PredictionModel.fitted(self.rows.output_tokens, self.rows.predicted_tokens)
+        return known if predictor is None else predictor.statistics(known)
 
     @property
     def num_tenants(self) -> int:
@@ -95,9 +103,10 @@ class Scenario:
     ) -> Workload:
         """Draw the requests of one episode.
 
-        Arrivals and lengths have a random stream each: the same seed at two rates gives the same
-        requests in the same order; with tenants, to each of them. A seed s and a fresh ``np.random.default_rng(s)`` give the same
-        workload; a generator gives a new one at each call.
+        Arrivals, lengths and predictions have a random stream each: the same seed at two rates gives the same
+        requests in the same order, and the same requests with predictions as without; with tenants, to
+        each of them. A seed s and a fresh
+        ``np.random.default_rng(s)`` give the same workload; a generator gives a new one at each call.
 
         Args:
             seed: int >= 0, seed sequence, or generator (of which two children are spawned).
@@ -131,10 +140,14 @@ class Scenario:
         n = times.shape[0]
         if self.rows is not None:
             rows = self.rows
+            known = None if rows.predicted_tokens is None else rows.predicted_tokens[:n]
             owner = None if rows.tenant is None else rows.tenant[:n]
-            return Workload.of(times, rows.prompt_tokens[:n], rows.output_tokens[:n], rows.type_id[:n], rows.request_id[:n], tenant=owner)
-        # Valid by construction: the checks of Workload.of would take as long as the draws.
-        return Workload(times, *self.lengths.sample(for_lengths, n))
+            lengths = (rows.prompt_tokens[:n], rows.output_tokens[:n], rows.type_id[:n], rows.request_id[:n])
+            workload = Workload.of(times, *lengths, tenant=owner, predicted_tokens=known)
+        else:
+            # Valid by construction: the checks of Workload.of would take as long as the draws.
+            workload = Workload(times, *self.lengths.sample(for_lengths, n))
+        return workload if self.predictions is None else self.predictions.predict(workload, _root_of(for_lengths))
 
 
 def _two_streams(seed: int | np.random.SeedSequence | np.random.Generator) -> tuple[np.random.Generator, np.random.Generator]:
@@ -152,6 +165,13 @@ def _two_streams(seed: int | np.random.SeedSequence | np.random.Generator) -> tu
     return first, second
 
 
+def _root_of(rng: np.random.Generator) -> np.random.SeedSequence:
+    """What a generator of ``_two_streams`` was seeded with."""
+    root = rng.bit_generator.seed_seq
+    assert isinstance(root, np.random.SeedSequence)
+    return root
+
+
 def _quartiles(statistics: LengthStatistics) -> tuple[int, ...]:
     """Output quartiles (tokens), equal ones merged; the longest output is not among them."""
     return equal_probability_ends(statistics, QUARTERS)[:-1]
@@ -167,6 +187,32 @@ def bucket_edges(values: np.ndarray, weight: np.ndarray, num_classes: int) -> tu
         if edge >= 1 and edge < values.max() and (not edges or edge > edges[-1]):
             edges.append(edge)
     return tuple(edges)
+
+
+def interpolated_edges(statistics: LengthStatistics, num_classes: int) -> tuple[int, ...]:
+    """Upper edges of at most ``num_classes`` buckets of about equal probability by prompt length.
+
+    The statistics know some twenty prompt lengths, each the middle of a range; between them the
+    distribution function is taken to be linear.
+    """
+    lengths, index = np.unique(statistics.prompt, return_inverse=True)
+    mass = np.bincount(index, statistics.weight)
+    shares = np.arange(1, num_classes) / num_classes
+    edges = np.unique(np.floor(np.interp(shares, np.cumsum(mass) - mass / 2, lengths)).astype(np.int64))
+    return tuple(int(edge) for edge in edges if 1 <= edge < lengths[-1])
+
+
+def predicted_layout(statistics: LengthStatistics, num_classes: int, base: QueueLayout | None = None) -> QueueLayout:
+    """Classes by predicted output: ``num_classes`` buckets of equal probability for each bucket by prompt length of ``base``.
+
+    Raises:
+        ConfigError: statistics without predictions.
+    """
+    if statistics.predicted is None:
+        raise ConfigError("layout.by: 'predicted', but the scenario has no predictions (predictions=SIGMA gives it some)")
+    edges = bucket_edges(statistics.predicted, statistics.weight, num_classes)
+    base = QueueLayout() if base is None else base
+    return QueueLayout("predicted", edges, segment_ends=base.segment_ends, prompt_edges=base.edges if base.by == "prompt" else ())
 
 
 def hidden_layout(statistics: LengthStatistics) -> QueueLayout:
@@ -231,6 +277,7 @@ def scenario_from_trace(
         trace.type_id,
         trace.request_id,
         tenant=trace.tenant,
+        predicted_tokens=trace.predicted_tokens,
     )
     changed = f", {trace.dropped} rows dropped: {trace.dropped_reason}" if trace.dropped else ""
     changed += f", {trace.reordered} rows put in order" if trace.reordered else ""

@@ -24,6 +24,9 @@
     num_blocks = 2816
     time_model = "a100-llama2-7b-vllm"
 
+    [predictions]                        # a predictor of output lengths and its error, as in llmsched_env/workload/predictions.py
+    sigma = 0.6
+
     [layout]                             # default: hidden lengths, segments that end at the output quartiles
     by = "prompt"
     edges = [256, 1024]
@@ -63,6 +66,7 @@ from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.types import EngineConfig, QueueLayout
 from llmsched_env.workload.arrivals import MMPP2, ArrivalProcess, Gamma, PiecewiseConstant, Poisson, TraceArrivals
 from llmsched_env.workload.lengths import LengthModel, Lognormal, TraceLengths, Types
+from llmsched_env.workload.predictions import PredictionModel
 from llmsched_env.workload.readers import read_trace
 from llmsched_env.workload.scenario import Scenario, bucket_layout, hidden_layout
 from llmsched_env.workload.tables import load_lengths
@@ -71,6 +75,7 @@ from llmsched_env.workload.tenants import Tenant, TenantMix
 TOP = (
     "name", "description", "source", "num_requests", "ttft_slo", "tpot_slo", "lengths", "arrivals", "engine", "layout", "known_layout",
     "tenants",
+    "predictions",
 )  # fmt: skip
 PROCESSES: dict[str, type[Any]] = {"poisson": Poisson, "gamma": Gamma, "mmpp2": MMPP2, "piecewise": PiecewiseConstant}
 LENGTHS = ("table", "trace", "types", "lognormal")
@@ -115,6 +120,7 @@ def _scenario(record: dict[str, Any], file: Path) -> Scenario:
         layout=_layout("layout", record, hidden_layout(statistics) if tenants is None else tenants.layout, types, tenants),
         known_layout=_layout("known_layout", record, known, types, tenants),
         tenants=tenants,
+        predictions=PredictionModel.of(checks.mapping("predictions", record["predictions"]) if "predictions" in record else None),
         **{field: record[field] for field in ("num_requests", "ttft_slo", "tpot_slo") if field in record},
     )
 

@@ -26,7 +26,7 @@ class Format:
         marks: of these columns at least one must be there too; tells formats with the same columns apart.
         unit: of times that are numbers, None where they must be dates unless the user says a unit.
         drops_zero: requests of 0 tokens are failures that the format records, left out and counted.
-        typed, named: columns ``type`` and ``tenant``, a column ``request_id`` are read where there are any.
+        typed, named, predicts: columns ``type`` and ``tenant``, a column ``request_id``, ``predicted_tokens`` are read where there are any.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Format:
     drops_zero: bool = False
     typed: bool = False
     named: bool = False
+    predicts: bool = False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -45,15 +46,15 @@ class Format:
 
     @property
     def optional(self) -> tuple[str, ...]:
-        return ("type", "tenant") * self.typed + ("request_id",) * self.named
+        return ("type", "tenant") * self.typed + ("request_id",) * self.named + ("predicted_tokens",) * self.predicts
 
     def fits(self, header: list[str]) -> bool:
         return set(self.columns) <= set(header) and (not self.marks or not set(self.marks).isdisjoint(header))
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("vidur", "num_prefill_tokens", "num_decode_tokens", "arrived_at", typed=True, named=True),
-    Format("replay", "prompt_tokens", "output_tokens", "arrived_at", typed=True, named=True),
+    Format("vidur", "num_prefill_tokens", "num_decode_tokens", "arrived_at", typed=True, named=True, predicts=True),
+    Format("replay", "prompt_tokens", "output_tokens", "arrived_at", typed=True, named=True, predicts=True),
     Format("azure", "ContextTokens", "GeneratedTokens", "TIMESTAMP", unit=None),
     Format("burstgpt", "Request tokens", "Response tokens", "Timestamp", drops_zero=True),
     Format("bailian", "input_length", "output_length", "timestamp", marks=("chat_id", "parent_chat_id", "turn")),

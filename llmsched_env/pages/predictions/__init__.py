@@ -1,0 +1,1 @@
+"""The page of predicted output lengths: what they are worth."""
