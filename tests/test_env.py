@@ -259,7 +259,7 @@ def test_options_of_reset() -> None:
         ({"engine": {"max_num_seqs": 4096}}, "max_num_batched_tokens: 2048"),
         ({"backend": "simm"}, "did you mean 'sim'"),
         ({"action_set": "admit", "max_admit": 0}, "max_admit: 0"),
-        ({"action_set": "admits"}, "action_set: 'admits', must be 'peak', 'admit' or 'reserve'"),
+        ({"action_set": "admits"}, "action_set: 'admits', must be 'peak', 'admit', 'reserve' or 'operate'"),
         ({"hold": 0}, "hold: 0"),
         ({"segment_ends": (5, 5)}, "segment_ends"),
         ({"class_by": "output", "class_edges": (10,)}, "reveal_output_length"),
