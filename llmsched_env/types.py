@@ -294,12 +294,14 @@ class LengthStatistics:
         return math.ceil(float(self.output.max()))
 
     def without_predictions(self) -> LengthStatistics:
-        """The lengths alone, every (type, prompt, output) once: what takes longer the more points there are need not see predictions."""
+        """The lengths alone, each once a type and tenant: what takes longer the more points there are need not see predictions."""
         if self.predicted is None:
             return self
-        rows, index = np.unique(np.stack([self.type_id, self.prompt, self.output]), axis=1, return_inverse=True)
+        owner = np.zeros_like(self.type_id) if self.tenant is None else self.tenant
+        rows, index = np.unique(np.stack([self.type_id, owner, self.prompt, self.output]), axis=1, return_inverse=True)
         weight = np.bincount(index.ravel(), self.weight).astype(np.float64)
-        return LengthStatistics(rows[1], rows[2], weight, rows[0].astype(np.int32), self.source)
+        tenant = None if self.tenant is None else rows[1].astype(np.int32)
+        return LengthStatistics(rows[2], rows[3], weight, rows[0].astype(np.int32), self.source, tenant, self.tenants)
 
     def survival(self, length: float) -> float:
         """P(output > length)."""

@@ -137,6 +137,8 @@ class PredictionModel:
             np.repeat(lengths.weight / nodes, nodes),
             np.repeat(lengths.type_id, nodes),
             lengths.source,
+            None if lengths.tenant is None else np.repeat(lengths.tenant, nodes),
+            lengths.tenants,
             _whole(centre + self.sigma * noise).astype(np.float64),
         )
 
