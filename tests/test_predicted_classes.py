@@ -85,7 +85,7 @@ def test_default_classes_are_buckets_by_prompt_times_quarters_of_the_predictions
 
 
 def test_predictions_without_classes_by_them_change_nothing_but_what_is_seen() -> None:
-    plain, predicted = gym.make("LLMSched-v0"), gym.make("LLMSched-v0", predictions=0.6)
+    plain, predicted = gym.make("LLMSched-v1"), gym.make("LLMSched-v1", predictions=0.6)
     assert plain.observation_space == predicted.observation_space and plain.action_space == predicted.action_space
     for env in (plain, predicted):
         env.reset(seed=3)
