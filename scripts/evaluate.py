@@ -1,4 +1,4 @@
-"""Evaluate baselines and agents on the suite bench-v1 and write the page of results: `llmsched evaluate`."""
+"""Evaluate baselines and agents on the suite bench-v2 and write the page of results: `llmsched evaluate`."""
 
 import sys
 

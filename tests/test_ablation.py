@@ -247,7 +247,7 @@ def test_an_agent_without_levels_of_the_peak_is_refused(tmp_path: Path, capsys: 
     assert "'reserve', must be 'peak'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["[]", "{", json.dumps({"suite": "bench-v1", "rows": [], "num_requests": [1, 2]})])
+@pytest.mark.parametrize("text", ["[]", "{", json.dumps({"suite": "bench-v2", "rows": [], "num_requests": [1, 2]})])
 def test_a_file_of_something_else_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a.json"
     for written in (None, text):

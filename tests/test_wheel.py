@@ -150,7 +150,7 @@ def test_the_command_compares_what_ships_and_what_one_writes(with_command: Site)
 def test_the_suite_runs_on_an_agent_of_ones_own(with_command: Site) -> None:
     site = with_command
     cell = ("--scenarios", "azure-conv", "--loads", 0.9, "--kv", "40GB", "--parts", "stationary", "--num-requests", 60, "--seeds", 2)
-    words = ("--suite", "bench-v1", "--agent", "mypackage:MyAgent", "--policies", "sarathi", *cell, "--jobs", 1)
+    words = ("--suite", "bench-v2", "--agent", "mypackage:MyAgent", "--policies", "sarathi", *cell, "--jobs", 1)
     site.call("llmsched", "evaluate", *words, "--rows", "rows.csv", "--out", "results.md")
     variants = {row["variant"] for row in rows_of(site.folder / "rows.csv")}
     assert variants == {"vllm (default)", "sarathi (default)", "my-agent"}

@@ -1,1 +1,1 @@
-"""Comparing policies: the suite ``bench-v1``, comparisons over rates and seeds, replays, tuning, ablation and their statistics."""
+"""Comparing policies: the suite ``bench-v2``, comparisons over rates and seeds, replays, tuning, ablation and their statistics."""

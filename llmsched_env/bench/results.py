@@ -1,4 +1,4 @@
-"""Rows of an evaluation as arrays by cell and variant, and what follows from them: bests, marks, bars."""
+"""Rows of an evaluation as arrays by cell and variant, and what follows from them: bests and marks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmsched_agents.statistics import Estimate, Verdict, mean_of, relative_difference, share_of_gap, verdict
+from llmsched_agents.statistics import Estimate, Verdict, mean_of, relative_difference, verdict
 from llmsched_env.bench.evaluation import METRICS, Row, lengths_known
-from llmsched_env.bench.suite import MOVING, Cell
+from llmsched_env.bench.suite import Cell
 from llmsched_env.bench.variants import Kind, Variant, greedy_of
 from llmsched_env.types import FloatArray
 
-USED_TODAY = ("fcfs", "vllm", "sarathi", "wait", "nested-wait", "shortest-prompt", "reserve")
 OVERLOADED = (1.0, 1.1)
 
 
@@ -109,6 +108,11 @@ class Results:
                 found.append(cell)
         return found
 
+    def tail_exceeds(self, cell: Cell, label: str) -> bool:
+        """Whether the 99th percentile of a label's latencies is above greedy FIFO's on the same requests."""
+        greedy = f"{greedy_of(cell)} (default)"
+        return label != greedy and self.mean(cell, label, "latency_p99") > self.mean(cell, greedy, "latency_p99")
+
     def against(self, cell: Cell, ours: str, theirs: str, metric: str = "latency_mean") -> Estimate:
         return relative_difference(self.values(cell, ours, metric), self.values(cell, theirs, metric))
 
@@ -170,132 +174,6 @@ class Mark:
 def mark(results: Results, cell: Cell, ours: str, theirs: str, metric: str = "latency_mean", *, lower: bool = True) -> Mark:
     difference = results.against(cell, ours, theirs, metric)
     return Mark(cell, ours, theirs, difference, verdict(difference, lower_is_better=lower))
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """A bar, what was found, and whether it is reached: ``reached``, ``not reached`` or why there is no answer."""
-
-    number: int
-    text: str
-    found: str
-    answer: str
-
-
-NOT_TUNED = "no tuned baseline"
-NOT_TOGETHER = "no baseline tuned together"
-NO_AGENT = "no agent given"
-BAR_TEXTS = {
-    1: "zero tuning, never worse: within 2 % of the best tuned baseline's mean latency in every stationary cell",
-    2: "against defaults in use: at least 10 % below the best of them, and 20 % below the better of WAIT and Nested WAIT, in two "
-    "thirds of the cells at loads 1.0 and 1.1, intervals excluding zero",
-    3: "where adapting pays: on the non-stationary part at least 5 % below the best baseline tuned on average for it",
-    4: "share of the gap between the best tuned baseline and the oracle bound closed at loads 1.0 and 1.1: above 0 (25 % aimed at)",
-    5: "SLO goodput at loads 1.0 and 1.1: at least 1 % above tuned late-last with an interval excluding zero, and 1.3 times the best "
-    "default that does not look at limits",
-}
-
-
-def bars(results: Results, agent: str, slo_agent: str) -> list[Bar]:
-    """All bars; an empty name means that no such agent was given."""
-    found = []
-    tests = {1: _never_worse, 2: _against_defaults, 3: _adapting, 4: _gap, 5: _slo}
-    for number, test in tests.items():
-        name = slo_agent if number == 5 else agent
-        text, answer = test(results, name) if name else ("", NO_AGENT)
-        found.append(Bar(number, BAR_TEXTS[number], text, answer))
-    return found
-
-
-def _answer(reached: bool) -> str:
-    return "reached" if reached else "not reached"
-
-
-def _stationary(results: Results, loads: Sequence[float] = ()) -> list[Cell]:
-    return [c for c in results.cells if c.part == "stationary" and (not loads or c.load in loads)]
-
-
-def _never_worse(results: Results, agent: str) -> tuple[str, str]:
-    worst, within, total = -math.inf, 0, 0
-    where = ""
-    for cell in _stationary(results):
-        best = results.best_tuned(cell)
-        if best:
-            difference = results.against(cell, agent, best).value
-            total += 1
-            within += difference <= 0.02
-            if not difference <= worst:
-                worst, where = difference, f"{cell.title}, load {cell.load:g}, against {best}"
-    if not total:
-        return "", NOT_TUNED
-    return f"within 2 % in {within} of {total} cells; worst {percent(worst)} ({where})", _answer(within == total)
-
-
-def _against_defaults(results: Results, agent: str) -> tuple[str, str]:
-    chosen = _stationary(results, OVERLOADED)
-    if not chosen:
-        return "", "no cell at loads 1.0 and 1.1"
-    ten = twenty = bound = 0
-    for cell in chosen:
-        labels = results.labels(cell, ("default",))
-        used = [f"{name} (default)" for name in USED_TODAY if f"{name} (default)" in labels]
-        waits = [label for label in used if label.startswith(("wait ", "nested-wait "))]
-        if not waits:
-            return "", "no default WAIT or Nested WAIT"
-        best = results.best(cell, used)
-        ten += _below(results.against(cell, agent, best), 0.10)
-        oracle = results.oracle(cell)
-        bound += bool(oracle) and _below(results.against(cell, oracle, best), 0.10)
-        twenty += _below(results.against(cell, agent, results.best(cell, waits)), 0.20)
-    text = f"10 % below in {ten} (the oracle bound: in {bound}), 20 % below WAIT and Nested WAIT in {twenty} of {len(chosen)} cells"
-    return text, _answer(min(ten, twenty) >= 2 * len(chosen) / 3)
-
-
-def _below(difference: Estimate, share: float) -> bool:
-    return difference.value <= -share and difference.high < 0
-
-
-def _adapting(results: Results, agent: str) -> tuple[str, str]:
-    """Decided by the best single baseline with one set of parameters for the part; that of each cell is told beside it."""
-    moving = [cell for cell in results.cells if cell.part in MOVING]
-    shared = [cell for cell in moving if results.labels(cell, ("together",))]
-    single = [cell for cell in moving if results.best_tuned(cell)]
-    best = results.best_together(shared)
-    found, answer = [], NOT_TOGETHER if single else NOT_TUNED
-    if best:
-        pooled = pooled_difference(results, shared, lambda _: agent, lambda _: best)
-        found.append(f"{interval(pooled)} against {best}, the best with one set of parameters for all {len(shared)} cells")
-        answer = _answer(_below(pooled, 0.05))
-    if single:
-        pooled = pooled_difference(results, single, lambda _: agent, results.best_tuned)
-        found.append(f"{interval(pooled)} against the best tuned in each of {len(single)} cells separately, more than the bar asks")
-    return "; ".join(found), answer
-
-
-def _gap(results: Results, agent: str) -> tuple[str, str]:
-    tuned = [cell for cell in _stationary(results, OVERLOADED) if results.best_tuned(cell)]
-    if not tuned:
-        return "", NOT_TUNED
-    chosen = results.with_gap(tuned, results.best_tuned)
-    if not chosen:
-        return f"the bound is nowhere 1 % below the best tuned baseline ({len(tuned)} cells)", "no gap"
-    matrices = [matrix(results, chosen, of) for of in (lambda _: agent, results.best_tuned, results.oracle)]
-    share = share_of_gap(*matrices)
-    return f"{interval(share)} over the {len(chosen)} of {len(tuned)} cells with a gap", _answer(share.value > 0 and share.low > 0)
-
-
-def _slo(results: Results, agent: str) -> tuple[str, str]:
-    def blind(cell: Cell) -> str:
-        labels = [x for x in results.labels(cell, ("default",)) if not lengths_known(x) and not x.startswith("late-last")]
-        return results.best(cell, labels, "slo_goodput", lowest=False)
-
-    chosen = [c for c in _stationary(results, OVERLOADED) if "late-last (tuned)" in results.labels(c) and blind(c)]
-    if not chosen:
-        return "", "no tuned late-last beside a default"
-    late = pooled_difference(results, chosen, lambda _: agent, lambda _: "late-last (tuned)", "slo_goodput")
-    defaults = pooled_difference(results, chosen, lambda _: agent, blind, "slo_goodput")
-    text = f"{interval(late)} against tuned late-last; {1 + defaults.value:.2f} times the best blind default, over {len(chosen)} cells"
-    return text, _answer(late.value >= 0.01 and late.low > 0 and 1 + defaults.value >= 1.3)
 
 
 def matrix(results: Results, chosen: Sequence[Cell], label_of: Callable[[Cell], str], metric: str = "latency_mean") -> FloatArray:

@@ -13,8 +13,9 @@ import tyro
 from llmsched_agents.checkpoint import read_record
 from llmsched_agents.lookup import NamedPolicy, named_policies
 from llmsched_env.bench.ablation_table import SHIPPED, Ablation
+from llmsched_env.bench.bars import bars
 from llmsched_env.bench.evaluation import Row, missing_tasks, run_cell, settings_of, variants_of
-from llmsched_env.bench.results import Results, bars, lines_of
+from llmsched_env.bench.results import Results, lines_of
 from llmsched_env.bench.suite import SUITE, Bench, Cell
 from llmsched_env.bench.tuned import tuned_parameters
 from llmsched_env.bench.tuning import Tuned
@@ -41,7 +42,7 @@ SLO_AGENTS = tyro.conf.arg(metavar="AGENT [AGENT ...]", aliases=["--slo-agent"],
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Selection):
-    """Evaluate baselines and agents on the suite bench-v1 and write the page of results.
+    """Evaluate baselines and agents on the suite bench-v2 and write the page of results.
 
     Rows go to --rows as they finish; --resume keeps those that are there and runs what is missing, be it more seeds, cells or
     agents. The page, its plots and its table are written whole from the rows.
@@ -52,7 +53,7 @@ class Evaluate(Selection):
     policies: Annotated[tuple[str, ...], NAMES] = POLICIES
     """Baselines of the suite; greedy FIFO always runs beside them."""
     agents: Annotated[tuple[str, ...], AGENTS] = ()
-    """Names of shipped agents, folders of checkpoints, or module:attribute; the first is held to the bars of the generalist."""
+    """Names of shipped agents, folders of checkpoints, or module:attribute; the first is held to the bars for mean latency."""
     slo_agents: Annotated[tuple[str, ...], SLO_AGENTS] = ()
     """The same for SLO goodput."""
     ablation: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: the shipped one)")] = None
@@ -261,8 +262,7 @@ def run(options: Evaluate, screen: Screen) -> Outcome:
     write_table(options.table, table)
     write_page(options.out, lines)
     screen.print(f"Page: {options.out}")
-    agent, slo_agent = (next(iter(names), "") for names in (planned.agents, planned.slo_agents))
-    return Outcome({"bars": bars(results, agent, slo_agent), "table": table})
+    return Outcome({"bars": bars(results, planned.agents, next(iter(planned.slo_agents), "")), "table": table})
 
 
 COMMAND = Command("evaluate", Evaluate, run, "evaluate baselines and agents on the suite")

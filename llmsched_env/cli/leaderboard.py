@@ -24,7 +24,7 @@ from llmsched_env.parallel import start_workers, unordered
 
 @dataclass(frozen=True, kw_only=True)
 class Leaderboard(Options):
-    """Run submissions again on the suite bench-v1, compare what they claim with what is measured, and write the table.
+    """Run submissions again on the suite bench-v2, compare what they claim with what is measured, and write the table.
 
     A claim that does not hold makes the exit code 1; a file that is no submission is refused before any run.
     """

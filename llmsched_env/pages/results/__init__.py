@@ -1,1 +1,1 @@
-"""The page docs/results.md: baselines and agents on the suite ``bench-v1``."""
+"""The page docs/results.md: baselines and agents on the suite ``bench-v2``."""

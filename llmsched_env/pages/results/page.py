@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_agents.statistics import Estimate, share_of_gap
+from llmsched_env.bench.bars import bars
 from llmsched_env.bench.evaluation import METRICS, lengths_known
 from llmsched_env.bench.results import (
     OVERLOADED,
     Results,
-    bars,
     interval,
     mark,
     matrix,
     pooled_difference,
 )
-from llmsched_env.bench.suite import MOVING, SUITE, WARMUP_SHARE, Bench, Cell
+from llmsched_env.bench.suite import MOVING, SUITE, WARMUP_SHARE, Bench, Cell, warmup_seconds
 from llmsched_env.bench.tuning import TOGETHER, TRIALS, Tuned, objective_of
 from llmsched_env.bench.variants import greedy_of
+from llmsched_env.errors import ConfigError
+from llmsched_env.fluid.bound import latency_bound
 from llmsched_env.markdown import table
 from llmsched_env.pages.results.plots import choices, middle, plot_loads, plot_middles, plot_profiles
 
 KNOWN = " †"
+EXCEEDS = " ‡"
+BOUND_SEEDS = 3
+"""Evaluation seeds over which the bound is a mean."""
 MARKS = {"better": "better", "equal": "equal", "worse": "worse", "undecided": "one seed"}
 
 
@@ -65,7 +70,9 @@ class Page:
             self._head(),
             self._bars(),
             self._challengers("Agents, cell by cell") if everyone else [],
+            self._tails(),
             self._tuning_gain(),
+            self._references(),
             self._overview(shown),
             self._latencies(shown),
             self._moving(),
@@ -124,10 +131,9 @@ class Page:
         )
 
     def _bars(self) -> list[str]:
-        agent = self.agents[0] if self.agents else ""
         slo = self.slo_agents[0] if self.slo_agents else ""
-        rows = [(b.number, b.text, b.found or "-", f"**{b.answer}**") for b in bars(self.results, agent, slo)]
-        named = [f"`{agent}` for bars 1 to 4"] if agent else []
+        rows = [(b.number, b.text, b.found or "-", f"**{b.answer}**") for b in bars(self.results, self.agents, slo)]
+        named = [f"`{self.agents[0]}` for bars 1 to 3 and 6, the best of all for bar 4"] if self.agents else []
         named += [f"`{slo}` for bar 5"] if slo else []
         about = " What they are, how they were trained and what was tried: [agents.md](agents.md)."
         told = about if named and (self.figures.parent / "agents.md").exists() else ""
@@ -159,6 +165,55 @@ class Page:
                 rows.append(text)
             lines += [f"**{name}**, {what}:", "", *table(headings, rows, "lrrl"), ""]
         return lines
+
+    def _tails(self) -> list[str]:
+        """P99, maximum and Jain's index of the agents beside greedy FIFO's."""
+        r = self.results
+        rows = []
+        for cell in r.cells:
+            greedy = f"{greedy_of(cell)} (default)"
+            for label in (greedy, *self.agents):
+                figures = [r.mean(cell, label, metric) for metric in ("latency_mean", "latency_p99", "latency_max", "slowdown_jain")]
+                text = [_number(value) for value in figures]
+                text[1] += EXCEEDS if r.tail_exceeds(cell, label) else ""
+                rows.append((_cell_name(cell), f"{cell.load:g}", _short(label), *text))
+        about = (
+            "Latency in seconds, means over the seeds; Jain's index is of latency per output token, 1 where all requests are slowed down "
+            f"alike. {EXCEEDS.strip()} marks a P99 above greedy FIFO's on the same requests. The other variants' tails are in the CSV file."
+        )
+        listed = table(("cell", "load", "", "mean", "P99", "max", "Jain"), rows, "lrl")
+        return ["## Tails", "", about, "", *_folded("Every cell", [*listed, ""])] if self.agents else []
+
+    def _references(self) -> list[str]:
+        """The reference with known lengths, and the bound that holds for every policy, beside the best that know none."""
+        r = self.results
+        rows = []
+        for cell in r.cells:
+            fair = [label for label in r.labels(cell) if not lengths_known(label)]
+            best, known = r.best(cell, fair), r.oracle(cell)
+            if not best or not r.seeds(cell):
+                continue
+            bound = self._bound(cell)
+            means = [_number(r.mean(cell, label)) if label else "-" for label in (best, known)]
+            rows.append((_cell_name(cell), f"{cell.load:g}", f"{_short(best)} {means[0]}", f"{_short(known)} {means[1]}", bound))
+        about = (
+            "Mean latency (s). *Known lengths*: the best of the policies that know them, no proven optimum. *Bound*: no policy of this "
+            "engine, whatever it knows, has a lower mean on these requests ([theory.md](theory.md)); it is far from tight where requests "
+            f"wait for memory. Over the first {BOUND_SEEDS} seeds."
+        )
+        listed = table(("cell", "load", "best without lengths", "known lengths", "bound"), rows, "lrl")
+        return ["## References", "", about, "", *_folded("Every cell", [*listed, ""])] if rows else []
+
+    def _bound(self, cell: Cell) -> str:
+        found = []
+        for seed in self.results.seeds(cell)[:BOUND_SEEDS]:
+            workload = self.bench.workload(cell, "evaluation", seed)
+            try:
+                bound = latency_bound(workload, self.bench.setting(cell).engine, since=warmup_seconds(workload))
+            except ConfigError:
+                return "-"
+            found.append(bound.mean)
+        return _number(math.fsum(found) / len(found))
 
     def _tuning_gain(self) -> list[str]:
         r = self.results
@@ -222,6 +277,7 @@ class Page:
             return []
         plot_loads(self.figures / "latency.png", self.results, shown)
         lines = ["## Stationary part: mean latency (s)", "", self._image("latency.png"), ""]
+        lines += [f"{EXCEEDS.strip()} marks a mean whose P99 is above greedy FIFO's.", ""]
         return [*lines, *_folded("Every scenario, memory and load", self._tables(own, "latency_mean"))]
 
     def _moving(self) -> list[str]:
@@ -391,7 +447,8 @@ class Page:
         value = self.results.mean(cell, label, metric)
         fair = [x for x in shown if not lengths_known(x)]
         lead = self.results.best(cell, fair, metric, lowest=metric != "slo_goodput") == label
-        return f"**{_number(value)}**" if lead else _number(value)
+        text = f"**{_number(value)}**" if lead else _number(value)
+        return text + EXCEEDS if metric == "latency_mean" and self.results.tail_exceeds(cell, label) else text
 
     def _image(self, name: str) -> str:
         return f"![{name.removesuffix('.png')}]({self.figures.name}/{name})"
