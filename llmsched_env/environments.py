@@ -124,6 +124,9 @@ class LLMSchedTenants(LLMSchedEnv):
     Mean latency, the mean of the tenants' by weight: admitting everything 15.3 s, best constant action 10.3 s (level 0.95, by work),
     best policy 8.9 s (generalist), gap 42 %; reward threshold -11.
 
+    ## Version History
+    * v1: the first; its number is that of the other environments.
+
     All else is as in ``LLMSchedEnv``.
     """
 
