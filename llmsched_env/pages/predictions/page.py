@@ -16,8 +16,8 @@ GAIN, LOSS = 0.05, 0.01
 REMEDIES = (
     "Tried on 2 seeds of tuning and not taken over: tables of the predicted peak by predicted length, too (at sigma 0.6 the mean latency "
     "changes by at most 0.8 %, in `stationary/sharegpt/40GB/1.1`); levels of 0.95 and 1, and no spare block (better by up to 0.8 % in some "
-    "cells, worse by up to 4 % in others); 16 queues by prompt with 64 each by prediction (perfect predictions then gain up to 5.3 % more in "
-    "the daily cells and 3.8 % in `stationary/azure-conv/80GB/1.1`, at four times the computing time)."
+    "cells, worse by up to 4 % in others); 16 queues by prompt with 64 each by prediction (perfect predictions then gain up to 5.3 % more "
+    "in the daily cells and 3.8 % in `stationary/azure-conv/80GB/1.1`, at four times the computing time)."
 )
 """What was measured while the frame was chosen."""
 
