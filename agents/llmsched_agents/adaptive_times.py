@@ -2,10 +2,10 @@
 
 The seconds of an iteration are taken as
 
-    tau = f(T) + a KV + b W + d n
+    tau = f(T) + a KV + b W + c X + d n
 
-with T tokens in the batch, KV tokens of context of its n decodes, W the attention work of its prefill chunks
-(``llmsched_env.perf.batch``), and f linear between knots. All coefficients come from weighted least squares, an iteration's weight being
+with T tokens in the batch, KV tokens of context of its n decodes, W the attention work of its prefill chunks and X their context
+(``llmsched_env.perf.batch``; it is read once a chunk, so smaller chunks read it more often), and f linear between knots. All coefficients come from weighted least squares, an iteration's weight being
 1 / tau^2, so that the error is relative. The knots lie at multiples of the tile of a GPU's matrix products, where its steps end. Where
 no iteration has been, f goes on as a straight line: a penalty on its bends, worth a twentieth of an iteration, says so.
 """
@@ -20,10 +20,10 @@ from llmsched_env.records import Record, Vector
 
 KNOTS = (1, 16, 32, 64, 96, 128, 192, 256, 320, 384, 512, 640, 768, 1_024, 1_536, 2_048, 4_096, 8_192, 16_384)
 """Tokens; those up to the engine's budget are used."""
-OTHERS = 3
+OTHERS = 4
 """Coefficients beside those of the knots."""
-UNITS = (1e-5, 1e-6, 1e-2)
-"""What KV, W and n are multiplied by, so that coefficients are of one size."""
+UNITS = (1e-5, 1e-6, 1e-4, 1e-2)
+"""What KV, W, X and n are multiplied by, so that coefficients are of one size."""
 KEEP = 0.99
 """Share that counts of the iterations before each time the coefficients are found."""
 BEND = 0.05
@@ -33,7 +33,7 @@ RIDGE = 0.01
 
 
 class TimesRecord(Record):
-    """What has been learned. K knots, M = K + 3 coefficients."""
+    """What has been learned. K knots, M = K + 4 coefficients."""
 
     knots: Vector  # (K,) tokens
     normal: Vector  # (M * M,) sums of products
@@ -87,7 +87,8 @@ def note_iteration(times: TimesRecord, batch: BatchSums, seconds: float) -> None
     row[k + 1] = share / seconds
     row[knots] = batch.decode_kv * UNITS[0] / seconds
     row[knots + 1] = batch.prefill_work * UNITS[1] / seconds
-    row[knots + 2] = batch.decodes * UNITS[2] / seconds
+    row[knots + 2] = batch.prefill_context * UNITS[2] / seconds
+    row[knots + 3] = batch.decodes * UNITS[3] / seconds
     for i in range(size):
         if row[i] != 0.0:
             times.right[i] += row[i]
@@ -152,7 +153,7 @@ def seconds_of(times: TimesRecord, decodes: float, context: float, prefill: floa
         decodes: requests.
         context: tokens of context of each decode.
         prefill: prompt tokens.
-        work: attention work of a prompt token.
+        work: attention work of a prompt token, and so the mean context of a chunk.
     """
     knots = times.knots.shape[0]
     tokens = decodes + prefill
@@ -161,5 +162,7 @@ def seconds_of(times: TimesRecord, decodes: float, context: float, prefill: floa
     seconds = times.found[k] + share * (times.found[k + 1] - times.found[k])
     seconds += times.found[knots] * UNITS[0] * decodes * context
     seconds += times.found[knots + 1] * UNITS[1] * prefill * work
-    seconds += times.found[knots + 2] * UNITS[2] * decodes
+    if prefill > 0.0:
+        seconds += times.found[knots + 2] * UNITS[2] * work
+    seconds += times.found[knots + 3] * UNITS[3] * decodes
     return float(max(seconds, 1e-4))
