@@ -5,8 +5,8 @@ reached the bin and ended in it. Residents count as having reached the bins that
 Kaplan and Meier 1958), so long requests, which complete late, are not missed at the start. A group's hazard is drawn towards
 that of all requests, that of all towards a prior, each as if it were a number of requests more; the prior fades as requests complete.
 Old completions count less by and by, and much less at once after a change. A change is seen by counting: by the learned hazards every
-token that a resident generates ends it with a known probability, so the number of completions less the sum of these probabilities is a
-martingale, whoever is resident and however long already; where the two differ by several standard deviations lengths have changed.
+bin that a request reaches ends it with a known probability, so the number of completions less the sum of these probabilities has mean 0,
+whoever is resident and however long already; where the two differ by several standard deviations lengths have changed.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class LengthsRecord(Record):
     ended: Vector  # (N * B,) weight of the completions in each bin
     reached: Vector  # (N * B,) scratch
     survival: Vector  # (N * (B + 1),) P(output > edges[b])
+    before: Vector  # (N * (B + 1),) sum of the hazards of the bins before b
     mean: Vector  # (N,) E[output], tokens
     square: Vector  # (N,) E[output^2]
     num_groups: int
@@ -57,7 +58,7 @@ class LengthsRecord(Record):
     finished: float  # completions, since the last change
     events: float  # of these, the recent ones
     expected: float  # of these, by the hazards
-    passed: float  # sum of the cumulative hazards of those that completed since the lengths were learned last
+    passed: float  # sum of the hazards that those met who completed since the lengths were learned last
     held: float  # the same of the residents then
     fresh: float  # completions since then
     changes: int  # seen in this episode
@@ -92,6 +93,7 @@ def lengths_record(groups: list[int], longest: int) -> LengthsRecord:
         ended=np.zeros(num_groups * bins),
         reached=np.zeros(num_groups * bins),
         survival=np.zeros(num_groups * (bins + 1)),
+        before=np.zeros(num_groups * (bins + 1)),
         mean=np.zeros(num_groups),
         square=np.zeros(num_groups),
     )
@@ -130,27 +132,40 @@ def note_completions(engine: Engine, lengths: LengthsRecord) -> None:
         r = engine.events.finished[i]
         output = max(generated(engine, r), 1)
         g = lengths.group[requests.outside[r] // engine.settings.num_segments]
-        lengths.ended[g * bins + place_of(lengths, output - 1)] += lengths.weight
+        b = place_of(lengths, output - 1)
+        lengths.ended[g * bins + b] += lengths.weight
         lengths.weight *= 1.0 + 1.0 / REMEMBERED
-        lengths.passed += cumulative_hazard(lengths, g, float(output))
+        lengths.passed += lengths.before[g * (bins + 1) + b + 1]
         lengths.fresh += 1.0
 
 
 @compiled
-def cumulative_hazard(lengths: LengthsRecord, g: int, tokens: float) -> float:
-    """-log P(output > tokens) of a group: what a request has passed by then."""
-    return -math.log(max(survival_at(lengths, g, tokens), 1e-6))
+def met_hazard(lengths: LengthsRecord, g: int, tokens: int) -> float:
+    """What counts against a resident of a group that has generated ``tokens``: the hazards of the bins behind it, and a part of its bin's.
+
+    One that completes counts with the whole hazard h of its last bin, wherever in it it ends. Where lengths are even within a bin, a
+    share s of it ends a request with probability h s; with h s (1 - h) / (1 - h s) for those still there the mean of completions less
+    hazards is 0 at every s, and within a bin that nobody leaves (h = 1) they are equal.
+    """
+    edges, bins = lengths.edges, lengths.edges.shape[0] - 1
+    b = place_of(lengths, tokens)
+    i = g * (bins + 1) + b
+    hazard = lengths.before[i + 1] - lengths.before[i]
+    share = min((tokens - edges[b]) / (edges[b + 1] - edges[b]), 1.0)
+    if hazard >= 1.0:
+        return float(lengths.before[i])
+    return float(lengths.before[i] + hazard * share * (1.0 - hazard) / (1.0 - hazard * share))
 
 
 @compiled
 def held_hazard(engine: Engine, lengths: LengthsRecord) -> float:
-    """The sum of the cumulative hazards of all residents."""
+    """The sum of ``met_hazard`` of all residents."""
     requests = engine.requests
     total = 0.0
     r = engine.oldest
     while r >= 0:
         g = lengths.group[requests.queue[r] // engine.settings.num_segments]
-        total += cumulative_hazard(lengths, g, float(generated(engine, r)))
+        total += met_hazard(lengths, g, generated(engine, r))
         r = requests.next[r]
     return total
 
@@ -201,9 +216,10 @@ def learn_lengths(engine: Engine, lengths: LengthsRecord) -> None:
     if lengths.mean[0] > 0.0:
         look_for_change(engine, lengths)
     count_reached(engine, lengths)
-    bins, survival = lengths.edges.shape[0] - 1, lengths.survival
+    bins, survival, before = lengths.edges.shape[0] - 1, lengths.survival, lengths.before
     for g in range(lengths.num_groups):
         survival[g * (bins + 1)] = 1.0
+        before[g * (bins + 1)] = 0.0
     for b in range(bins):
         ended = 0.0
         reached = 0.0
@@ -213,8 +229,9 @@ def learn_lengths(engine: Engine, lengths: LengthsRecord) -> None:
         pooled = (ended + PRIOR_REQUESTS * lengths.prior[b]) / (reached + PRIOR_REQUESTS)
         for g in range(lengths.num_groups):
             i = g * bins + b
-            hazard = (lengths.ended[i] + POOL_REQUESTS * pooled) / (lengths.reached[i] + POOL_REQUESTS)
-            survival[g * (bins + 1) + b + 1] = survival[g * (bins + 1) + b] * (1.0 - min(hazard, 1.0))
+            hazard = min((lengths.ended[i] + POOL_REQUESTS * pooled) / (lengths.reached[i] + POOL_REQUESTS), 1.0)
+            survival[g * (bins + 1) + b + 1] = survival[g * (bins + 1) + b] * (1.0 - hazard)
+            before[g * (bins + 1) + b + 1] = before[g * (bins + 1) + b] + hazard
     for g in range(lengths.num_groups):
         moments_of(lengths, g)
     lengths.held = held_hazard(engine, lengths)
