@@ -239,15 +239,21 @@ def learn_lengths(engine: Engine, lengths: LengthsRecord) -> None:
 
 @compiled
 def moments_of(lengths: LengthsRecord, g: int) -> None:
-    """E[output] and E[output^2] of a group: integrals of its survival, linear within a bin."""
+    """E[output] and E[output^2] of a group: sums of P(output > k) and of (2 k + 1) P(output > k), lengths even within a bin.
+
+    What is left beyond the last edge counts as that long.
+    """
     edges, bins = lengths.edges, lengths.edges.shape[0] - 1
     mean = 0.0
     square = 0.0
     for b in range(bins):
         low, high = edges[b], edges[b + 1]
-        above = 0.5 * (lengths.survival[g * (bins + 1) + b] + lengths.survival[g * (bins + 1) + b + 1])
-        mean += above * (high - low)
-        square += above * (high * high - low * low)
+        after = lengths.survival[g * (bins + 1) + b + 1]
+        ends = lengths.survival[g * (bins + 1) + b] - after
+        # Of whole numbers from low + 1 to high, less low and less its square.
+        mean += after * (high - low) + ends * 0.5 * (high - low + 1.0)
+        squares = (high * (high + 1.0) * (2.0 * high + 1.0) - low * (low + 1.0) * (2.0 * low + 1.0)) / 6.0
+        square += after * (high * high - low * low) + ends * (squares / (high - low) - low * low)
     lengths.mean[g] = mean
     lengths.square[g] = square
 
