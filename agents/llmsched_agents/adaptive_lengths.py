@@ -179,7 +179,8 @@ def look_for_change(engine: Engine, lengths: LengthsRecord) -> None:
     lengths.finished += lengths.fresh
     lengths.passed = 0.0
     lengths.fresh = 0.0
-    error = math.sqrt(max(lengths.expected, lengths.events, 1.0))
+    # A completion counts w = exp(-k / WATCHED) once k others have completed; the sum of w^2 is half that of w.
+    error = math.sqrt(max(lengths.expected, lengths.events, 2.0) / 2.0)
     if lengths.finished >= SETTLED and abs(lengths.events - lengths.expected) > SURPRISE * error:
         for i in range(lengths.ended.shape[0]):
             lengths.ended[i] *= AFTER_CHANGE
