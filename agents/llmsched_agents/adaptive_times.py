@@ -30,6 +30,8 @@ BEND = 0.05
 """Iterations that the penalty on a bend is worth."""
 RIDGE = 0.01
 """Iterations that the pull of the other coefficients towards 0 is worth."""
+STEADY = 1e-9
+"""The same for knots: the system is singular without it, and a pull that counted would bend the line beyond what has been seen."""
 
 
 class TimesRecord(Record):
@@ -47,7 +49,8 @@ class TimesRecord(Record):
 
 def times_record(budget: int) -> TimesRecord:
     """A record that knows nothing yet, for iterations of up to ``budget`` tokens."""
-    knots = np.array([*(k for k in KNOTS if k < budget), max(budget, 2)], dtype=np.float64)
+    last = max(budget, KNOTS[0] + 1)
+    knots = np.array([*(k for k in KNOTS if k < last), last], dtype=np.float64)
     size = knots.size + OTHERS
     empty = {"normal": size * size, "right": size, "found": size, "scratch": size * (size + 1), "row": size}
     return TimesRecord(knots=knots, **{name: np.zeros(n) for name, n in empty.items()})
@@ -100,14 +103,16 @@ def note_iteration(times: TimesRecord, batch: BatchSums, seconds: float) -> None
 
 @compiled
 def learn_times(times: TimesRecord) -> None:
-    """Find the coefficients."""
+    """Find the coefficients; those of before where no iteration has been noted."""
+    if times.iterations == 0.0:
+        return
     size, knots, matrix = times.right.shape[0], times.knots.shape[0], times.scratch
     width = size + 1
     for i in range(size):
         for j in range(size):
             matrix[i * width + j] = times.normal[i * size + j]
         matrix[i * width + size] = times.right[i]
-        matrix[i * width + i] += (RIDGE if i >= knots else 1e-6) * times.scale
+        matrix[i * width + i] += (RIDGE if i >= knots else STEADY) * times.scale
     for k in range(1, knots - 1):
         # By how much the middle one of three knots lies off the line through the others.
         share = (times.knots[k] - times.knots[k - 1]) / (times.knots[k + 1] - times.knots[k - 1])
