@@ -124,16 +124,15 @@ def solve(times: TimesRecord, demand: Demand, budget: float, flow: Flow) -> None
                 high = middle
     flow.decodes = high
     visit(times, demand, budget, high, flow)
-    flow.latency = high / max(min(demand.rate, flow.throughput), 1e-9)
+    flow.latency = demand.output * flow.seconds  # n / X, at any rate
 
 
 @compiled
 def cost_of(times: TimesRecord, demand: Demand, budget: float, n: float, throughput: float, least: float, flow: Flow) -> float:
-    """J with n decodes at most, whose throughput is given, below the rate."""
+    """J with n decodes, whose throughput is at most the rate; ``throughput`` is the largest of the budget, or that of n below the rate."""
     visit(times, demand, budget, n, flow)
     overload = max(demand.rate / max(throughput, 1e-9) - FULL, 0.0)
-    served = n / max(min(demand.rate, throughput), 1e-9)
-    return served + (1.0 + CROWDED * flow.prefill_share) * flow.prefill_seconds + STEEP * least * overload
+    return demand.output * flow.seconds + (1.0 + CROWDED * flow.prefill_share) * flow.prefill_seconds + STEEP * least * overload
 
 
 @compiled
