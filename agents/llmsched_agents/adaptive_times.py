@@ -5,9 +5,10 @@ The seconds of an iteration are taken as
     tau = f(T) + a KV + b W + c X + d n
 
 with T tokens in the batch, KV tokens of context of its n decodes, W the attention work of its prefill chunks and X their context
-(``llmsched_env.perf.batch``; it is read once a chunk, so smaller chunks read it more often), and f linear between knots. All coefficients come from weighted least squares, an iteration's weight being
-1 / tau^2, so that the error is relative. The knots lie at multiples of the tile of a GPU's matrix products, where its steps end. Where
-no iteration has been, f goes on as a straight line: a penalty on its bends, worth a twentieth of an iteration, says so.
+(``llmsched_env.perf.batch``; it is read once a chunk, so smaller chunks read it more often), and f linear between knots. All
+coefficients come from weighted least squares, an iteration's weight being 1 / tau^2, so that the error is relative. The knots lie at
+multiples of the tile of a GPU's matrix products, where its steps end. Where no iteration has been, f goes on as a straight line: a
+penalty on its bends, worth a twentieth of an iteration, says so.
 """
 
 from __future__ import annotations
