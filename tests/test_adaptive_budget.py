@@ -26,17 +26,19 @@ class Times:
     value: tuple[float, ...] = (0.02, 0.12)
     kv: float = 2e-8
     work: float = 3e-9
+    context: float = 1e-6
     decode: float = 0.0
 
     def __call__(self, decodes: float, context: float, prefill: float, work: float) -> float:
         flat = float(np.interp(decodes + prefill, self.at, self.value))
-        return flat + self.kv * decodes * context + self.work * prefill * work + self.decode * decodes
+        chunk = self.context * work if prefill > 0 else 0.0
+        return flat + self.kv * decodes * context + self.work * prefill * work + chunk + self.decode * decodes
 
     def record(self) -> TimesRecord:
         times = times_record(2_048)
         knots = times.knots.size
         times.found[:knots] = np.interp(times.knots, self.at, self.value)
-        times.found[knots:] = np.array([self.kv, self.work, self.decode]) / UNITS
+        times.found[knots:] = np.array([self.kv, self.work, self.context, self.decode]) / UNITS
         return times
 
 

@@ -86,7 +86,7 @@ def test_a_model_of_this_form_is_found(model: Callable[..., float]) -> None:
     assert times.found[knots] * UNITS[0] == pytest.approx(2e-8, rel=0.02)
     assert times.found[knots + 1] * UNITS[1] == pytest.approx(3e-9, rel=0.02)
     if model is linear:
-        assert times.found[knots + 2] * UNITS[2] == pytest.approx(1e-5, rel=0.05)
+        assert times.found[knots + 3] * UNITS[3] == pytest.approx(1e-5, rel=0.05)
 
 
 def test_stairs_are_met_where_budgets_are_full() -> None:
