@@ -14,6 +14,7 @@ from llmsched_agents.adaptive_times import times_record
 from llmsched_baselines.policy import RulePolicy, Setting
 from llmsched_env import checks
 from llmsched_env.engine.rules import Rule
+from llmsched_env.errors import ConfigError
 from llmsched_env.peak import PeakRecord, forecast_steps
 from llmsched_env.types import TILE_TOKENS, EngineConfig, FloatArray, QueueLayout
 
@@ -38,10 +39,11 @@ class Adaptive(RulePolicy):
         level: share of the KV capacity that the predicted peak may reach.
         spare: blocks (tokens in the ``paper`` preset) counted for each resident beyond its own.
         drain: seconds within which what waits is to be worked off, for the choice of the token budget.
-        budget: tokens; None: chosen from what has been learned.
+        budget: tokens; None: chosen from what has been learned, or the engine's own where it is not free to choose (the ``paper`` preset,
+            no chunked prefill).
 
     Raises:
-        ConfigError: an argument out of range.
+        ConfigError: an argument out of range, or a budget where it is not free to choose.
     """
 
     name: ClassVar[str] = "adaptive"
@@ -60,7 +62,10 @@ class Adaptive(RulePolicy):
         checks.number("policy.spare", spare, high=64.0)
         checks.number("policy.drain", drain, high=math.inf, unit="seconds", open_low=True)
         self.engine = engine = setting.engine_for()
+        chunked = engine.preset == "vllm" and engine.enable_chunked_prefill and not engine.padded_prefill
         if budget is not None:
+            if not chunked:
+                raise ConfigError(f"policy.budget: {budget}, must be None: an engine without chunked prefill keeps its own token budget")
             checks.integer("policy.budget", budget, low=TILE_TOKENS, high=engine.max_num_batched_tokens)
         edges = class_edges(engine)
         self.layout = QueueLayout("prompt", edges) if edges else QueueLayout()
@@ -77,7 +82,7 @@ class Adaptive(RulePolicy):
             tried=np.zeros(len(MULTIPLES) + 1),
         )
         record.level, record.tau0, record.drain = level, tau0, drain
-        record.chunked = engine.preset == "vllm" and engine.enable_chunked_prefill and not engine.padded_prefill
+        record.chunked = chunked
         record.late_times = engine.async_scheduling
         self.rule = Rule(adaptive_rule, self.layout.num_queues, record)
 
@@ -103,13 +108,21 @@ class AdaptiveAged(Adaptive):
 
     Args:
         tau0: as in ``Adaptive``, by default 30 s.
-        options: the others of ``Adaptive``.
+        level, spare, drain, budget: as in ``Adaptive``.
     """
 
     name: ClassVar[str] = "adaptive-aged"
 
-    def __init__(self, setting: Setting, tau0: float = 30.0, level: float = 0.99, spare: float = 1.0, drain: float = 60.0) -> None:
-        super().__init__(setting, tau0, level, spare, drain)
+    def __init__(
+        self,
+        setting: Setting,
+        tau0: float = 30.0,
+        level: float = 0.99,
+        spare: float = 1.0,
+        drain: float = 60.0,
+        budget: int | None = None,
+    ) -> None:
+        super().__init__(setting, tau0, level, spare, drain, budget)
 
 
 def class_edges(engine: EngineConfig) -> tuple[int, ...]:
