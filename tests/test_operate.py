@@ -24,7 +24,7 @@ from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import Engine
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import class_work
-from llmsched_env.operate import decode_operate
+from llmsched_env.operate import decode_operate, decode_operate_up_to
 from llmsched_env.peak import LEVELS, PeakRecord, decode_peak_by_work, forecast_steps, peak_tables
 from llmsched_env.records import Record, Vector
 from llmsched_env.render.env_viewer import asked_words
@@ -244,6 +244,83 @@ def test_arrival_times_are_of_those_who_have_arrived() -> None:
         np.testing.assert_array_equal(times[arrived], workload.arrival[arrived])
         assert np.isnan(times[~arrived]).all()
         backend.step(greedy)
+
+
+# --- at most so many residents, and tables by groups ----------------------------------------------------
+class UpToRecord(Record):
+    level: float
+    tau0: float
+    budget: int
+    most: float
+    cost: Vector
+    peak: PeakRecord
+
+
+@compiled
+def up_to(engine: Engine, policy: UpToRecord, decision: Decision) -> None:
+    decision.token_budget = policy.budget
+    decode_operate_up_to(engine, policy.peak, policy.level, policy.cost, policy.tau0, policy.most, decision)
+
+
+def up_to_rule(
+    statistics: LengthStatistics, layout: QueueLayout, engine: EngineConfig, most: float, peak: PeakRecord | None = None
+) -> Rule:
+    record = UpToRecord(cost=class_work(statistics, layout), peak=peak or peak_tables(statistics, layout, engine).record())
+    record.level, record.tau0, record.most = 0.9, math.inf, most
+    return Rule(up_to, layout.num_queues, record)
+
+
+@pytest.mark.parametrize(("most", "seen"), [(math.inf, 12), (100.0, 12), (7.9, 7), (1.0, 1), (0.2, 1), (0.0, 1)])
+@pytest.mark.parametrize("paper", [False, True])
+def test_no_more_residents_than_are_allowed_and_never_nobody(most: float, seen: int, paper: bool) -> None:
+    workload = Workload.of(np.zeros(40), np.full(40, 10), np.full(40, 20))
+    engine = EngineConfig.paper(12 * 30 + 30, 0.01, 1e-6) if paper else EngineConfig.vllm(num_blocks=400, max_num_seqs=12)
+    backend = started(workload, LAYOUT, engine)
+    rule = up_to_rule(TWO, LAYOUT, engine, most)
+    found = 0
+    while not backend.done:
+        backend.step(rule.decide(backend.snapshot()))
+        found = max(found, backend.record.num_residents)
+    if not paper or most < 12:
+        assert found == seen
+    assert backend.counters().finished == 40 and backend.counters().drain_iterations == 0
+
+
+def test_a_smaller_cap_only_ends_admission() -> None:
+    """More residents than are allowed now stay as they are."""
+    workload = Workload.of(np.zeros(40), np.full(40, 10), np.full(40, 20))
+    engine = EngineConfig.vllm(num_blocks=400)
+    backend = started(workload, LAYOUT, engine)
+    rule = up_to_rule(TWO, LAYOUT, engine, 10.0)
+    backend.step(rule.decide(backend.snapshot()))
+    assert backend.record.num_residents == 10
+    rule.policy.most = 4.0
+    decision = rule.decide(backend.snapshot())
+    assert decision.admit.tolist() == [0, 0] and decision.run.tolist() == [1, 1] and decision.evict.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["azure-conv-40gb", "two-type"])
+def test_a_table_by_groups_and_ranges_is_the_full_one(name: str) -> None:
+    """Pairs of classes, and lengths in ranges of five: the same decisions as from a table with a row for each class and length."""
+    scenario = load_scenario(name)
+    full = peak_tables(scenario.statistics, scenario.layout, scenario.engine).record()
+    classes, lengths = full.survival.shape[:2]
+    group, place = np.arange(classes) // 2, np.arange(lengths) // 5
+    small = np.ascontiguousarray(full.survival[::2, ::5])
+    parts = {"steps": full.steps, "by_work": full.by_work}
+    scratch = [{"total": np.zeros(full.steps.size), "own": np.zeros(full.steps.size)} for _ in range(2)]
+    by_group = PeakRecord(survival=small, group=group, place=place, **parts, **scratch[0])
+    spread = np.ascontiguousarray(small[group][:, place])
+    one_by_one = PeakRecord(survival=spread, group=np.arange(classes), place=np.arange(lengths), **parts, **scratch[1])
+    by_group.headroom = one_by_one.headroom = full.headroom
+    workload = scenario.generate(3, rate=1.5 * scenario.rate, num_requests=150).with_backlog(60)
+    backend = started(workload, scenario.layout, scenario.engine)
+    rules = [up_to_rule(scenario.statistics, scenario.layout, scenario.engine, math.inf, peak) for peak in (by_group, one_by_one)]
+    while not backend.done:
+        one, other = (rule.decide(backend.snapshot()) for rule in rules)
+        assert one.admit.tolist() == other.admit.tolist()
+        np.testing.assert_array_equal(rules[0].policy.peak.total, rules[1].policy.peak.total)
+        backend.step(one)
 
 
 # --- the action set ----------------------------------------------------------------------------------
