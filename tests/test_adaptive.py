@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
@@ -22,6 +28,7 @@ from llmsched_env.runner import EpisodeResult, run_episode
 from llmsched_env.types import TILE_TOKENS, EngineConfig, EpisodeLimits, LengthStatistics, RequestLog, Workload
 from llmsched_env.workload import load_scenario
 
+ROOT = Path(__file__).resolve().parents[1]
 CONV = load_scenario("azure-conv-40gb")
 CODE = load_scenario("azure-code")
 NOTHING = LengthStatistics.of([1.0], [1.0], [1.0])
@@ -342,3 +349,19 @@ def test_ageing_bounds_the_longest_wait() -> None:
     none, some, all_ = longest_wait(), longest_wait(tau0=30.0), longest_wait(tau0=0.0)
     assert all_ < some < none
     assert all_ < 0.7 * none
+
+
+def digest() -> str:
+    """Of every decision and the log of a short episode."""
+    made, log = decisions(agent(SMALL.replace(num_blocks=60, max_model_len=400)), drawn(9, n=100, rate=6.0, longest=150))
+    return f"{len(made)} {hashlib.sha256(b''.join([*made, log.completed.tobytes()])).hexdigest()}"
+
+
+def test_plain_python_decides_the_same() -> None:
+    if numba.config.DISABLE_JIT:
+        return
+    command = [sys.executable, "-c", "from tests.test_adaptive import digest; print(digest())"]
+    environment = dict(os.environ, NUMBA_DISABLE_JIT="1")
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == digest()
