@@ -129,9 +129,9 @@ def against(ours: TraceRow, theirs: TraceRow) -> Estimate:
     return relative_difference(ours.blocks, theirs.blocks)
 
 
-def lines_of(rows: Sequence[TraceRow], reference: str) -> list[tuple[str, ...]]:
+def lines_of(rows: Sequence[TraceRow], reference: str) -> list[Sequence[str]]:
     """Cells of a table: trace, engine, policy, mean, difference to a policy, P99, maximum, Jain's index."""
-    found = []
+    found: list[Sequence[str]] = []
     by_case = {(row.trace, row.engine, row.policy): row for row in rows}
     for row in rows:
         base = by_case[row.trace, row.engine, reference]
