@@ -60,6 +60,8 @@ class Evaluate(Selection):
     """What `llmsched ablation` wrote, for its section of the page."""
     tuned: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="(default: none)")] = None
     """What `llmsched tune` wrote, or shipped for the parameters behind the published page: the baselines run with them too."""
+    tuned_only: bool = False
+    """Baselines that have tuned parameters run with these alone, not as they ship too; greedy FIFO always runs as it ships."""
     seeds: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint=f"(default: {SEEDS}; with --quick {QUICK_SEEDS})")] = None
     """Paired evaluation seeds in a cell."""
     first_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -189,11 +191,17 @@ def plan(options: Evaluate, screen: Screen) -> Plan:
         slo_agents=slo_agents,
         told=[name for name, policy in built.items() if policy.known_lengths],
         records={name: read_record(agent.text) if agent.kind == "checkpoint" else {} for name, agent in named.items()},
-        variants={cell: variants_of(cell, policies, tuned, ours, bench) for cell in chosen},
+        variants={cell: chosen_variants(options, variants_of(cell, policies, tuned, ours, bench)) for cell in chosen},
         seeds=range(options.first_seed, options.first_seed + count),
         ablation=ablation,
         resumed=resumed,
     )
+
+
+def chosen_variants(options: Evaluate, variants: Sequence[Variant]) -> list[Variant]:
+    """Without the defaults that ``--tuned-only`` leaves out."""
+    tuned = {variant.name for variant in variants if variant.kind in ("tuned", "together")} if options.tuned_only else set()
+    return [v for v in variants if v.kind != "default" or v.name in GREEDY or v.name not in tuned]
 
 
 def first_built(agent: NamedPolicy, chosen: Iterable[Cell], bench: Bench) -> Policy:
