@@ -39,6 +39,8 @@ class Adaptive(RulePolicy):
         level: share of the KV capacity that the predicted peak may reach.
         spare: blocks (tokens in the ``paper`` preset) counted for each resident beyond its own.
         drain: seconds within which what waits is to be worked off, for the choice of the token budget.
+        patience: seconds that somebody may wait before throughput counts for more: fewer residents than memory could hold serve the others
+            sooner, at the cost of a queue that grows. Infinite: never.
         budget: tokens; None: chosen from what has been learned, or the engine's own where it is not free to choose (the ``paper`` preset,
             no chunked prefill).
 
@@ -56,11 +58,13 @@ class Adaptive(RulePolicy):
         spare: float = 1.0,
         drain: float = 60.0,
         budget: int | None = None,
+        patience: float = 240.0,
     ) -> None:
         checks.number("policy.tau0", tau0, high=math.inf, unit="seconds")
         checks.number("policy.level", level, high=2.0, open_low=True)
         checks.number("policy.spare", spare, high=64.0)
-        checks.number("policy.drain", drain, high=math.inf, unit="seconds", open_low=True)
+        for name, seconds in (("drain", drain), ("patience", patience)):
+            checks.number(f"policy.{name}", seconds, high=math.inf, unit="seconds", open_low=True)
         self.engine = engine = setting.engine_for()
         chunked = engine.preset == "vllm" and engine.enable_chunked_prefill and not engine.padded_prefill
         if budget is not None:
@@ -81,7 +85,7 @@ class Adaptive(RulePolicy):
             **{name: np.zeros(len(edges) + 1) for name in ("cost", "arrivals", "window")},
             tried=np.zeros(len(MULTIPLES) + 1),
         )
-        record.level, record.tau0, record.drain = level, tau0, drain
+        record.level, record.tau0, record.drain, record.patience = level, tau0, drain, patience
         record.chunked = chunked
         record.late_times = engine.async_scheduling
         self.rule = Rule(adaptive_rule, self.layout.num_queues, record)
@@ -109,6 +113,7 @@ class AdaptiveAged(Adaptive):
     Args:
         tau0: as in ``Adaptive``, by default 30 s.
         level, spare, drain, budget: as in ``Adaptive``.
+        patience: as there, by default 60 s.
     """
 
     name: ClassVar[str] = "adaptive-aged"
@@ -121,8 +126,9 @@ class AdaptiveAged(Adaptive):
         spare: float = 1.0,
         drain: float = 60.0,
         budget: int | None = None,
+        patience: float = 60.0,
     ) -> None:
-        super().__init__(setting, tau0, level, spare, drain, budget)
+        super().__init__(setting, tau0, level, spare, drain, budget, patience)
 
 
 def class_edges(engine: EngineConfig) -> tuple[int, ...]:

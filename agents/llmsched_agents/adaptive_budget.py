@@ -12,8 +12,8 @@ the smallest number with that throughput, and the latency to expect is, by Littl
 
 whose last term stands for a queue that grows; S is the least n / lambda of all budgets. The smallest J is taken. Where no budget has
 the throughput, fewer residents than there is room for are looked at, too: each is served sooner, the queue grows faster, and as the
-longest wait, that may cost less. What waits counts as a rate: it is to be worked off within a time of its own. The three
-constants were chosen on seeds of the tuning stream, with three calibrations.
+longest wait, that may cost less; once somebody has waited for too long, OVERDUE stands in place of STEEP. What waits counts as a rate: it
+is to be worked off within a time of its own. The constants were chosen on seeds of the tuning stream, with three calibrations.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from llmsched_env.records import Record, Vector
 FULL = 1.0
 STEEP = 16.0
 CROWDED = 3.0
+OVERDUE = 400.0
+"""In place of STEEP once somebody has waited for longer than ``patience``."""
 FILLED = 0.97
 """Share of the KV capacity that can be filled."""
 STAYS = 0.99
@@ -45,6 +47,7 @@ class Demand(Record):
     extra: float  # tokens that a resident takes beyond its own
     capacity: float  # tokens
     seats: float
+    overdue: bool  # somebody has waited so long that the queue must not grow any further
 
 
 class Flow(Record):
@@ -132,7 +135,8 @@ def cost_of(times: TimesRecord, demand: Demand, budget: float, n: float, through
     """J with n decodes, whose throughput is at most the rate; ``throughput`` is the largest of the budget, or that of n below the rate."""
     visit(times, demand, budget, n, flow)
     overload = max(demand.rate / max(throughput, 1e-9) - FULL, 0.0)
-    return demand.output * flow.seconds + (1.0 + CROWDED * flow.prefill_share) * flow.prefill_seconds + STEEP * least * overload
+    steep = OVERDUE if demand.overdue != 0 else STEEP
+    return demand.output * flow.seconds + (1.0 + CROWDED * flow.prefill_share) * flow.prefill_seconds + steep * least * overload
 
 
 @compiled

@@ -35,6 +35,7 @@ class AdaptiveRecord(Record):
 
     level: float  # share of the KV capacity that the predicted peak may reach
     tau0: float  # seconds, of ageing
+    patience: float  # seconds that somebody may wait before the queue must not grow any further
     drain: float  # seconds within which what waits is to be worked off
     chunked: bool  # the token budget is free to choose
     late_times: bool  # the seconds seen are of the batch before the one seen (asynchronous scheduling)
@@ -172,6 +173,18 @@ def describe_demand(engine: Engine, policy: AdaptiveRecord) -> None:
     demand.extra = policy.peak.headroom
     demand.capacity = engine.settings.capacity * kv_unit(engine)
     demand.seats = float(engine.settings.most_active)
+    demand.overdue = 1 if longest_wait(engine) > policy.patience else 0
+
+
+@compiled
+def longest_wait(engine: Engine) -> float:
+    """Seconds that the oldest head of an outside queue has waited."""
+    queues, settings = engine.queues, engine.settings
+    longest = 0.0
+    for q in range(0, settings.num_queues, settings.num_segments):
+        if queues.head[q] >= 0:
+            longest = max(longest, engine.clock - queues.head_arrival[q])
+    return longest
 
 
 @compiled
