@@ -173,7 +173,7 @@ def describe_demand(engine: Engine, policy: AdaptiveRecord) -> None:
     demand.extra = policy.peak.headroom
     demand.capacity = engine.settings.capacity * kv_unit(engine)
     demand.seats = float(engine.settings.most_active)
-    demand.overdue = 1 if longest_wait(engine) > policy.patience else 0
+    demand.overdue = longest_wait(engine) > policy.patience
 
 
 @compiled
