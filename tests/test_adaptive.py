@@ -351,6 +351,17 @@ def test_ageing_bounds_the_longest_wait() -> None:
     assert all_ < 0.7 * none
 
 
+def test_patience_bounds_how_long_fewer_residents_are_served_first() -> None:
+    """Half an hour of overload: serving fewer at a time is better for a while and starves the longest in the end."""
+    workload = CONV.generate(3, rate=1.4 * CONV.rate, num_requests=6_000)
+
+    def longest(patience: float) -> float:
+        log = run_episode(agent(patience=patience), workload).log
+        return float((log.completed - log.arrival).max())
+
+    assert longest(60.0) < longest(math.inf)
+
+
 def digest() -> str:
     """Of every decision and the log of a short episode."""
     made, log = decisions(agent(SMALL.replace(num_blocks=60, max_model_len=400)), drawn(9, n=100, rate=6.0, longest=150))

@@ -13,7 +13,7 @@ from llmsched_env.bench.boundary import Boundaries
 from llmsched_env.bench.evaluation import variants_of
 from llmsched_env.bench.suite import Bench, Cell, cells, warmup_seconds
 from llmsched_env.bench.tuned import SHIPPED, Search, TunedFile, tuned_parameters
-from llmsched_env.bench.tuning import GRIDS, THETAS, TOGETHER, Tuned, grid_of, search, tune_together
+from llmsched_env.bench.tuning import GRIDS, THETAS, TOGETHER, Tuned, grid_of, search, tied, tune_together
 from llmsched_env.bench.variants import make
 from llmsched_env.cli import tune
 from llmsched_env.errors import ConfigError
@@ -26,6 +26,12 @@ CELL = Cell("stationary", "azure-conv", "40GB", 1.0)
 @pytest.fixture(scope="module")
 def bench() -> Bench:
     return Bench(Boundaries.read(), 60)
+
+
+def test_no_more_residents_than_tokens() -> None:
+    assert tied({"engine.max_num_batched_tokens": 128, "engine.max_num_seqs": 192, "theta": 1.0})["engine.max_num_seqs"] == 128
+    assert tied({"budget": 512, "max_num_seqs": 64}) == {"budget": 512, "max_num_seqs": 64}
+    assert tied({"engine.max_num_seqs": 192}) == {"engine.max_num_seqs": 192}
 
 
 def test_the_search_finds_a_peak_to_the_last_step() -> None:
@@ -64,7 +70,10 @@ def test_thetas_stand_a_hundredth_apart_and_every_grid_has_options_of_its_policy
             for value in (values[0], values[-1]):
                 if policy in ("wait", "nested-wait") or (name, value) == ("engine.max_num_seqs", 32):
                     continue
-                assert make(policy, bench.setting(CELL), {name: value}).engine is not None
+                options = {name: value}
+                if name == "engine.max_num_batched_tokens":  # an engine refuses more residents than tokens
+                    options = tied({name: value, "engine.max_num_seqs": 256})
+                assert make(policy, bench.setting(CELL), options).engine is not None
 
 
 def test_tuning_helps_on_its_own_seeds_and_goes_on_where_it_was_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
