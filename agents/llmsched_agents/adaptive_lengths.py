@@ -58,6 +58,7 @@ class LengthsRecord(Record):
     finished: float  # completions, since the last change
     events: float  # of these, the recent ones
     expected: float  # of these, by the hazards
+    variance: float  # of the difference
     passed: float  # sum of the hazards that those met who completed since the lengths were learned last
     held: float  # the same of the residents then
     fresh: float  # completions since then
@@ -112,6 +113,7 @@ def forget_lengths(lengths: LengthsRecord) -> None:
     lengths.finished = 0.0
     lengths.events = 0.0
     lengths.expected = 0.0
+    lengths.variance = 0.0
     lengths.passed = 0.0
     lengths.held = 0.0
     lengths.fresh = 0.0
@@ -173,21 +175,28 @@ def held_hazard(engine: Engine, lengths: LengthsRecord) -> float:
 @compiled
 def look_for_change(engine: Engine, lengths: LengthsRecord) -> None:
     """Compare completions with what the hazards said; after a change what was learned hardly counts any more."""
-    keep = math.exp(-lengths.fresh / WATCHED)
-    lengths.events = lengths.events * keep + lengths.fresh
-    lengths.expected = lengths.expected * keep + held_hazard(engine, lengths) - lengths.held + lengths.passed
-    lengths.finished += lengths.fresh
+    settled = lengths.finished >= SETTLED  # before the last step: what was expected since then rests on these
+    known = max(min(lengths.finished, REMEMBERED), 1.0)
+    fresh, expected = lengths.fresh, held_hazard(engine, lengths) - lengths.held + lengths.passed
+    keep = math.exp(-fresh / WATCHED)
+    lengths.events = lengths.events * keep + fresh
+    lengths.expected = lengths.expected * keep + expected
+    lengths.variance = lengths.variance * keep * keep + max(fresh, expected)
+    lengths.finished += fresh
     lengths.passed = 0.0
     lengths.fresh = 0.0
-    # A completion counts w = exp(-k / WATCHED) once k others have completed; the sum of w^2 is half that of w.
-    error = math.sqrt(max(lengths.expected, lengths.events, 2.0) / 2.0)
-    if lengths.finished >= SETTLED and abs(lengths.events - lengths.expected) > SURPRISE * error:
+    # What was expected is itself known from so many completions only.
+    error = math.sqrt(max(lengths.variance, 1.0) + lengths.expected * lengths.expected / known)
+    changed = settled and abs(lengths.events - lengths.expected) > SURPRISE * error
+    if changed:
         for i in range(lengths.ended.shape[0]):
             lengths.ended[i] *= AFTER_CHANGE
         lengths.finished = 0.0
+        lengths.changes += 1
+    if changed or not settled:
         lengths.events = 0.0
         lengths.expected = 0.0
-        lengths.changes += 1
+        lengths.variance = 0.0
 
 
 @compiled
