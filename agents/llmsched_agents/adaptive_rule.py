@@ -89,6 +89,8 @@ def begin(engine: Engine, policy: AdaptiveRecord) -> None:
     forget_times(policy.times)
     learn_lengths(engine, policy.lengths)
     fill_forecast(policy.lengths, policy.peak.steps, policy.peak.survival)
+    for t in range(policy.peak.total.shape[0]):
+        policy.peak.total[t] = 0.0
     for j in range(policy.cost.shape[0]):
         policy.cost[j] = policy.prompt[j] + 3.0 * policy.lengths.mean[policy.lengths.group[j]]
 
@@ -113,17 +115,23 @@ def budget_to_try(engine: Engine, policy: AdaptiveRecord) -> int:
         return policy.choice
     for i in range(policy.budgets.shape[0]):
         if policy.tried[i] < TRIALS and engine.num_residents < policy.budgets[i]:
-            return i if pending_tokens(engine) + engine.num_residents >= policy.budgets[i] else policy.choice
+            return i if pending_tokens(engine, policy) + engine.num_residents >= policy.budgets[i] else policy.choice
     return policy.choice
 
 
 @compiled
-def pending_tokens(engine: Engine) -> float:
-    """Prompt tokens of the heads of the outside queues and of those being prefilled: a lower bound of what could be computed now."""
-    requests, queues, settings = engine.requests, engine.queues, engine.settings
+def pending_tokens(engine: Engine, policy: AdaptiveRecord) -> float:
+    """Prompt tokens that could be computed now, about: of those being prefilled, and of the heads of the outside queues as far as the
+    forecast of the last decision left room. Without the room a budget that memory never fills would be tried for ever in an overload."""
+    requests, queues, settings, peak = engine.requests, engine.queues, engine.settings, policy.peak
+    room = policy.level * settings.capacity * kv_unit(engine)
+    held = 0.0
+    for t in range(peak.total.shape[0]):
+        held = max(held, peak.total[t])
     tokens = 0.0
     for q in range(0, settings.num_queues, settings.num_segments):
         tokens += queues.head_tokens[q]
+    tokens = min(tokens, max(room - held, 0.0))
     r = queues.first_peer[settings.num_queues]
     while r >= 0:
         tokens += max(requests.target[r] - requests.base_computed[r], 0)
