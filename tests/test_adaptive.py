@@ -338,6 +338,24 @@ def test_two_thousand_come_at_once(engine: str) -> None:
     assert np.mean(result.log.completed) < np.mean(fcfs.log.completed)
 
 
+@pytest.mark.parametrize(("blocks", "largest"), [(2_816, 16_384), (1_000, 2_048)])
+def test_a_budget_that_memory_never_fills_is_not_tried_for_ever(blocks: int, largest: int) -> None:
+    """In an overload that memory binds the budget that has been chosen is in force."""
+    workload = CONV.generate(0, rate=1.5 * CONV.rate, num_requests=1_000)
+    policy = agent(CONV.engine.replace(num_blocks=blocks, max_num_batched_tokens=largest))
+    record = policy.rule.policy
+    iterations = trials = 0
+
+    def note(report: Any, view: Any) -> None:
+        nonlocal iterations, trials
+        if view.clock > workload.arrival[300] and view.num_waiting > 0:
+            iterations += 1
+            trials += policy.rule.decision.token_budget != record.budgets[record.choice]
+
+    run_episode(policy, workload, on_step=note)
+    assert iterations > 1_000 and trials < 0.02 * iterations
+
+
 def test_ageing_bounds_the_longest_wait() -> None:
     """In overload the costliest wait until the end; with ageing they enter among the others."""
     workload = CONV.generate(2, rate=1.1 * CONV.rate, num_requests=3_000)

@@ -239,6 +239,15 @@ def test_no_change_is_seen_where_there_is_none(name: str, seed: int) -> None:
     assert policy.rule.policy.lengths.finished > 2_500
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_nor_where_hundreds_complete_before_anything_is_learned(seed: int) -> None:
+    """Large batches of prompts with short outputs: the first completions are expected by the prior alone."""
+    policy = adaptive(load_scenario("azure-code").engine.replace(num_blocks=27_413, max_num_batched_tokens=8_192))
+    scenario = load_scenario("azure-code")
+    run_episode(policy, scenario.generate(seed, num_requests=2_000))
+    assert policy.rule.policy.lengths.changes == 0
+
+
 @pytest.mark.parametrize("output", [1, 2, 8, 100, 128, 129, "two", "short", "even"])
 def test_nor_where_lengths_are_constant_short_or_few(output: int | str) -> None:
     """Lengths at the very end of a bin, and bins in which nearly everybody ends."""
@@ -293,4 +302,4 @@ def test_a_change_of_lengths_is_seen_soon(before: int, after: int) -> None:
         run_episode(policy, workload, limits=EpisodeLimits(horizon=change + seconds))
         seen.append(policy.rule.policy.lengths.changes)
     assert seen[:2] == [0, 1] and seen[2] <= 2  # the residents of before end as they would have
-    assert abs(expected_output(policy) / after - 1) < 0.2
+    assert abs(expected_output(policy) / after - 1) < 0.25  # a twentieth of what was learned before still counts
