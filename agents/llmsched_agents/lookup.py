@@ -81,8 +81,9 @@ class NamedPolicy:
 
 
     def digest(self) -> str:
-        """Of what it does, so that results of another state are not taken for its own: a checkpoint's files, or the source file of a
-        policy from outside. Empty for what ships, which the version stands for, and where there is no source.
+        """Of what it does, so that results of another state are not taken for its own: a checkpoint's files, the sources of all agents
+        for one of them, or the source file of a policy from outside. Empty for baselines that ship, which the version stands for, and
+        where there is no source.
 
         Raises:
             ConfigError: a folder without the files of a checkpoint.
@@ -95,8 +96,10 @@ class NamedPolicy:
         if factory in SHIPPED_POLICIES:
             return ""
         try:
-            source = inspect.getsourcefile(factory)
-            return hashlib.sha256(Path(source or "").read_bytes()).hexdigest()[:16]
+            source = Path(inspect.getsourcefile(factory) or "")
+            own = factory.__module__.partition(".")[0] == __name__.partition(".")[0]  # its rule is spread over several files
+            files = sorted(source.parent.glob("*.py")) if own else [source]
+            return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
         except (OSError, TypeError):  # made in an interactive session, or of no source
             return ""
 
