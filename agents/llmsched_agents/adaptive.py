@@ -77,6 +77,7 @@ class Adaptive(RulePolicy):
             prompt=prompts(edges),
             budgets=np.array([budget] if budget is not None else budgets_of(engine), dtype=np.float64),
             costs=np.zeros(2 * len(MULTIPLES) + 2),
+            steps=forecast_steps(min(engine.longest_request, LONGEST)),
             lengths=lengths_record(groups_of(edges), min(engine.longest_request, LONGEST)),
             times=times_record(tokens_of(engine)),
             demand=Demand(),

@@ -36,6 +36,8 @@ SURPRISE = 5.0
 """Standard deviations by which it must differ for a change."""
 SETTLED = 300.0
 """Completions before anything is taken for a change: expectations are still moving."""
+RARE = 0.02
+"""Share of outputs that may be longer than the longest to expect."""
 AFTER_CHANGE = 0.05
 """Share that counts of what was learned before a change."""
 
@@ -278,6 +280,28 @@ def survival_at(lengths: LengthsRecord, g: int, tokens: float) -> float:
     share = (tokens - edges[b]) / (edges[b + 1] - edges[b])
     i = g * (bins + 1) + b
     return float(lengths.survival[i] + share * (lengths.survival[i + 1] - lengths.survival[i]))
+
+
+@compiled
+def longest_expected(lengths: LengthsRecord) -> float:
+    """Tokens that hardly any output exceeds (RARE), in whatever group."""
+    edges, bins = lengths.edges, lengths.edges.shape[0] - 1
+    for b in range(1, bins + 1):
+        above = 0.0
+        for g in range(lengths.num_groups):
+            above = max(above, lengths.survival[g * (bins + 1) + b])
+        if above < RARE:
+            return float(edges[b])
+    return float(edges[bins])
+
+
+@compiled
+def refine_steps(lengths: LengthsRecord, steps: Vector) -> None:
+    """Set the steps of a forecast so that the last is the longest output to expect, and the first stand closer than the last."""
+    last = steps.shape[0] - 1
+    longest = longest_expected(lengths)
+    for t in range(last + 1):
+        steps[t] = float(int(longest * (t / last) ** 1.5 + 0.5))
 
 
 @compiled

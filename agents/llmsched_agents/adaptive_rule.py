@@ -10,7 +10,7 @@ import math
 from typing import Annotated
 
 from llmsched_agents.adaptive_budget import Demand, Flow, choose_budget
-from llmsched_agents.adaptive_lengths import LengthsRecord, fill_forecast, forget_lengths, learn_lengths, note_completions
+from llmsched_agents.adaptive_lengths import LengthsRecord, fill_forecast, forget_lengths, learn_lengths, note_completions, refine_steps
 from llmsched_agents.adaptive_times import UNITS, TimesRecord, forget_times, learn_times, note_iteration, seconds_of
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.state import RATE_WINDOW_SECONDS, Engine
@@ -42,6 +42,7 @@ class AdaptiveRecord(Record):
     prompt: Vector  # (J,) tokens of a request of the class
     budgets: Vector  # (B,) tokens, the last the engine's own
     costs: Vector  # (2 B,) scratch
+    steps: Vector  # (T,) of the forecast while nothing is known
     lengths: LengthsRecord
     times: TimesRecord
     demand: Demand
@@ -88,6 +89,8 @@ def begin(engine: Engine, policy: AdaptiveRecord) -> None:
     forget_lengths(policy.lengths)
     forget_times(policy.times)
     learn_lengths(engine, policy.lengths)
+    for t in range(policy.steps.shape[0]):
+        policy.peak.steps[t] = policy.steps[t]
     fill_forecast(policy.lengths, policy.peak.steps, policy.peak.survival)
     for t in range(policy.peak.total.shape[0]):
         policy.peak.total[t] = 0.0
@@ -202,6 +205,8 @@ def set_again(engine: Engine, policy: AdaptiveRecord) -> None:
     policy.set_at = engine.clock
     count_arrivals(engine, policy)
     learn_lengths(engine, policy.lengths)
+    if engine.settings.lose_progress != 0:  # an eviction costs all that was computed: the peak must not slip between two steps
+        refine_steps(policy.lengths, policy.peak.steps)
     fill_forecast(policy.lengths, policy.peak.steps, policy.peak.survival)
     learn_times(policy.times)
     describe_demand(engine, policy)
