@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -170,10 +171,10 @@ def mean_latency(result: EpisodeResult, setting: Setting) -> float:
     return summarize_tenants(result.log, tenants).fair_latency if tenants else result.summary.latency_mean
 
 
-def returns(envs: LLMSchedVectorEnv, action: npt.NDArray[np.int64] | None) -> npt.NDArray[np.float64]:
-    """(num_envs,) returns of the first episodes under one action, or random ones."""
+def returns(envs: LLMSchedVectorEnv, action: npt.NDArray[np.int64] | None, first_seed: int = FIRST_SEED) -> npt.NDArray[np.float64]:
+    """(num_envs,) returns of the first episodes, with seeds from ``first_seed`` on, under one action, or random ones."""
     count = envs.num_envs
-    envs.reset(seed=FIRST_SEED)
+    envs.reset(seed=first_seed)
     total, over = np.zeros(count), np.zeros(count, dtype=np.bool_)
     constant = None if action is None else np.broadcast_to(action, (count, action.size)).reshape(envs.action_space.shape)
     while not over.all():
@@ -193,5 +194,12 @@ def described(spec: EnvSpec, action: npt.NDArray[np.int64]) -> str:
     """An action of levels in words."""
     codec: Any = spec.codec
     words = f"level {codec.levels[action[0]]:g}"
-    orders = getattr(codec, "orders", ())
-    return f"{words}, by {orders[action[1]]}" if orders else words
+    orders, ageing = getattr(codec, "orders", ()), getattr(codec, "ageing", ())
+    if orders:
+        words += f", by {orders[action[1]]}"
+    if ageing:
+        words += ", least work first" if ageing[action[1]] == math.inf else f", ageing {ageing[action[1]]:g} s"
+    if codec.token_budgets:
+        budget = codec.token_budgets[action[-1]]
+        words += f", {budget} tokens" if budget else ", the engine's token budget"
+    return words

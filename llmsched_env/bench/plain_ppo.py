@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_env.errors import require
-from llmsched_env.vector import LLMSchedVectorEnv
+from llmsched_agents.zoo import ZooEntry
 
 STEPS = 60_000
 """Decisions: on the default environment about 1,800 episodes."""
+
+PLAIN: dict[str, Any] = {
+    "n_envs": 16,
+    "normalize": {"norm_obs": False, "norm_reward": True},
+    "n_steps": 128,
+    "batch_size": 512,
+    # Nothing is discounted: an episode is finite, and its return is minus the mean latency.
+    "gamma": 1.0,
+    "gae_lambda": 1.0,
+}
+"""Values that differ from those of stable-baselines3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,27 +47,9 @@ def train_plain_ppo(environment: str, episodes: int, first_seed: int, *, steps: 
     Raises:
         MissingExtraError: stable-baselines3 is not installed.
     """
-    PPO = require("stable_baselines3", "agents").PPO
-    VecNormalize = require("stable_baselines3.common.vec_env", "agents").VecNormalize
-    from llmsched_agents.sb3_vec import SB3VecEnv
-
-    def envs(count: int) -> SB3VecEnv:
-        return SB3VecEnv(cast(LLMSchedVectorEnv, gym.make_vec(f"llmsched_env:{environment}", num_envs=count)), flatten=True)
-
+    values = dict(PLAIN)
+    count, normalize = values.pop("n_envs"), values.pop("normalize")
     start = time.process_time()
-    # Nothing is discounted: an episode is finite, and its return is minus the mean latency.
-    learner = VecNormalize(envs(16), norm_obs=False, gamma=1.0)
-    model = PPO("MlpPolicy", learner, n_steps=128, batch_size=512, gamma=1.0, gae_lambda=1.0, device="cpu", seed=seed)
-    model.learn(total_timesteps=steps)
+    agent = ZooEntry(environment, count, steps, normalize, {}, values).train(seed)
     seconds = time.process_time() - start
-    played = envs(episodes)
-    played.seed(first_seed)
-    observed = played.reset()
-    total, over = np.zeros(episodes), np.zeros(episodes, dtype=np.bool_)
-    while not over.all():
-        actions, _ = model.predict(observed, deterministic=True)
-        observed, rewards, ended, _ = played.step(actions)
-        total += np.where(over, 0.0, rewards)
-        over |= ended
-    played.close()
-    return PlainPPO(total, int(model.num_timesteps), seconds)
+    return PlainPPO(agent.returns(episodes, first_seed), agent.steps, seconds)

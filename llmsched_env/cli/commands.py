@@ -37,6 +37,7 @@ from llmsched_env.cli import (
     validate,
     vllm_diff,
     warmup,
+    zoo,
 )
 from llmsched_env.cli.frame import DONE, REFUSED, Command
 from llmsched_env.errors import did_you_mean
@@ -66,6 +67,7 @@ MODULES = (
     warmup,
     headroom,
     predictions,
+    zoo,
     benchmark,
     fidelity,
     reproduce,
