@@ -1,14 +1,15 @@
 """A small search for PPO's hyper-parameters in each named environment, and what the chosen ones reach on seeds that it never saw.
 
 The search has two rounds for each environment. All ``CANDIDATES`` are trained for a short time; the best ``FINALISTS`` of them are
-trained anew for the whole time, and the best of these is chosen. Both are judged by the mean return of the likeliest actions over the
-episodes from ``TUNING_SEED`` on, the same for all. The chosen one is then trained again with other training seeds, so that nothing
-of what made it win is counted, and played on the episodes from ``FIRST_SEED`` on. Beside it stand admitting everything and the
-best constant action; which one that is, the tuning episodes say, too.
+trained anew for the whole time, and the best of these is chosen. Everyone is trained once with each of ``SEARCH_SEEDS`` and judged by
+the mean return of the likeliest actions over the episodes from ``TUNING_SEED`` on. The chosen one is then trained again
+with other training seeds, so that nothing of what made it win is counted, and played on the episodes from ``FIRST_SEED`` on. Beside it
+stand admitting everything and the best constant action; which one that is, the tuning episodes say, too.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,11 @@ TUNING_SEED = 20_000
 TUNING_EPISODES = 64
 SHORT_STEPS, STEPS = 16_384, 61_440
 """Decisions of a training in the first round, and in the second and at the end."""
-FINALISTS = 3
+FINALISTS = 2
+SEARCH_SEEDS = (0, 1)
+"""Training seeds of the search."""
+LAST_SEED = 100
+"""The trainings that the table shows have seeds from here on."""
 FEW = 16
 """Constant actions that are played on all tuning episodes."""
 OPERATED = ("LLMSched-v1", "LLMSchedBursty-v1")
@@ -48,18 +53,18 @@ _PLAIN: dict[str, Any] = {
     "ent_coef": 0.0,
     "policy_kwargs": {"net_arch": [64, 64]},
 }
+_ENTROPY: dict[str, Any] = {**_PLAIN, "ent_coef": 0.03}
 CANDIDATES: dict[str, dict[str, Any]] = {
     "plain": _PLAIN,
-    "wide": {**_PLAIN, "n_envs": 64, "n_steps": 64, "batch_size": 1024, "learning_rate": "lin_1.0e-3"},
-    "discounted": {**_PLAIN, "gamma": 0.98},
     "lambda": {**_PLAIN, "gae_lambda": 0.95},
-    "entropy": {**_PLAIN, "ent_coef": 0.01},
-    "fast": {**_PLAIN, "learning_rate": "lin_1.0e-3"},
-    "linear": {**_PLAIN, "learning_rate": "lin_3.0e-3", "policy_kwargs": {"net_arch": []}},
-    "large": {**_PLAIN, "policy_kwargs": {"net_arch": [128, 128]}},
-    "observations": {**_PLAIN, "normalize": {"norm_obs": True, "norm_reward": True}},
+    "entropy": _ENTROPY,
+    "discounted": {**_ENTROPY, "gamma": 0.98},
+    "wide": {**_ENTROPY, "n_envs": 64, "n_steps": 64, "batch_size": 1024, "learning_rate": "lin_1.0e-3"},
+    "large": {**_ENTROPY, "policy_kwargs": {"net_arch": [128, 128]}},
+    "observations": {**_ENTROPY, "normalize": {"norm_obs": True, "norm_reward": True}},
 }
-"""What is tried everywhere: ``plain`` is the PPO of ``docs/environments.md``, the others differ from it in what their names say."""
+"""What is tried everywhere: ``plain`` is the PPO of ``docs/environments.md``, ``lambda`` and ``entropy`` differ from it in what their names
+say, and the others so from ``entropy``; ``wide`` has more environments, shorter roll-outs and a faster learning rate that falls to 0."""
 
 SHORT, LONG, LAST = "short", "long", "last"
 """Rounds of a training: the first and the second of the search, and the training that the table shows."""
@@ -158,7 +163,7 @@ class ZooPlan:
     Attributes:
         short_steps, steps: decisions of a training in the first round, and afterwards.
         episodes: of the table.
-        trainings: how many times the chosen entry is trained at the end, with training seeds 1, 2, ...
+        trainings: how many times the chosen entry is trained at the end.
     """
 
     short_steps: int = SHORT_STEPS
@@ -179,27 +184,33 @@ class ZooPlan:
         if not any(round == CONSTANT for round, _, _ in done):
             yield best_constant(task, self.episodes)
         if shipped is None:
-            for candidate in CANDIDATES:
-                if (SHORT, candidate, 0) not in done:
-                    done[SHORT, candidate, 0] = trained(task, task.entry(candidate, self.short_steps), SHORT, candidate, 0)
-                    yield done[SHORT, candidate, 0]
-            short = sorted((row for row in done.values() if row.round == SHORT), key=lambda row: row.score, reverse=True)
-            for row in short[:FINALISTS]:
-                if (LONG, row.who, 0) not in done:
-                    done[LONG, row.who, 0] = trained(task, task.entry(row.who, self.steps), LONG, row.who, 0)
-                    yield done[LONG, row.who, 0]
+            candidates = list(CANDIDATES)
+            for round, steps in ((SHORT, self.short_steps), (LONG, self.steps)):
+                for who, seed in itertools.product(candidates, SEARCH_SEEDS):
+                    if (round, who, seed) not in done:
+                        done[round, who, seed] = trained(task, task.entry(who, steps), round, who, seed)
+                        yield done[round, who, seed]
+                scores = round_scores(task.name, round, list(done.values()))
+                candidates = sorted(candidates, key=lambda who: scores[who], reverse=True)[:FINALISTS]
             who = chosen_candidate(task, list(done.values()))
             entry = task.entry(who, self.steps)
         else:
             who, entry = "shipped", shipped
-        for seed in range(1, self.trainings + 1):
+        for seed in range(LAST_SEED, LAST_SEED + self.trainings):
             if (LAST, who, seed) not in done:
                 yield trained(task, entry, LAST, who, seed, self.episodes)
 
 
 def chosen_candidate(task: ZooTask, rows: Sequence[ZooRow]) -> str:
-    """The best of the second round by its return on the tuning episodes."""
-    return max((row for row in rows if row.task == task.name and row.round == LONG), key=lambda row: row.score).who
+    """The best of the second round by its mean return on the tuning episodes."""
+    scores = round_scores(task.name, LONG, rows)
+    return max(scores, key=lambda who: scores[who])
+
+
+def round_scores(task: str, round: str, rows: Sequence[ZooRow]) -> dict[str, float]:
+    """Mean return on the tuning episodes of each candidate of a round of the search, over its trainings."""
+    own = [row for row in rows if row.task == task and row.round == round]
+    return {who: float(np.mean([row.score for row in own if row.who == who])) for who in dict.fromkeys(row.who for row in own)}
 
 
 def trained(task: ZooTask, entry: ZooEntry, round: str, who: str, seed: int, episodes: int = 0) -> ZooRow:

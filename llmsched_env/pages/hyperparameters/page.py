@@ -12,12 +12,14 @@ from llmsched_env.bench.zoo import (
     CANDIDATES,
     FINALISTS,
     LONG,
+    SEARCH_SEEDS,
     SHORT,
     TUNING_EPISODES,
     TUNING_SEED,
     ZooPlan,
     ZooResult,
     ZooRow,
+    round_scores,
 )
 from llmsched_env.markdown import table
 from llmsched_env.metrics import Interval
@@ -105,31 +107,31 @@ def compared(found: Sequence[ZooResult]) -> list[str]:
 def searched(found: Sequence[ZooResult], rows: Sequence[ZooRow], amounts: ZooPlan) -> list[str]:
     """What the search tried; nothing where there was none."""
     names = [one.task.name for one in found]
-    scores = {(row.round, row.task, row.who): row.score for row in rows if row.task in names}
-    if not any(round == SHORT for round, _, _ in scores):
+    short, long = ({name: round_scores(name, round, rows) for name in names} for round in (SHORT, LONG))
+    if not any(short.values()):
         return []
-    tried = [[f"`{who}`", *(both(scores, name, who) for name in names)] for who in CANDIDATES]
+    tried = [[f"`{who}`", *(both(short[name].get(who), long[name].get(who)) for name in names)] for who in CANDIDATES]
     return [
         "",
         "## What was tried",
         "",
         f"In every environment each candidate was trained for {amounts.short_steps:,} decisions, and the best {FINALISTS} anew for "
-        f"{amounts.steps:,}, all with training seed 0. Mean return over {TUNING_EPISODES} tuning episodes with seeds from {TUNING_SEED:,} "
-        "on: of the short training, then of the long one. The best of the long ones was chosen, and trained again for the tables above "
-        "with seeds that had no part in it.",
+        f"{amounts.steps:,}, each with {len(SEARCH_SEEDS)} training seeds. The table has the mean return over {TUNING_EPISODES} tuning "
+        f"episodes with seeds from {TUNING_SEED:,} on: of the short trainings, then, in bold, of the long ones. The best of the long "
+        "ones was chosen, and trained again for the tables above with seeds that had no part in it. Which values are worth trying at "
+        "all was looked at before, with `LLMSched-v1:operate` on the same tuning episodes.",
         "",
         *table(("candidate", *(f"`{name}`" for name in names)), tried, "l" + "r" * len(names)),
         "",
-        "One training a candidate, and a short one: differences between candidates are partly luck, and a candidate that learns slowly "
+        "Few trainings a candidate, and short ones: differences between candidates are partly luck, and a candidate that learns slowly "
         "is left behind. It is a small search, not the best that PPO can do.",
         "",
         *table(("candidate", "what it is"), [(f"`{who}`", values_of(who)) for who in CANDIDATES], "ll"),
     ]
 
 
-def both(scores: dict[tuple[str, str, str], float], task: str, who: str) -> str:
+def both(short: float | None, long: float | None) -> str:
     """The short score of a candidate, and the long one where it got that far."""
-    short, long = scores.get((SHORT, task, who)), scores.get((LONG, task, who))
     if short is None:
         return "-"
     return f"{short:.1f}" if long is None else f"{short:.1f}, **{long:.2f}**"
