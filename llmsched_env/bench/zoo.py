@@ -164,12 +164,16 @@ class ZooPlan:
         short_steps, steps: decisions of a training in the first round, and afterwards.
         episodes: of the table.
         trainings: how many times the chosen entry is trained at the end.
+        candidates: names of those that are tried; empty for all.
+        finalists: how many go on to the second round; with 1 there is none.
     """
 
     short_steps: int = SHORT_STEPS
     steps: int = STEPS
     episodes: int = 20
     trainings: int = 2
+    candidates: tuple[str, ...] = ()
+    finalists: int = FINALISTS
 
     def rows(self, task: ZooTask, kept: Sequence[ZooRow], shipped: ZooEntry | None = None) -> Iterator[ZooRow]:
         """What is missing of a task, each row as it is finished.
@@ -184,14 +188,15 @@ class ZooPlan:
         if not any(round == CONSTANT for round, _, _ in done):
             yield best_constant(task, self.episodes)
         if shipped is None:
-            candidates = list(CANDIDATES)
-            for round, steps in ((SHORT, self.short_steps), (LONG, self.steps)):
+            candidates = list(self.candidates or CANDIDATES)
+            rounds = [(SHORT, self.short_steps)] + ([(LONG, self.steps)] if self.finalists > 1 else [])
+            for round, steps in rounds:
                 for who, seed in itertools.product(candidates, SEARCH_SEEDS):
                     if (round, who, seed) not in done:
                         done[round, who, seed] = trained(task, task.entry(who, steps), round, who, seed)
                         yield done[round, who, seed]
                 scores = round_scores(task.name, round, list(done.values()))
-                candidates = sorted(candidates, key=lambda who: scores[who], reverse=True)[:FINALISTS]
+                candidates = sorted(candidates, key=lambda who: scores[who], reverse=True)[: self.finalists]
             who = chosen_candidate(task, list(done.values()))
             entry = task.entry(who, self.steps)
         else:
@@ -202,8 +207,8 @@ class ZooPlan:
 
 
 def chosen_candidate(task: ZooTask, rows: Sequence[ZooRow]) -> str:
-    """The best of the second round by its mean return on the tuning episodes."""
-    scores = round_scores(task.name, LONG, rows)
+    """The best of the second round, or of the only one, by its mean return on the tuning episodes."""
+    scores = round_scores(task.name, LONG, rows) or round_scores(task.name, SHORT, rows)
     return max(scores, key=lambda who: scores[who])
 
 

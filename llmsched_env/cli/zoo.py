@@ -10,7 +10,20 @@ from typing import Annotated
 import tyro
 
 from llmsched_agents.zoo import ZOO_FILES, ZOO_FOLDER, ZooEntry, read_zoo, zoo_text
-from llmsched_env.bench.zoo import SHORT_STEPS, STEPS, TASKS, ZooPlan, ZooResult, ZooRow, ZooTask, chosen_candidate, result, tasks_named
+from llmsched_env.bench.zoo import (
+    CANDIDATES,
+    FINALISTS,
+    SHORT_STEPS,
+    STEPS,
+    TASKS,
+    ZooPlan,
+    ZooResult,
+    ZooRow,
+    ZooTask,
+    chosen_candidate,
+    result,
+    tasks_named,
+)
 from llmsched_env.cli.frame import INTERRUPTED, Command, Outcome, Resumable, Screen, check_counts
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import check_file, check_folder, check_same_settings, goes_on, replacing, write_settings
@@ -50,6 +63,12 @@ class Zoo(Resumable):
     """Episodes of the table, at least 2."""
     trainings: Annotated[int, tyro.conf.arg(metavar="N")] = 2
     """Trainings of the chosen entry at the end, each with another seed."""
+    candidates: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAME [NAME ...]", help=f"Of {', '.join(CANDIDATES)}.", help_behavior_hint="(default: all)"),
+    ] = ()
+    finalists: Annotated[int, tyro.conf.arg(metavar="N")] = FINALISTS
+    """Candidates that go on to the second round; with 1 there is none."""
     threads: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """Threads of PyTorch; the environments use as many as there are processors."""
     out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
@@ -81,7 +100,16 @@ def plan(options: Zoo) -> tuple[ZooPlan, list[ZooTask], dict[str, ZooEntry], boo
     Raises:
         ConfigError: an option that cannot be carried out.
     """
-    check_counts(short_steps=options.short_steps, steps=options.steps, trainings=options.trainings, threads=options.threads)
+    check_counts(
+        short_steps=options.short_steps,
+        steps=options.steps,
+        trainings=options.trainings,
+        threads=options.threads,
+        finalists=options.finalists,
+    )
+    for name in options.candidates:
+        if name not in CANDIDATES:
+            raise ConfigError(f"--candidates: {name!r}, must be among {', '.join(CANDIDATES)}")
     if options.episodes < 2:
         raise ConfigError(f"--episodes: {options.episodes}, must be at least 2: the table gives intervals")
     if options.shipped and options.hyperparams is not None:
@@ -93,7 +121,7 @@ def plan(options: Zoo) -> tuple[ZooPlan, list[ZooTask], dict[str, ZooEntry], boo
         check_file("--page", options.page)
     if options.hyperparams is not None:
         check_folder("--hyperparams", options.hyperparams)
-    amounts = ZooPlan(options.short_steps, options.steps, options.episodes, options.trainings)
+    amounts = ZooPlan(options.short_steps, options.steps, options.episodes, options.trainings, options.candidates, options.finalists)
     there = (options.out / ROWS_FILE).exists()
     resumed = goes_on(options.out, there, resume=options.resume, overwrite=options.overwrite)
     if resumed:
@@ -103,7 +131,7 @@ def plan(options: Zoo) -> tuple[ZooPlan, list[ZooTask], dict[str, ZooEntry], boo
 
 def described(amounts: ZooPlan, options: Zoo) -> dict[str, object]:
     """What rows must have in common."""
-    settings: dict[str, object] = {key: value for key, value in asdict(amounts).items() if key != "trainings"}
+    settings: dict[str, object] = {key: value for key, value in asdict(amounts).items() if key in ("short_steps", "steps", "episodes")}
     return {**settings, "shipped": options.shipped, "threads": options.threads}
 
 
@@ -149,7 +177,7 @@ def run(options: Zoo, screen: Screen) -> Outcome:
         except KeyboardInterrupt:
             complete = False
         rows = list(file.rows)
-    found = [one for task in tasks if (one := result(task, rows)) is not None]
+    found = [one for task in TASKS if task in tasks and (one := result(task, rows)) is not None]
     if found:
         report(options, amounts, found, rows, screen)
     if not complete:

@@ -10,7 +10,6 @@ from llmsched_env import __version__
 from llmsched_env.bench.headroom import FIRST_SEED
 from llmsched_env.bench.zoo import (
     CANDIDATES,
-    FINALISTS,
     LONG,
     SEARCH_SEEDS,
     SHORT,
@@ -47,8 +46,7 @@ table; that is how its figures were made. The zoo steps its environments one aft
 
 def page(found: Sequence[ZooResult], rows: Sequence[ZooRow], amounts: ZooPlan, command: str, machine: str = "") -> list[str]:
     """The lines of the page."""
-    trainings = max(len(one.trainings) for one in found)
-    several = f", each episode the mean of {trainings} trainings with different seeds" if trainings > 1 else ", one training"
+    several = ", each episode the mean of the trainings that the second table lists"
     lines = [
         "# Hyper-parameters for rl_zoo3",
         "",
@@ -115,11 +113,12 @@ def searched(found: Sequence[ZooResult], rows: Sequence[ZooRow], amounts: ZooPla
         "",
         "## What was tried",
         "",
-        f"In every environment each candidate was trained for {amounts.short_steps:,} decisions, and the best {FINALISTS} anew for "
+        f"Candidates were trained for {amounts.short_steps:,} decisions, and where there are bold figures the best anew for "
         f"{amounts.steps:,}, each with {len(SEARCH_SEEDS)} training seeds. The table has the mean return over {TUNING_EPISODES} tuning "
-        f"episodes with seeds from {TUNING_SEED:,} on: of the short trainings, then, in bold, of the long ones. The best of the long "
-        "ones was chosen, and trained again for the tables above with seeds that had no part in it. Which values are worth trying at "
-        "all was looked at before, with `LLMSched-v1:operate` on the same tuning episodes.",
+        f"episodes with seeds from {TUNING_SEED:,} on: of the short trainings, then, in bold, of the long ones; - was not tried. The best "
+        "of the long ones was chosen, of the short ones where there are no others, and trained again for the tables above with seeds "
+        "that had no part in it. Which values are worth trying at all was looked at before, with `LLMSched-v1:operate` on the same "
+        "tuning episodes.",
         "",
         *table(("candidate", *(f"`{name}`" for name in names)), tried, "l" + "r" * len(names)),
         "",
