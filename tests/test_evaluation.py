@@ -453,7 +453,7 @@ def test_seeds_that_nobody_has_looked_at(tmp_path: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--suite", "bench-v2"], "bench-v2"),
+        (["--suite", "bench-v1"], "bench-v1"),
         (["--policies", "wait-cp"], "wait-cp"),
         (["--tuned", "/nowhere/t.json"], "does not exist"),
         (["--agents", "/nowhere/agent"], "/nowhere/agent"),
