@@ -108,10 +108,13 @@ def test_tianshou_ppo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_rl_zoo3(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ppo.yml", "ppo-operate.yml"])
+def test_rl_zoo3(tmp_path: Path, name: str) -> None:
     need("rl_zoo3", "-r requirements/tools-zoo.txt")
-    common = ["--algo", "ppo", "--env", "LLMSched-v1", "--gym-packages", "llmsched_env", "--env-kwargs", "num_requests:20"]
-    settings = ["--conf-file", str(EXAMPLES / "rl_zoo3" / "ppo.yml"), "--eval-env-kwargs", "num_requests:20"]
+    short = ["num_requests:20", *(["action_set:'operate'"] if name == "ppo-operate.yml" else [])]
+    common = ["--algo", "ppo", "--env", "LLMSched-v1", "--gym-packages", "llmsched_env", "--env-kwargs", *short]
+    file = ROOT / "agents" / "llmsched_agents" / "hyperparams" / "rl_zoo3" / name
+    settings = ["--conf-file", str(file), "--eval-env-kwargs", *short]
     run(tmp_path, "-m", "rl_zoo3.train", *common, *settings, "-n", "2048", "--eval-freq", "1000", "--eval-episodes", "2", "--seed", "0")
     folder = tmp_path / "logs" / "ppo" / "LLMSched-v1_1"
     assert (folder / "LLMSched-v1.zip").is_file() and (folder / "LLMSched-v1" / "vecnormalize.pkl").is_file()
