@@ -52,7 +52,7 @@ def assert_same(policy: Adaptive, workload: Workload, backend: Backend) -> Any:
     assert counters == theirs_counters and counters.finished == len(workload)
     for field in dataclasses.fields(RequestLog):
         a, b = getattr(log, field.name), getattr(other, field.name)
-        assert a == b if field.name == "request_id" else a.tobytes() == b.tobytes(), field.name
+        assert a == b if a is None or field.name == "request_id" else a.tobytes() == b.tobytes(), field.name
     return counters
 
 
