@@ -12,7 +12,7 @@ the same array, the parts of the observation in the order of its space.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,11 +21,10 @@ import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
-from llmsched_agents.hyperparameters import FOLDER, schedule
 from llmsched_env.errors import ConfigError, did_you_mean, require
 from llmsched_env.vector import LLMSchedVectorEnv
 
-ZOO_FOLDER = FOLDER / "rl_zoo3"
+ZOO_FOLDER = Path(__file__).resolve().parent / "hyperparams" / "rl_zoo3"
 ZOO_FILES = {"": "ppo.yml", "operate": "ppo-operate.yml"}
 """The file of each action set; the empty name stands for the environment's own."""
 
@@ -81,7 +80,7 @@ class ZooEntry:
         counts = [_count(where, key, values.get(key)) for key in ("n_envs", "n_timesteps")]
         options = {key: value for key, value in values.items() if key not in ZOO_KEYS}
         if "learning_rate" in options:
-            schedule("learning_rate", options["learning_rate"])
+            _schedule()("learning_rate", options["learning_rate"])
         return cls(environment, counts[0], counts[1], normalize, values.get("env_kwargs", {}), options)
 
     def values(self) -> dict[str, Any]:
@@ -113,7 +112,7 @@ class ZooEntry:
         VecNormalize = require("stable_baselines3.common.vec_env", "agents").VecNormalize
         options = dict(self.options)
         if "learning_rate" in options:
-            options["learning_rate"] = schedule("learning_rate", options["learning_rate"])
+            options["learning_rate"] = _schedule()("learning_rate", options["learning_rate"])
         envs = self.make(self.n_envs)
         normalizer = None
         if self.normalize:
@@ -193,3 +192,10 @@ def _count(where: str, key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
         raise ConfigError(f"{where}.{key}: {value!r}, must be an integer >= 1")
     return int(value)
+
+
+def _schedule() -> Callable[[str, Any], Any]:
+    """``hyperparameters.schedule``, whose module needs stable-baselines3: programs that train nothing do without."""
+    from llmsched_agents.hyperparameters import schedule
+
+    return schedule
