@@ -570,7 +570,7 @@ def test_a_few_policies_and_an_agent_are_enough_for_a_page(tmp_path: Path) -> No
     ran = {row.variant for row in read_rows(tmp_path / "rows.csv", Row)}
     assert ran == {"vllm (default)", "sarathi (default)", "random-agent", "second"}
     page = (tmp_path / "results.md").read_text()
-    assert "no default WAIT or Nested WAIT" in page and "no tuned late-last" in page
+    assert "no tuned baseline" in page and "no tuned late-last" in page and "of 1 cells, worst" in page
 
 
 def checkpoint(folder: Path) -> Path:
