@@ -184,7 +184,7 @@ def test_reserve_env_passes_the_checker_and_holds_at_zero() -> None:
     env.step(9)
     assert env.unwrapped.view().num_residents > 0
     assert env.unwrapped.action_masks().all()
-    with pytest.raises(ConfigError, match="action_set: 'nope', must be 'peak', 'admit' or 'reserve'"):
+    with pytest.raises(ConfigError, match="action_set: 'nope', must be 'peak', 'admit', 'reserve' or 'operate'"):
         gym.make("LLMSched-v1", action_set="nope")
     with pytest.raises(ConfigError, match="thetas"):
         gym.make("LLMSched-v1", action_set="reserve", thetas=(-1.0,))

@@ -150,13 +150,13 @@ def small_search(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_search_is_resumed_and_chooses_by_the_long_round() -> None:
     one, plan = task("LLMSchedEasy-v1"), ZooPlan(short_steps=64, steps=128, episodes=2, trainings=2)
     rows = list(plan.rows(one, []))
-    assert [row.round for row in rows] == ["everything", "constant", *["short"] * 4, "long", "long", "last", "last"]
-    assert [row.seed for row in rows] == [-1, -1, 0, 1, 0, 1, 0, 1, 100, 101]
-    assert [len(row.values) for row in rows] == [2, 2, 4, 4, 4, 4, 4, 4, 2, 2]
-    assert [row.steps for row in rows] == [0, 0, 64, 64, 64, 64, 128, 128, 128, 128]
-    best = max(("plain", "fast"), key=lambda who: sum(row.score for row in rows[2:6] if row.who == who))
-    assert {row.who for row in rows[6:]} == {best}
-    for cut in (1, 4, 7, 9):
+    assert [row.round for row in rows] == ["everything", "constant", *["short"] * 4, *["long"] * 4, "last", "last"]
+    assert [row.seed for row in rows] == [-1, -1, 0, 1, 0, 1, 0, 1, 0, 1, 100, 101]
+    assert [len(row.values) for row in rows] == [2, 2, *[4] * 8, 2, 2]
+    assert [row.steps for row in rows] == [0, 0, *[64] * 4, *[128] * 6]
+    best = max(("plain", "fast"), key=lambda who: sum(row.score for row in rows[6:10] if row.who == who))
+    assert {row.who for row in rows[10:]} == {best}
+    for cut in (1, 4, 7, 11):
         again = list(plan.rows(one, rows[:cut]))
         assert [dataclasses.replace(row, seconds=0.0, processor_seconds=0.0) for row in again] == [
             dataclasses.replace(row, seconds=0.0, processor_seconds=0.0) for row in rows[cut:]
@@ -165,7 +165,7 @@ def test_a_search_is_resumed_and_chooses_by_the_long_round() -> None:
     assert found is not None and found.who == best
     assert found.learned.mean == pytest.approx(np.mean([row.score for row in rows[-2:]]))
     assert found.difference.mean == pytest.approx(found.learned.mean - rows[1].score)
-    assert result(one, rows[:8]) is None
+    assert result(one, rows[:10]) is None
 
 
 @pytest.mark.usefixtures("small_search")

@@ -136,7 +136,7 @@ class Arrived(Rows):
     """What came with a request, of those who have arrived: a table of its own as a row of ``Requests`` is a cache line."""
 
     time: Floats  # seconds; NaN for those to come
-    predicted: Ints  # output length as predicted, tokens; 0 where nothing is predicted, and for those to come
+    predicted: Floats  # output length as predicted, tokens; 0 where nothing is predicted, and for those to come
 
 
 class Foretold(Rows):
