@@ -6,21 +6,12 @@
 
 from __future__ import annotations
 
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.env import AdmitOnly, LLMSchedEnv
 from llmsched_env.environments import ENVIRONMENTS, FORMER_ENVIRONMENTS
 from llmsched_env.errors import ConfigError, InfeasibleError, MissingExtraError
 from llmsched_env.registry import register_backend, register_calibration, register_policy, register_reward, register_scenario
-from llmsched_env.types import (
-    ADMIT_ALL,
-    Decision,
-    EngineConfig,
-    EpisodeLimits,
-    IterationReport,
-    LengthStatistics,
-    QueueLayout,
-    RequestLog,
-    Workload,
-)
+from llmsched_env.types import ADMIT_ALL, Decision, IterationReport, LengthStatistics, QueueLayout, RequestLog, Workload
 
 __version__ = "0.1.0"
 

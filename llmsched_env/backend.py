@@ -8,17 +8,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from llmsched_env.engine.state import Engine
-from llmsched_env.types import (
-    Decision,
-    EngineConfig,
-    EpisodeLimits,
-    FloatArray,
-    IntArray,
-    IterationReport,
-    QueueLayout,
-    RequestLog,
-    Workload,
-)
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
+from llmsched_env.types import Decision, FloatArray, IntArray, IterationReport, QueueLayout, RequestLog, Workload
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EpisodeLimits
 from llmsched_env.runner import EpisodeResult, Policy, run_episode
-from llmsched_env.types import EpisodeLimits, Workload
+from llmsched_env.types import Workload
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.perf import LinearTime, load_calibration
-from llmsched_env.types import EngineConfig
 
 
 def engine_with(base: EngineConfig, changes: Mapping[str, Any] | EngineConfig | None) -> EngineConfig:

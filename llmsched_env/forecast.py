@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.fluid import equilibrium_of, stability_boundary
 from llmsched_env.records import Record, Vector
-from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
+from llmsched_env.types import FloatArray, LengthStatistics, QueueLayout
 
 
 class Forecast(Record):

@@ -31,10 +31,11 @@ from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.residents import generated
 from llmsched_env.engine.state import Engine
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.forecast import class_weights, class_work
 from llmsched_env.records import Counts, Cube32, Indices, Record, Vector
 from llmsched_env.shrinkage import NO_PRIOR, Belief, Prior, PriorRecord
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, FloatArray, LengthStatistics, QueueLayout
+from llmsched_env.types import ADMIT_ALL, Decision, FloatArray, LengthStatistics, QueueLayout
 
 GRID = (0, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Iterations ahead at which the KV is predicted, where outputs are long enough (``forecast_steps``)."""

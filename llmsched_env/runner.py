@@ -11,8 +11,9 @@ from llmsched_env.backend import Backend, Counters, View
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.metrics import Summary, summarize
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, RequestLog, Workload
+from llmsched_env.types import Decision, IterationReport, QueueLayout, RequestLog, Workload
 
 
 class Policy(Protocol):

@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.compiled import compiled
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.forecast import class_weights
 from llmsched_env.records import Cube, Indices, Record, Vector
-from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
+from llmsched_env.types import FloatArray, LengthStatistics, QueueLayout
 from llmsched_env.work import WorkWeights, work_weights
 from llmsched_env.workload.scenario import interpolated_edges
 

@@ -26,6 +26,7 @@ from llmsched_env.action import (
 )
 from llmsched_env.engine.record_backend import check_served
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError, UnknownSettingError, did_you_mean
 from llmsched_env.fluid.equilibrium import check_rate
 from llmsched_env.forecast import Forecast, make_forecast
@@ -33,7 +34,7 @@ from llmsched_env.peak import LEVELS, NO_TABLES, PREDICTED_ORDERS, WORK_ORDERS, 
 from llmsched_env.perf import load_calibration
 from llmsched_env.reward import Reward, make_reward
 from llmsched_env.tenant_reward import TenantReward
-from llmsched_env.types import ClassBy, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import ClassBy, QueueLayout, Workload
 from llmsched_env.work import expected_work, work_weights
 from llmsched_env.workload import PredictionModel, Scenario, load_scenario, scenario_from_trace
 from llmsched_env.workload.scenario import predicted_layout

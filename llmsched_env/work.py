@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import class_weights
 from llmsched_env.perf.batch import Batch
-from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
+from llmsched_env.types import FloatArray, LengthStatistics, QueueLayout
 
 
 @dataclass(frozen=True, slots=True)

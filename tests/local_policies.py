@@ -8,7 +8,8 @@ from typing import Protocol
 from llmsched_env.backend import View
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, Workload
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
+from llmsched_env.types import ADMIT_ALL, Decision, IterationReport, QueueLayout, Workload
 
 
 class LocalPolicy(Protocol):

@@ -16,8 +16,9 @@ from reference_vllm import ReferenceVLLM, Step
 from llmsched_env.backend import View
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, IterationReport, QueueLayout, Workload
 
 Decide = Callable[[int], Decision]
 

@@ -22,8 +22,9 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import Batch
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import Decision, QueueLayout, Workload
 
 
 @dataclass(slots=True, eq=False)

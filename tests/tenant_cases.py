@@ -11,9 +11,10 @@ import numpy.typing as npt
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import INPUT_PRICE, OUTPUT_PRICE, WAITING
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.runner import Policy
 from llmsched_env.tenant_terms import TenantTerms
-from llmsched_env.types import EngineConfig, EpisodeLimits, LengthStatistics, Workload
+from llmsched_env.types import LengthStatistics, Workload
 
 Floats = npt.NDArray[np.float64]
 

@@ -22,10 +22,11 @@ from llmsched_agents.lookup import named_policies
 from llmsched_baselines import Setting, make_policy, policy_names
 from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.engine.simulator import PrefixCachingBackend, SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime
 from llmsched_env.runner import EpisodeResult, run_episode
-from llmsched_env.types import TILE_TOKENS, EngineConfig, EpisodeLimits, LengthStatistics, RequestLog, Workload
+from llmsched_env.types import TILE_TOKENS, LengthStatistics, RequestLog, Workload
 from llmsched_env.workload import load_scenario
 
 ROOT = Path(__file__).resolve().parents[1]

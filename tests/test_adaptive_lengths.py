@@ -30,9 +30,10 @@ from llmsched_agents.adaptive_lengths import (
 from llmsched_baselines import Setting
 from llmsched_env.bench.suite import one_after_the_other
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import LinearTime
 from llmsched_env.runner import run_episode
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import Decision, LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload import load_scenario
 
 LONGEST = 400

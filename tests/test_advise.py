@@ -20,11 +20,11 @@ from llmsched_env.bench.advice_check import ENGINE, SIM, Check, Run, check_summa
 from llmsched_env.bench.advice_search import Study, around, check_budget, grid_around
 from llmsched_env.bench.advice_serve import check_server, flags_of, longest_stay, start_of
 from llmsched_env.cli import advise
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import Summary
 from llmsched_env.perf import FormulaTime, Provenance, save_calibration
 from llmsched_env.row_file import RowFile, read_rows
-from llmsched_env.types import EngineConfig
 from llmsched_env.workload import load_scenario
 from llmsched_hardware.live_config import LiveConfig, build_policy
 from llmsched_hardware.serve_defaults import serve_limits, served

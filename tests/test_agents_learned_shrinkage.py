@@ -12,8 +12,9 @@ from llmsched_agents.learned_shrinkage import LearnedShrinkage, with_fluid_budge
 from llmsched_agents.lookup import named_policy
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EpisodeLimits
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EpisodeLimits, Workload
+from llmsched_env.types import Workload
 from llmsched_env.workload import PredictionModel, load_scenario
 
 SCENARIO = load_scenario("sharegpt")

@@ -9,11 +9,12 @@ from llmsched_baselines import Setting, make_policy, policy_names
 from llmsched_baselines.mc_sf import fits_forever
 from llmsched_baselines.policy import bucket_edges, output_classes, prompt_classes
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.forecast import expected_output
 from llmsched_env.metrics import lost
 from llmsched_env.runner import run_episode
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import Decision, LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload import load_scenario
 
 TWO_TYPES = LengthStatistics.of([10, 10], [10, 20], [2, 1], [0, 1])

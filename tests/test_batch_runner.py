@@ -27,11 +27,12 @@ from llmsched_env.engine import state as st
 from llmsched_env.engine.queues import next_in_order, start_of_queues
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.step import engine_at
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import rotation_quota
 from llmsched_env.records import Counts
 from llmsched_env.runner import EpisodeResult, rule_of, run_episode
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import Decision, LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload import Scenario, load_scenario
 from tests.reference_policies import REFERENCES, in_order
 

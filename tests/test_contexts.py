@@ -14,9 +14,10 @@ from test_engine_properties import Episode, episodes
 from llmsched_env.backends import make_backend
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.record_backend import RecordBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import IterationTimeModel, LinearTime
 from llmsched_env.perf.batch import BatchSums
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout, Workload
 
 
 @compiled

@@ -15,9 +15,10 @@ from test_engine_properties import Episode, episodes, fingerprint, run_script, v
 import llmsched_env
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, IterationReport, QueueLayout, Workload
 from tests.engine_walk import check_engine
 from tests.env_settings import ADMIT
 

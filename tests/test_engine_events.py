@@ -24,8 +24,9 @@ from lockstep import Case, lockstep
 from llmsched_env.engine import state as st
 from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, IterationReport, QueueLayout, Workload
 from tests.engine_walk import check_engine
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,9 @@ from lockstep import Case, lockstep, random_episode, small_cases
 from lockstep import compare_many as lockstep_many
 from reference_paper import FCFS, NestedWait, Outcome, Policy, Request, Wait, poisson, simulate
 
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import LinearTime, load_calibration
-from llmsched_env.types import EngineConfig, EpisodeLimits, Workload
+from llmsched_env.types import Workload
 
 RELATIVE = 1e-9
 

@@ -21,9 +21,10 @@ from llmsched_env.backends import make_backend
 from llmsched_env.bench.replay import from_first_arrival
 from llmsched_env.engine import state as st
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import MOST_PRIORITY, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import MOST_PRIORITY, Decision, QueueLayout, Workload
 from llmsched_env.vector import LLMSchedVectorEnv
 from llmsched_env.workload import load_scenario
 from tests.engine_walk import check_engine, differing, shown

@@ -19,9 +19,10 @@ from local_policies import GreedyFCFS, PrefixNested, ThresholdWait, play
 from llmsched_env.backend import View
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime, load_calibration
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, RequestLog, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, IterationReport, QueueLayout, RequestLog, Workload
 
 Script = tuple[Decision, ...]
 

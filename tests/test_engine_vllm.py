@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from lockstep import Case, compare_many, lockstep, random_episode, small_cases
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.perf import LinearTime, load_calibration
-from llmsched_env.types import EngineConfig, Workload
+from llmsched_env.types import Workload
 
 FORMULA = load_calibration("a100-llama2-7b-c10")
 

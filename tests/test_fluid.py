@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as some
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import (
     Fluid,
@@ -32,7 +33,7 @@ from llmsched_env.fluid import (
 from llmsched_env.fluid.equilibrium import charge_sum
 from llmsched_env.perf import LinearTime, load_calibration
 from llmsched_env.perf.batch import BATCH_FIELDS
-from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
+from llmsched_env.types import LengthStatistics, QueueLayout
 
 TWO_TYPES = ([10, 10], [10, 20])
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as some
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import (
     NestedThresholds,
@@ -32,7 +33,7 @@ from llmsched_env.fluid import (
     theta_root,
 )
 from llmsched_env.perf.batch import BATCH_FIELDS
-from llmsched_env.types import EngineConfig, LengthStatistics
+from llmsched_env.types import LengthStatistics
 
 TWO = LengthStatistics.of([10, 10], [10, 20], [2, 1])
 ENDS = (10, 20)

@@ -12,9 +12,10 @@ import pytest
 
 from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import PrefixCachingBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.pages.fidelity.recorded_prompts import common_heads
 from llmsched_env.pages.fidelity.recorded_run import Run, errors, replay
-from llmsched_env.types import EngineConfig, RequestLog, Workload
+from llmsched_env.types import RequestLog, Workload
 from llmsched_hardware.calibration.importers.llmservingsim import import_profile
 
 BLOCKS = 25_000  # not recorded; the run uses less than half of them

@@ -12,6 +12,7 @@ from hypothesis import strategies as hs
 
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid.bound import latency_bound, least_remaining_first
 from llmsched_env.fluid.minorant import lower_lines, minorant
@@ -19,7 +20,7 @@ from llmsched_env.perf import FormulaTime, IterationTimeModel, LinearTime, Table
 from llmsched_env.perf.batch import Batch
 from llmsched_env.perf.traffic import TrafficTime
 from llmsched_env.runner import run_episode
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import Decision, LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload import load_scenario
 
 TABLE = TableTime(

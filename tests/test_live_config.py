@@ -11,8 +11,9 @@ import pytest
 
 from llmsched_agents.ensemble import averaged, with_bonus
 from llmsched_agents.network import Network
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import Decision, EngineConfig, QueueLayout
+from llmsched_env.types import Decision, QueueLayout
 from llmsched_hardware.live_config import LiveConfig, build_policy
 
 ENGINE = EngineConfig.vllm()

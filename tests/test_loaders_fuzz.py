@@ -22,10 +22,10 @@ from llmsched_agents.domain import Domain
 from llmsched_agents.interface import Interface
 from llmsched_agents.network import Network
 from llmsched_agents.recipe import Recipe
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import Batch, FormulaTime, LinearTime, MixedAttentionTime, Provenance, TableTime, load_calibration
 from llmsched_env.perf.store import calibration_bytes, parse_calibration
-from llmsched_env.types import EngineConfig
 from llmsched_hardware.live_config import LiveConfig, build_policy
 
 FEW = settings(max_examples=60, suppress_health_check=list(HealthCheck))

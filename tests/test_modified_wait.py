@@ -9,11 +9,12 @@ from llmsched_baselines import Setting, make_policy
 from llmsched_baselines.modified_wait import cycle_of
 from llmsched_baselines.wait_cp import WaitCp
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid import equilibrium_of, wait_thresholds_of
 from llmsched_env.metrics import lost
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, EpisodeLimits, LengthStatistics, Workload
+from llmsched_env.types import LengthStatistics, Workload
 from llmsched_env.workload import MMPP2, load_scenario
 
 TWO_TYPES = LengthStatistics.of([10, 10], [10, 20], [2, 1], [0, 1])

@@ -22,13 +22,14 @@ from llmsched_env.compiled import compiled
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import Engine
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import class_work
 from llmsched_env.operate import decode_operate, decode_operate_up_to
 from llmsched_env.peak import LEVELS, PeakRecord, decode_peak_by_work, forecast_steps, peak_tables
 from llmsched_env.records import Record, Vector
 from llmsched_env.render.env_viewer import asked_words
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import Decision, LengthStatistics, QueueLayout, Workload
 from llmsched_env.work import expected_work, work_weights
 from llmsched_env.workload import load_scenario
 

@@ -7,7 +7,8 @@ import pytest
 from local_policies import GreedyFCFS, LocalPolicy, PrefixNested, ThresholdWait, play
 from paper_cases import CASCADE_ARRIVALS, CASCADE_ARRIVALS_EVICTIONS, CASCADE_BACKLOG, CASCADE_CAPACITY, TRACES, Trace
 
-from llmsched_env.types import EngineConfig, EpisodeLimits, IterationReport, Workload
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
+from llmsched_env.types import IterationReport, Workload
 
 
 def policy_of(trace: Trace) -> LocalPolicy:

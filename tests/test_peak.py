@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from llmsched_env import LLMSchedEnv
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.peak import LEVELS, WORK_ORDERS, forecast_steps, peak_tables
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, LengthStatistics, QueueLayout
+from llmsched_env.types import ADMIT_ALL, Decision, LengthStatistics, QueueLayout
 from llmsched_env.workload import load_scenario
 
 SMALL: dict[str, Any] = {"num_requests": 60, "backlog": 40, "engine": {"num_blocks": 400}, "hold": 1}

@@ -9,10 +9,11 @@ import pytest
 
 from llmsched_baselines import Setting, make_policy
 from llmsched_baselines.pooled_work import work_classes
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime, load_calibration
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import LengthStatistics, QueueLayout, Workload
 from llmsched_env.work import WorkWeights, work_weights
 from llmsched_env.workload import load_scenario
 

@@ -13,9 +13,10 @@ from test_engine_vllm import random_engine
 from llmsched_baselines import Setting, make_policy
 from llmsched_baselines.overrides import parse_overrides
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import Decision, QueueLayout, Workload
 from llmsched_env.workload import load_scenario
 from llmsched_env.workload.scenario_files import read_scenario
 

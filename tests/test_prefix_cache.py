@@ -14,9 +14,10 @@ from llmsched_env.backend import Backend
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import PrefixCachingBackend, SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout, Workload
 from tests.engine_walk import check_engine
 
 TIME = LinearTime(0.01, 1e-6)

@@ -17,6 +17,7 @@ import pytest
 from llmsched_env import LLMSchedEnv, checks, fluid
 from llmsched_env.backends import make_backend
 from llmsched_env.compiled import compiled
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import mean_interval
 from llmsched_env.perf import (
@@ -36,7 +37,7 @@ from llmsched_env.perf.mixed_attention import mixed_attention_seconds
 from llmsched_env.perf.models import formula_seconds, linear_seconds
 from llmsched_env.perf.tables import table_seconds
 from llmsched_env.reward import SloGoodputReward, make_reward
-from llmsched_env.types import MOST_QUEUES, Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import MOST_QUEUES, Decision, LengthStatistics, QueueLayout, Workload
 from tests.env_settings import ADMIT
 from tests.env_walk import together, walked, walked_together
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmsched_env.cli import reproduce
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.metrics import Interval
 from llmsched_env.pages.reproduction.cases import (
     Case,
@@ -28,7 +29,6 @@ from llmsched_env.pages.reproduction.stability import fit, fluid_rate, growth
 from llmsched_env.pages.reproduction.systems import LOADS, PLANS, evaluate, of_plan, stable_on_grid
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig
 
 TINY = Case(
     "wait",

@@ -11,9 +11,10 @@ import pytest
 from test_readers import raw_trace, write
 
 from llmsched_env.cli import build_statistics
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import equilibrium_of, stability_boundary
-from llmsched_env.types import EngineConfig, QueueLayout, Workload
+from llmsched_env.types import QueueLayout, Workload
 from llmsched_env.workload import MMPP2, Gamma, Poisson, load_lengths, load_scenario, read_trace, scenario_from_trace, scenario_names
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,7 +13,8 @@ import pytest
 from llmsched_baselines import Setting
 from llmsched_env.backend import View
 from llmsched_env.cli import serve_check
-from llmsched_env.types import Decision, EngineConfig, QueueLayout
+from llmsched_env.engine_config import EngineConfig
+from llmsched_env.types import Decision, QueueLayout
 from llmsched_hardware import live_start
 from llmsched_hardware.live_config import LiveConfig
 from llmsched_hardware.live_start import announcement, start, trial

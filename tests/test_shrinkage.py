@@ -14,10 +14,11 @@ from llmsched_baselines import Setting, make_policy
 from llmsched_baselines.predicted import PredictedWork
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.forecast import class_weights
 from llmsched_env.records import reader
 from llmsched_env.shrinkage import REACH, TRUST_STEPS, Prior, PriorRecord, prompt_bucket, shrunk_work
-from llmsched_env.types import EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout
+from llmsched_env.types import LengthStatistics, QueueLayout
 from llmsched_env.workload import PredictionModel, load_scenario
 
 prior_at = reader(PriorRecord)

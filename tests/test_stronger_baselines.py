@@ -10,12 +10,13 @@ import pytest
 from llmsched_baselines import Setting, make_policy
 from llmsched_baselines.expected_work import expected_prompt_by_class
 from llmsched_baselines.policy import prompt_classes
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import expected_output_by_class, middles
 from llmsched_env.metrics import summarize
 from llmsched_env.perf import LinearTime
 from llmsched_env.runner import Policy, run_episode
-from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload import load_scenario
 
 # Short prompts with long answers, long prompts with short ones: the order by prompt is the wrong one.

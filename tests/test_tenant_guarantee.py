@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import INPUT_PRICE, OUTPUT_PRICE
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, Workload
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
+from llmsched_env.types import ADMIT_ALL, Decision, Workload
 from tests.tenant_cases import Course, built, course, workload
 
 BACKEND = SimBackend()

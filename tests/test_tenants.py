@@ -9,13 +9,14 @@ import pytest
 
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid.wait import class_profiles
 from llmsched_env.forecast import class_weights, expected_output_by_class
 from llmsched_env.metrics import latency
 from llmsched_env.runner import run_episode
 from llmsched_env.tenant_terms import TenantTerms
-from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload import MMPP2, Poisson, Tenant, TenantMix, Types, load_scenario, read_scenario, read_trace, scenario_from_trace
 from tests.tenant_cases import built, course
 

@@ -17,11 +17,12 @@ from llmsched_agents.lookup import named_policies
 from llmsched_env.backends import make_backend
 from llmsched_env.cli import hardware_page, validate
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, EngineError
 from llmsched_env.metrics import Summary
 from llmsched_env.perf import FormulaTime, LinearTime, Provenance, save_calibration
 from llmsched_env.row_file import RowFile, read_rows
-from llmsched_env.types import Decision, EngineConfig
+from llmsched_env.types import Decision
 from llmsched_env.workload import load_scenario
 from llmsched_hardware import validation_runs
 from llmsched_hardware.real_engine import Machine

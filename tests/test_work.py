@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as hs
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, load_calibration
-from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
+from llmsched_env.types import LengthStatistics, QueueLayout
 from llmsched_env.work import WorkWeights, expected_work, kv_of_a_resident, linear_batch, memory_binds, seats, work_weights
 
 STATISTICS = LengthStatistics.of([100, 300], [50, 20], [1, 1])

@@ -14,9 +14,10 @@ from llmsched_agents.adaptive_times import times_record
 from llmsched_baselines.policy import RulePolicy, Setting
 from llmsched_env import checks
 from llmsched_env.engine.rules import Rule
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.peak import PeakRecord, forecast_steps
-from llmsched_env.types import TILE_TOKENS, EngineConfig, FloatArray, QueueLayout
+from llmsched_env.types import TILE_TOKENS, FloatArray, QueueLayout
 
 CLASSES_PER_OCTAVE = 8
 GROUPS_PER_OCTAVE = 2

@@ -19,9 +19,10 @@ from llmsched_agents.interface import Interface
 from llmsched_agents.recipe import Recipe
 from llmsched_env.action import ActionCodec
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.runner import Policy
-from llmsched_env.types import Decision, EpisodeLimits, Workload
+from llmsched_env.types import Decision, Workload
 
 DESCRIPTION = "demonstrations.json"
 # What policies of ``baselines`` set in their engine.

@@ -12,9 +12,10 @@ import numpy as np
 from llmsched_agents.recipe import Recipe
 from llmsched_baselines import Setting
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import Fluid, stability_boundary
-from llmsched_env.types import EngineConfig, IntArray, LengthStatistics
+from llmsched_env.types import IntArray, LengthStatistics
 from llmsched_env.workload import Scenario, load_scenario
 from llmsched_env.workload.arrivals import MMPP2, Gamma, Poisson
 from llmsched_env.workload.lengths import LengthModel

@@ -19,10 +19,11 @@ from llmsched_agents.learned_shrinkage import LearnedShrinkage
 from llmsched_baselines import SHIPPED as SHIPPED_POLICIES
 from llmsched_baselines import Setting, make_policy, policy_class, policy_names
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.registry import POLICIES, is_reference
 from llmsched_env.runner import Policy
-from llmsched_env.types import EngineConfig, QueueLayout
+from llmsched_env.types import QueueLayout
 
 POLICIES.built_in({policy.name: policy for policy in (Adaptive, AdaptiveAged, LearnedShrinkage)})
 

@@ -30,11 +30,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.fluid import Fluid
 from llmsched_env.forecast import class_weights
 from llmsched_env.peak import NO_TABLES as NO_PEAK
 from llmsched_env.peak import PeakTables, peak_tables, table_size, tail
-from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout
+from llmsched_env.types import LengthStatistics, QueueLayout
 
 
 @dataclass(frozen=True, slots=True)

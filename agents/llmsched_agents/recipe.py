@@ -12,11 +12,12 @@ import numpy as np
 from llmsched_baselines import Setting
 from llmsched_env.action import THETAS
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import Fluid, equal_probability_ends
 from llmsched_env.fluid.equilibrium import KV_CHARGED, CycleLoad, boundary_of
 from llmsched_env.forecast import class_weights, class_work
-from llmsched_env.types import EngineConfig, FloatArray, LengthStatistics, QueueLayout
+from llmsched_env.types import FloatArray, LengthStatistics, QueueLayout
 from llmsched_env.workload.scenario import interpolated_edges
 
 ActionSet = Literal["admit", "admit-only", "reserve", "peak"]

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_origin
 
 from llmsched_baselines import policy_class, policy_options
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.perf import IterationTimeModel, load_calibration
-from llmsched_env.types import EngineConfig
 
 
 @dataclass(frozen=True, slots=True)

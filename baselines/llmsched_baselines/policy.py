@@ -12,8 +12,9 @@ import numpy as np
 from llmsched_env.backend import View
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import Decision, EngineConfig, LengthStatistics, QueueLayout
+from llmsched_env.types import Decision, LengthStatistics, QueueLayout
 from llmsched_env.workload.scenario import bucket_edges, interpolated_edges
 
 

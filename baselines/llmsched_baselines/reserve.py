@@ -10,10 +10,11 @@ from llmsched_env.action import decode_reserve
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.state import Engine
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.forecast import Forecast, make_forecast
 from llmsched_env.records import Record
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, QueueLayout
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout
 
 
 class ReserveRecord(Record):

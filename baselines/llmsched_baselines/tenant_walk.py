@@ -19,8 +19,9 @@ from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import precedes
 from llmsched_env.engine.residents import blocks_for, computed
 from llmsched_env.engine.state import PREFILL, Engine
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.records import Counts, Record
-from llmsched_env.types import Decision, EngineConfig, LengthStatistics, QueueLayout
+from llmsched_env.types import Decision, LengthStatistics, QueueLayout
 
 
 class Room(Record):

@@ -20,9 +20,10 @@ from llmsched_env.engine.record_backend import RecordBackend, RecordView, check_
 from llmsched_env.engine.residents import admit, blocks_for, computed, preempt
 from llmsched_env.engine.schedule_vllm import blocks_to_take, describe_batch, take_blocks
 from llmsched_env.engine.step import engine_at, step_at
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.pointers import Callback
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import Decision, QueueLayout, Workload
 from llmsched_hardware.gate import Gate, allowed
 
 

@@ -28,10 +28,11 @@ from llmsched_env.engine.record_backend import RecordView, engine_tables, load_q
 from llmsched_env.engine.residents import admit, blocks_for, insert_peer, preempt, release
 from llmsched_env.engine.state import BOUNDARY, DECODE, PREFILL
 from llmsched_env.engine.step import advance_clock, clear_queues, engine_at
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import memory_of
 from llmsched_env.records import Floats, Ints, Rows, reader
-from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout
+from llmsched_env.types import QueueLayout
 
 _INITIAL_REQUESTS = 256
 _RENUMBER_ABOVE = st.LATE_KEY // 4  # keys are 32 bits and late ones lie above LATE_KEY / 2

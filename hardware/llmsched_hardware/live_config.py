@@ -13,11 +13,12 @@ from llmsched_agents.checkpoint import checkpoint_folder, read_config, shipped_a
 from llmsched_agents.lookup import is_checkpoint, named_policy
 from llmsched_baselines import Setting, policy_names
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, InfeasibleError, MissingExtraError, did_you_mean
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import Policy
-from llmsched_env.types import EngineConfig, LengthStatistics
+from llmsched_env.types import LengthStatistics
 from llmsched_env.workload import load_scenario
 from llmsched_env.workload.lengths import TraceLengths
 from llmsched_env.workload.readers import read_trace

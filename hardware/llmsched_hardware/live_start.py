@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import CalibrationRangeWarning
-from llmsched_env.types import EngineConfig, EpisodeLimits, Workload
+from llmsched_env.types import Workload
 from llmsched_env.workload import Poisson
 from llmsched_env.workload.lengths import whole_tokens
 from llmsched_hardware.live import LiveMirror

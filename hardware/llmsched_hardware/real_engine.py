@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, EngineError, did_you_mean
-from llmsched_env.types import EngineConfig
 from llmsched_hardware.options import FIXED, SETTINGS, differing, engine_arguments, setting_names, settings_of
 from llmsched_hardware.shapes import is_shape, model_shape, write_shape
 from llmsched_hardware.versions import cpu_block_size, installed, prepare_environment, shield_llvmlite

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llmsched_env.engine.record_backend import RecordBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import EngineConfig, QueueLayout
+from llmsched_env.types import QueueLayout
 from llmsched_hardware.real_engine import Machine, StepSeconds
 
 

@@ -28,8 +28,8 @@ from typing import Any
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import EngineConfig
 from llmsched_hardware import versions
 from llmsched_hardware.calibration.iteration_log import IterationLogWriter
 from llmsched_hardware.calibration.iteration_watch import IterationWatch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmsched_env.types import EngineConfig
+from llmsched_env.engine_config import EngineConfig
 
 LARGEST = ("b200", "b300", "mi300", "mi325", "mi350", "mi355")
 """Devices with 160 GB of memory or more, as their names have it."""

@@ -15,10 +15,11 @@ from llmsched_baselines import Policy
 from llmsched_env import LLMSchedEnv
 from llmsched_env.backend import Backend, View
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import require
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, IterationReport, RequestLog
+from llmsched_env.types import IterationReport, RequestLog
 from llmsched_env.workload import Scenario
 from llmsched_hardware.validation import ENGINE, SIM
 from llmsched_hardware.validation_runs import Clock

@@ -14,11 +14,12 @@ from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting
 from llmsched_env.backend import Backend
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import Summary
 from llmsched_env.runner import Policy, run_episode
-from llmsched_env.types import EngineConfig, IntArray, IterationReport, LengthStatistics, Workload
+from llmsched_env.types import IntArray, IterationReport, LengthStatistics, Workload
 from llmsched_env.workload import LengthModel, Scenario
 from llmsched_env.workload.lengths import whole_tokens
 from llmsched_env.workload.scenario import bucket_layout, hidden_layout

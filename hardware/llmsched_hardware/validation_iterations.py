@@ -18,10 +18,11 @@ import numpy as np
 
 from llmsched_env.engine.record_backend import RecordView
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import IterationTimeModel
 from llmsched_env.perf.batch import FINISHED, PREFILLS, STARTED
-from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import QueueLayout, Workload
 from llmsched_hardware.calibration.from_log import LogFit, fit_log, iterations_of
 from llmsched_hardware.calibration.iteration_log import IterationLog
 from llmsched_hardware.calibration.traffic_fit import new_shapes

@@ -14,8 +14,9 @@ from llmsched_hardware.versions import prepare_environment
 prepare_environment()  # before vLLM is imported
 
 from llmsched_env.engine.record_backend import RecordView
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError, EngineError, did_you_mean
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import Decision, QueueLayout, Workload
 from llmsched_hardware.calibration.iteration_log import IterationLogWriter, check_log_path
 from llmsched_hardware.calibration.iteration_watch import IterationWatch
 from llmsched_hardware.external import Executed, ExternalBackend

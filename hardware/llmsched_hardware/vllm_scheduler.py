@@ -19,7 +19,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from llmsched_env.types import EngineConfig
+from llmsched_env.engine_config import EngineConfig
 from llmsched_hardware.external import Executed, ExternalBackend
 from llmsched_hardware.gate import Gate
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler

@@ -16,9 +16,10 @@ from llmsched_env.bench.advice import DEFAULT, FLAGS_ALONE, HIGHER, NAMES, Choic
 from llmsched_env.bench.advice_search import Study, outside
 from llmsched_env.bench.plots import COLOURS, load_pyplot, save_figure
 from llmsched_env.bench.variants import split_options
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.markdown import cell, table
 from llmsched_env.metrics import Summary
-from llmsched_env.types import EngineConfig, FloatArray
+from llmsched_env.types import FloatArray
 from llmsched_hardware.options import differing
 
 HEADINGS = {

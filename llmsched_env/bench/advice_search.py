@@ -18,12 +18,13 @@ from typing import Any
 from llmsched_baselines import policy_options
 from llmsched_env.bench.advice import DEFAULT, FLAGS_ALONE, Case, Choice, Row, refused
 from llmsched_env.bench.tuning import GRIDS, Point, nearest, search
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import Summary
 from llmsched_env.row_file import RowFile
 from llmsched_env.runner import Policy
-from llmsched_env.types import TILE_TOKENS, EngineConfig
+from llmsched_env.types import TILE_TOKENS
 from llmsched_hardware.options import setting_names
 
 TOKENS = (64, 96, *(base * 2**i for i in range(9) for base in (128, 192)))

@@ -12,11 +12,11 @@ from typing import Any
 
 from llmsched_env.bench.advice import FLAGS_ALONE, Case, Choice
 from llmsched_env.bench.variants import split_options
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import replacing
 from llmsched_env.metrics import Summary
 from llmsched_env.runner import Policy
-from llmsched_env.types import EngineConfig
 from llmsched_hardware.live_config import POLICY, POLICY_CONFIG, LiveConfig, check_possible
 from llmsched_hardware.live_start import start
 from llmsched_hardware.options import POLICY_FLAGS, SETTINGS

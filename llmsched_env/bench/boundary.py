@@ -19,10 +19,11 @@ import numpy as np
 from llmsched_baselines import Setting, make_policy
 from llmsched_env import __version__
 from llmsched_env.bench.seeds import seed_of
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import replacing
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, Workload
+from llmsched_env.types import Workload
 from llmsched_env.workload import Scenario
 
 REQUESTS = 4_000

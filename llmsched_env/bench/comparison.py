@@ -19,12 +19,13 @@ from llmsched_env.backends import make_backend
 from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError, policy_named
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import Summary, summarize, ttft
 from llmsched_env.perf.base import CalibrationRangeWarning
 from llmsched_env.runner import EpisodeResult, Policy, run_episode
-from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, Workload
+from llmsched_env.types import FloatArray, Workload
 from llmsched_env.workload import Scenario
 
 SUMMARY_FILE = "summary.csv"

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from llmsched_env.backends import make_backend
 from llmsched_env.bench.comparison import Comparison, Task
+from llmsched_env.engine_config import EpisodeLimits
 from llmsched_env.errors import policy_named
 from llmsched_env.render import History, Viewer
 from llmsched_env.render.film import Frame
 from llmsched_env.render.names import bands, class_names
 from llmsched_env.render.viewer import SIZE
-from llmsched_env.types import EpisodeLimits
 
 
 def frames(comparison: Comparison, task: Task, *, every: float, until: float, size: tuple[int, int] = SIZE) -> Iterator[Frame]:

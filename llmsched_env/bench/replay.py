@@ -15,12 +15,13 @@ from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting
 from llmsched_baselines.overrides import Overrides
 from llmsched_env.backend import View
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError, policy_named
 from llmsched_env.files import replacing
 from llmsched_env.metrics import latency, lost, ttft
 from llmsched_env.row_file import csv_writer
 from llmsched_env.runner import EpisodeResult, Policy, run_episode
-from llmsched_env.types import EngineConfig, EpisodeLimits, IterationReport, RequestLog, Workload
+from llmsched_env.types import IterationReport, RequestLog, Workload
 from llmsched_env.workload import Scenario, Trace, TraceArrivals
 
 REQUEST_COLUMNS = ("request_id", "arrived_at", "prompt_tokens", "output_tokens", "admitted_at", "ttft", "e2e", "evictions", "completed")

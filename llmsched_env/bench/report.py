@@ -17,9 +17,9 @@ from llmsched_env import __version__
 from llmsched_env.bench.comparison import Comparison, Row
 from llmsched_env.bench.plots import Figure
 from llmsched_env.bench.tables import COLUMNS, REPORT_COLUMNS, Cell, footnotes, short_footnotes
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import require
 from llmsched_env.files import replacing
-from llmsched_env.types import EngineConfig
 
 TEMPLATES = Path(__file__).parent
 """Folder of report.html.j2, demo.html.j2 and the parts that they share."""

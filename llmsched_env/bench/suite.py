@@ -27,10 +27,11 @@ from llmsched_env.bench.comparison import extrapolation_reported
 from llmsched_env.bench.seeds import Purpose, seed_of
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.metrics import Summary, summarize
 from llmsched_env.runner import Policy, run_episode
-from llmsched_env.types import EngineConfig, LengthStatistics, Workload
+from llmsched_env.types import LengthStatistics, Workload
 from llmsched_env.workload import MMPP2, PiecewiseConstant, Scenario, load_scenario
 
 Part = Literal["stationary", "bursts", "daily", "shift"]

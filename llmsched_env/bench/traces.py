@@ -20,10 +20,11 @@ from llmsched_env.bench.boundary import measure
 from llmsched_env.bench.comparison import extrapolation_reported
 from llmsched_env.bench.suite import ENGINES
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import summarize
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, FloatArray, Workload
+from llmsched_env.types import FloatArray, Workload
 from llmsched_env.workload import Scenario, scenario_from_trace
 from llmsched_env.workload.arrivals import TraceArrivals
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from llmsched_agents.lookup import NamedPolicy
 from llmsched_baselines import Setting, make_policy, policy_class
 from llmsched_env.bench.suite import PAIRS, Bench, Cell, engine_of
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.runner import Policy
-from llmsched_env.types import EngineConfig
 from llmsched_env.workload import Scenario, load_scenario
 
 Kind = Literal["default", "tuned", "together", "agent"]

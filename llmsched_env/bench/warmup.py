@@ -17,12 +17,12 @@ from llmsched_agents.lookup import named_policies
 from llmsched_baselines import SHIPPED
 from llmsched_env import compiled
 from llmsched_env.bench.comparison import Comparison, Task, extrapolation_reported, finished_rows, record
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.environments import ENVIRONMENTS
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import calibration_names, load_calibration
 from llmsched_env.perf.base import IterationTimeModel
 from llmsched_env.spec import ACTION_SETS, DEFAULT_SCENARIO
-from llmsched_env.types import EngineConfig
 from llmsched_env.workload import load_scenario
 
 PAPER_SCENARIO = "two-type"

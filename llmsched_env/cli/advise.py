@@ -25,11 +25,11 @@ from llmsched_env.bench.comparison import extrapolation_reported
 from llmsched_env.cli.frame import DONE, FAILED, Assignments, Command, Outcome, Resumable, Screen, check_counts, words
 from llmsched_env.cli.trace_options import TraceOptions
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, MissingExtraError, require
 from llmsched_env.files import check_folder, check_same_settings, goes_on, read_settings, write_settings
 from llmsched_env.markdown import write_page
 from llmsched_env.row_file import RowFile
-from llmsched_env.types import EngineConfig
 from llmsched_env.workload import Scenario, load_scenario
 from llmsched_hardware.serve_defaults import serve_limits, served
 from llmsched_hardware.validation_runs import MACHINE_FILE, read_machine

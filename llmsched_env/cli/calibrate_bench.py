@@ -12,9 +12,9 @@ import tyro
 
 from llmsched_baselines.overrides import engine_keys, parse_overrides
 from llmsched_env.cli.frame import Assignments, Options, Outcome, Screen, check_new_calibration, words
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.perf import save_calibration
-from llmsched_env.types import EngineConfig
 from llmsched_hardware.calibration.bench_fit import Interval
 from llmsched_hardware.calibration.bench_metrics import ServerCounters, check_counters, read_counters
 from llmsched_hardware.calibration.bench_results import BenchResult, read_results

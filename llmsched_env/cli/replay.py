@@ -14,11 +14,11 @@ from llmsched_baselines.overrides import parse_overrides, with_calibration
 from llmsched_env.bench.replay import IterationRows, Preset, Replay, prepared, summary_lines, write
 from llmsched_env.cli.frame import DONE, FAILED, Assignments, Command, Options, Outcome, Screen, words
 from llmsched_env.cli.trace_options import TraceOptions
+from llmsched_env.engine_config import EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import check_file
 from llmsched_env.metrics import Summary, lost
 from llmsched_env.runner import EpisodeResult
-from llmsched_env.types import EpisodeLimits
 
 MOST_ITERATIONS = 2**62
 

@@ -13,8 +13,8 @@ import tyro
 
 from llmsched_baselines.overrides import engine_keys, parse_overrides
 from llmsched_env.cli.frame import DONE, FAILED, Assignments, Command, Options, Outcome, Screen, check_counts, words
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import EngineConfig
 from llmsched_hardware.live_config import POLICY, POLICY_CONFIG, LiveConfig
 from llmsched_hardware.live_start import Trial, announcement, start, trial
 from llmsched_hardware.options import POLICY_FLAGS, SETTINGS, setting_names

@@ -20,8 +20,9 @@ from llmsched_env.engine.record_backend import (
     load_settings,
     most_residents,
 )
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf.base import memory_of, packed_of
-from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import QueueLayout, Workload
 
 
 class EngineSpec(Protocol):

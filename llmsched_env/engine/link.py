@@ -15,9 +15,10 @@ from llmsched_env.engine.schedule_paper import schedule_paper
 from llmsched_env.engine.schedule_vllm import schedule_vllm
 from llmsched_env.engine.state import Code, Engine, Pool
 from llmsched_env.engine.step import schedule_elsewhere, step
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.pointers import Argument, address_of
 from llmsched_env.threads import available_threads
-from llmsched_env.types import Decision, EngineConfig, QueueLayout
+from llmsched_env.types import Decision, QueueLayout
 
 _Functions = dict[str, tuple[Any, tuple[Argument, ...]]]
 

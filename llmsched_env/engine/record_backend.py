@@ -14,21 +14,11 @@ from llmsched_env.engine import state as st
 from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import SharedPrompts, pool_tables, reset_pool
 from llmsched_env.engine.step import engine_at, reset_at
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.base import memory_of, packed_of, warn_out_of_range
 from llmsched_env.records import Level
-from llmsched_env.types import (
-    TILE_TOKENS,
-    Decision,
-    EngineConfig,
-    EpisodeLimits,
-    FloatArray,
-    IntArray,
-    IterationReport,
-    QueueLayout,
-    RequestLog,
-    Workload,
-)
+from llmsched_env.types import TILE_TOKENS, Decision, FloatArray, IntArray, IterationReport, QueueLayout, RequestLog, Workload
 
 CACHE_LINE = 64
 

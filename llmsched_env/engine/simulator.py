@@ -6,7 +6,8 @@ from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.record_backend import RecordBackend, RecordView
 from llmsched_env.engine.state import END_STUCK
 from llmsched_env.engine.step import step_at
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
+from llmsched_env.types import Decision, QueueLayout, Workload
 
 
 class SimBackend(RecordBackend):

@@ -23,10 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid.minorant import Line, Minorant, minorant
 from llmsched_env.perf.models import LinearTime
-from llmsched_env.types import EngineConfig, FloatArray, Workload
+from llmsched_env.types import FloatArray, Workload
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Values of ``a`` that are tried; each gives a bound, the largest counts."""

@@ -30,11 +30,12 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid.equilibrium import KV_CHARGED, LOAD_FIELDS, TOLERANCE, CycleLoad, mean_rounding, stage_shift
 from llmsched_env.perf import Batch
 from llmsched_env.perf import batch as bt
-from llmsched_env.types import MOST_QUEUES, EngineConfig, FloatArray, IntArray, LengthStatistics
+from llmsched_env.types import MOST_QUEUES, FloatArray, IntArray, LengthStatistics
 
 
 def theta_root(n_prev: float, n_k: float, p: float) -> float:

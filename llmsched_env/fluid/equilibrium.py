@@ -32,10 +32,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.perf import Batch, LinearTime
 from llmsched_env.perf import batch as bt
-from llmsched_env.types import MOST_QUEUES, EngineConfig, FloatArray, IntArray, LengthStatistics
+from llmsched_env.types import MOST_QUEUES, FloatArray, IntArray, LengthStatistics
 
 Constraint = Literal["kv_capacity", "max_num_batched_tokens", "max_num_seqs"]
 """What limits the batch besides time; the last two hold in the ``vllm`` preset only."""

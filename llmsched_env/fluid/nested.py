@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid.buffer import (
     SafetyBuffer,
@@ -45,7 +46,7 @@ from llmsched_env.fluid.equilibrium import (
     smallest_capacity,
 )
 from llmsched_env.fluid.wait import Rounding, all_integers, ceil_tolerant, checked_thresholds, rotation_quota, show_thresholds
-from llmsched_env.types import EngineConfig, FloatArray, IntArray, LengthStatistics
+from llmsched_env.types import FloatArray, IntArray, LengthStatistics
 
 _MAX_CANDIDATES = 4096
 

@@ -16,10 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid.buffer import merge_segments
 from llmsched_env.fluid.nested import design_memory
-from llmsched_env.types import MOST_QUEUES, EngineConfig, FloatArray, IntArray, LengthStatistics
+from llmsched_env.types import MOST_QUEUES, FloatArray, IntArray, LengthStatistics
 
 MOST_STAGES = 2**24
 """Of all segments together: every one has a cap of its own."""

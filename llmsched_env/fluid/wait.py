@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, InfeasibleError
 from llmsched_env.fluid.equilibrium import TOLERANCE, CycleLoad, Fluid, charge_sum, check_rate, infeasible, stage_shift
-from llmsched_env.types import EngineConfig, FloatArray, IntArray, LengthStatistics, QueueLayout
+from llmsched_env.types import FloatArray, IntArray, LengthStatistics, QueueLayout
 
 Rounding = Literal["auto", "integer", "rotation"]
 

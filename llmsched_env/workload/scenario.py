@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid.segments import equal_probability_ends
-from llmsched_env.types import EngineConfig, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import LengthStatistics, QueueLayout, Workload
 from llmsched_env.workload.arrivals import ArrivalProcess, Poisson, TraceArrivals, check_count, check_positive
 from llmsched_env.workload.lengths import LengthModel, TraceLengths
 from llmsched_env.workload.predictions import PredictionModel

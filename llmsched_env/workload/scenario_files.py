@@ -62,8 +62,9 @@ from typing import Any
 
 from llmsched_env import checks
 from llmsched_env.engine_changes import engine_with
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, did_you_mean
-from llmsched_env.types import EngineConfig, QueueLayout
+from llmsched_env.types import QueueLayout
 from llmsched_env.workload.arrivals import MMPP2, ArrivalProcess, Gamma, PiecewiseConstant, Poisson, TraceArrivals
 from llmsched_env.workload.lengths import LengthModel, Lognormal, TraceLengths, Types
 from llmsched_env.workload.predictions import PredictionModel

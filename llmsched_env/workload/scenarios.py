@@ -34,9 +34,10 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from llmsched_env import checks
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.registry import SCENARIOS
-from llmsched_env.types import EngineConfig, QueueLayout
+from llmsched_env.types import QueueLayout
 from llmsched_env.workload.arrivals import MMPP2, ArrivalProcess, Gamma, Poisson
 from llmsched_env.workload.lengths import Lognormal, Types
 from llmsched_env.workload.scenario import DEFAULT_MODEL_LEN, Scenario, bucket_edges, bucket_layout, hidden_layout

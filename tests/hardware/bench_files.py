@@ -14,11 +14,12 @@ import numpy as np
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.backend import View
 from llmsched_env.compiled import compiled
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.perf import FormulaTime, IterationTimeModel, Provenance
 from llmsched_env.perf.base import FloatArray
 from llmsched_env.perf.batch import BatchSums
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, IterationReport, LengthStatistics, Workload
+from llmsched_env.types import IterationReport, LengthStatistics, Workload
 
 NOISE = 0.3  # an iteration takes from 1 - NOISE / 2 to 1 + NOISE / 2 of what the formula says
 

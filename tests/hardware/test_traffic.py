@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.record_backend import RecordBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import Batch, TrafficTime, load_calibration, save_calibration
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, Workload
+from llmsched_env.types import Workload
 from llmsched_env.workload import load_scenario
 from llmsched_hardware.calibration.from_log import combined, fit_log, fit_logs, iterations_of, not_covered
 from llmsched_hardware.calibration.iteration_log import COLUMNS, IterationLog, IterationLogWriter, IterationRow

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from llmsched_agents.lookup import named_policies
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import EngineConfig
 from llmsched_env.workload import load_scenario
 from llmsched_hardware.calibration.iteration_log import COLUMNS, IterationLog
 from llmsched_hardware.validation import ENGINE, SIM, Gap, Task, Validation, gaps, on_engine, run_task

@@ -19,7 +19,8 @@ from vllm import SamplingParams
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from llmsched_env.types import Decision, EngineConfig, QueueLayout
+from llmsched_env.engine_config import EngineConfig
+from llmsched_env.types import Decision, QueueLayout
 from llmsched_hardware.serve import PolicyScheduler
 from llmsched_hardware.vllm_scheduler import VllmSchedulerBackend, faked_scheduler
 

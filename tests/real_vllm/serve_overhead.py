@@ -24,7 +24,8 @@ import numpy as np
 from serve_inprocess import Server
 from serve_policies import random_agent
 
-from llmsched_env.types import Decision, EngineConfig
+from llmsched_env.engine_config import EngineConfig
+from llmsched_env.types import Decision
 from llmsched_hardware.vllm_scheduler import VllmSchedulerBackend, faked_scheduler
 
 ENGINE = EngineConfig.vllm(max_num_batched_tokens=32_768)

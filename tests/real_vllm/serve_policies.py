@@ -12,7 +12,8 @@ import numpy as np
 
 from llmsched_baselines import Setting
 from llmsched_env.backend import View
-from llmsched_env.types import Decision, EngineConfig, QueueLayout
+from llmsched_env.engine_config import EngineConfig
+from llmsched_env.types import Decision, QueueLayout
 
 RAISING_PROMPT = 61
 """Prompt length (tokens) at whose sight `Stubborn` raises."""

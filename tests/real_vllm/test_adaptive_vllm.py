@@ -17,8 +17,9 @@ from llmsched_baselines import Setting
 from llmsched_env.backend import Backend
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import EngineConfig, EpisodeLimits, LengthStatistics, RequestLog, Workload
+from llmsched_env.types import LengthStatistics, RequestLog, Workload
 from llmsched_hardware.versions import cpu_block_size
 from llmsched_hardware.vllm_engine import VllmEngineBackend
 

@@ -19,10 +19,10 @@ from llmsched_env.bench.advice import Case, Choice, parse_objective
 from llmsched_env.bench.advice_check import Run
 from llmsched_env.bench.advice_serve import check_server, start_of
 from llmsched_env.cli import advise
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, Provenance, save_calibration
 from llmsched_env.row_file import read_rows
-from llmsched_env.types import EngineConfig
 from llmsched_env.workload import load_scenario
 from llmsched_hardware.options import SCHEDULER_CLASS, SETTINGS
 from llmsched_hardware.serve_defaults import serve_limits

@@ -15,7 +15,8 @@ from test_scheduler_equality import WORKLOADS, Case, backends, compare, compare_
 
 import llmsched_env
 from llmsched_env.engine import state as st
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, IterationReport, QueueLayout, Workload
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
+from llmsched_env.types import Decision, IterationReport, QueueLayout, Workload
 from tests.env_settings import ADMIT
 
 __all__ = ["backends"]

@@ -9,9 +9,10 @@ pytest.importorskip("vllm")
 
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, LengthStatistics, Workload
+from llmsched_env.types import LengthStatistics, Workload
 
 CALIBRATION = "rtxpro6000-llama31-8b-vllm"
 

@@ -26,10 +26,11 @@ from gymnasium.utils.env_checker import check_env
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.backends import make_backend
 from llmsched_env.engine import state as st
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError, EngineError
 from llmsched_env.perf import LinearTime
 from llmsched_env.runner import run_episode
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, RequestLog, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout, RequestLog, Workload
 from llmsched_env.workload.lengths import Types
 from llmsched_hardware import real_engine
 from llmsched_hardware.gated_scheduler import Admission

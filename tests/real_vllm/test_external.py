@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout, Workload
 from llmsched_hardware.external import Executed, ExternalBackend
 from llmsched_hardware.gate import Gate
 from tests.engine_walk import check_engine

@@ -24,9 +24,10 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.request import Request
 
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import Batch
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import Decision, QueueLayout, Workload
 from llmsched_hardware import options
 from llmsched_hardware.calibration.iteration_log import IterationLog, read_iteration_log
 from llmsched_hardware.versions import cpu_block_size

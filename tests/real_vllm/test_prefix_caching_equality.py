@@ -21,8 +21,9 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
 
 from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import PrefixCachingBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout, Workload
 from llmsched_hardware import vllm_scheduler as hw
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
 from llmsched_hardware.options import scheduler_arguments

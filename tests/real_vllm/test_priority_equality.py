@@ -20,9 +20,10 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import LinearTime
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import Decision, QueueLayout, Workload
 from llmsched_hardware.options import PRIORITY
 from tests.real_vllm.test_prefix_caching_equality import lockstep
 from tests.real_vllm.test_rival_settings_equality import RivalCase, Watch

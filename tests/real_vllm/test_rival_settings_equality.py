@@ -19,8 +19,9 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
 from llmsched_env.backends import make_backend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
-from llmsched_env.types import EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import QueueLayout, Workload
 from llmsched_hardware import vllm_scheduler as hw
 from llmsched_hardware.gated_scheduler import GatedScheduler
 from llmsched_hardware.options import SETTINGS

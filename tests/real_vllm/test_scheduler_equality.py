@@ -23,10 +23,11 @@ if importlib.util.find_spec("vllm") is None:  # importing it would read its sett
 
 from llmsched_env.backends import make_backend
 from llmsched_env.engine import state as st
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf.batch import BatchSums
 from llmsched_env.records import Rows
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout, Workload
 from tests.engine_walk import check_engine
 from tests.env_settings import ADMIT
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from serve_policies import random_agent
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, InfeasibleError
-from llmsched_env.types import EngineConfig, QueueLayout
+from llmsched_env.types import QueueLayout
 from llmsched_hardware import live
 from llmsched_hardware.live import LiveMirror
 from llmsched_hardware.live_config import LiveConfig, build_policy

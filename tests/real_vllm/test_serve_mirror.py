@@ -23,9 +23,10 @@ if importlib.util.find_spec("vllm") is None:
 from serve_inprocess import make_server
 
 from llmsched_env.action import fill_mask
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.forecast import Forecast, make_forecast
 from llmsched_env.observation import ObservationLayout, encode
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, EpisodeLimits, LengthStatistics, QueueLayout, Workload
+from llmsched_env.types import ADMIT_ALL, Decision, LengthStatistics, QueueLayout, Workload
 from llmsched_hardware.vllm_scheduler import VllmSchedulerBackend
 
 CASES = int(os.environ.get("LLMSCHED_SERVE_CASES", "24"))

@@ -22,9 +22,10 @@ from serve_policies import random_agent
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.records import Level
-from llmsched_env.types import ADMIT_ALL, Decision, EngineConfig, QueueLayout
+from llmsched_env.types import ADMIT_ALL, Decision, QueueLayout
 from llmsched_hardware import live, serve, versions
 from llmsched_hardware.live import LiveMirror
 from llmsched_hardware.live_rehearsal import rehearse

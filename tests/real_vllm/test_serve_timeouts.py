@@ -20,7 +20,8 @@ if importlib.util.find_spec("vllm") is None:
 import serve_policies
 from serve_inprocess import Server, make_server
 
-from llmsched_env.types import Decision, EngineConfig, QueueLayout
+from llmsched_env.engine_config import EngineConfig
+from llmsched_env.types import Decision, QueueLayout
 from llmsched_hardware import live_caller, serve
 from llmsched_hardware.live_thread import left_behind
 

@@ -11,7 +11,7 @@ if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed here (make test-vllm)", allow_module_level=True)
 
 from llmsched_env.backends import make_backend
-from llmsched_env.types import EngineConfig
+from llmsched_env.engine_config import EngineConfig
 from tests.tenant_cases import built, course, workload
 
 WEIGHTS = (1.0, 3.0, 0.5)

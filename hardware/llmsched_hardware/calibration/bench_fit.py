@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.perf.base import FloatArray
-from llmsched_env.types import BoolArray, EngineConfig, IntArray
+from llmsched_env.types import BoolArray, IntArray
 from llmsched_hardware.calibration.bench_replay import Matching, Parameters, Prior, Replay
 from llmsched_hardware.calibration.bench_results import BenchResult
 from llmsched_hardware.calibration.token_times import (

@@ -10,12 +10,13 @@ import numpy as np
 
 from llmsched_baselines import Setting, make_policy
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import require
 from llmsched_env.metrics import latency, ttft
 from llmsched_env.perf import FormulaTime
 from llmsched_env.perf.base import FloatArray
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, IntArray, LengthStatistics
+from llmsched_env.types import IntArray, LengthStatistics
 from llmsched_hardware.calibration.bench_results import BenchResult
 
 EXACT = 0.01

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import FormulaTime, Provenance
-from llmsched_env.types import EngineConfig
 from llmsched_hardware.calibration.bench_fit import LEAST_IDLE, Fit, Interval, fit, off_formula
 from llmsched_hardware.calibration.bench_metrics import ServerCounters
 from llmsched_hardware.calibration.bench_replay import Replay

@@ -16,12 +16,13 @@ from llmsched_baselines import Setting, make_policy
 from llmsched_env.backend import View
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.record_backend import RecordBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.metrics import Summary
 from llmsched_env.perf import IterationTimeModel
 from llmsched_env.perf.base import FloatArray
 from llmsched_env.runner import Policy, run_episode
-from llmsched_env.types import EngineConfig, IterationReport, Workload
+from llmsched_env.types import IterationReport, Workload
 from llmsched_env.workload import Lognormal, Poisson
 from llmsched_hardware.calibration.fit import FitError, fit_error
 from llmsched_hardware.calibration.iteration_log import IterationLog, read_iteration_log

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmsched_baselines.overrides import parse_value
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.perf import IterationTimeModel
-from llmsched_env.types import EngineConfig
 from llmsched_hardware.real_engine import EngineOptions
 from llmsched_hardware.shapes import SHAPES
 

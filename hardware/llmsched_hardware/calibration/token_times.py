@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.perf.base import FloatArray
-from llmsched_env.types import BoolArray, EngineConfig, IntArray
+from llmsched_env.types import BoolArray, IntArray
 from llmsched_hardware.calibration.bench_results import BenchResult
 
 COLUMNS = ("iterations", "tokens", "kv", "work", "decodes", "frontend")

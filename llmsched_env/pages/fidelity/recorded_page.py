@@ -16,6 +16,7 @@ from llmsched_env.backend import Backend, View
 from llmsched_env.backends import make_backend
 from llmsched_env.engine.prefix_cache import SharedPrompts
 from llmsched_env.engine.simulator import PrefixCachingBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.markdown import table
 from llmsched_env.pages.fidelity.evidence import Paths, check_table, percent
 from llmsched_env.pages.fidelity.recorded_iterations import PrefillIteration, decode_seconds, prefill_iterations
@@ -41,7 +42,7 @@ from llmsched_env.pages.fidelity.recorded_run import (
 from llmsched_env.perf import Batch
 from llmsched_env.perf.mixed_attention import MixedAttentionTime
 from llmsched_env.runner import EpisodeResult
-from llmsched_env.types import EngineConfig, FloatArray, IterationReport
+from llmsched_env.types import FloatArray, IterationReport
 from llmsched_hardware.calibration.importers.llmservingsim import MODELS, Profile, compose, leave_one_out, read_profile
 
 # ---------------------------------------------------------------------------------------------- replays compared

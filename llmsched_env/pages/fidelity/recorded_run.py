@@ -21,13 +21,14 @@ from llmsched_baselines import make_policy
 from llmsched_baselines.policy import Setting
 from llmsched_env.backend import Backend, View
 from llmsched_env.engine.simulator import PrefixCachingBackend
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.metrics import latency, tpot, ttft
 from llmsched_env.pages.fidelity.evidence import Check
 from llmsched_env.pages.fidelity.recorded_prompts import read_prompts
 from llmsched_env.perf import IterationTimeModel, load_calibration
 from llmsched_env.runner import EpisodeResult, OnStep, run_episode
-from llmsched_env.types import EngineConfig, FloatArray, IterationReport, LengthStatistics, RequestLog, Workload
+from llmsched_env.types import FloatArray, IterationReport, LengthStatistics, RequestLog, Workload
 from llmsched_env.workload.readers import read_trace
 
 JITTERED = 50

@@ -20,13 +20,14 @@ from llmsched_baselines import Policy, Setting, make_policy
 from llmsched_env.backend import View
 from llmsched_env.engine.rules import run_constant
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
 from llmsched_env.markdown import table
 from llmsched_env.metrics import latency, ttft
 from llmsched_env.pages.fidelity.evidence import Check, Paths, check_table, percent
 from llmsched_env.perf import Batch, IterationTimeModel, TableTime, load_calibration
 from llmsched_env.runner import EpisodeResult, run_episode
-from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, IterationReport, LengthStatistics, Workload
+from llmsched_env.types import FloatArray, IterationReport, LengthStatistics, Workload
 from llmsched_hardware.calibration.importers.vidur import read_iterations
 
 CALIBRATION = "a100-llama2-7b-vidur"

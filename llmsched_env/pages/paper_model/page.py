@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.fluid import required_memory
 from llmsched_env.markdown import table
 from llmsched_env.metrics import Interval, mean_interval
 from llmsched_env.pages.paper_model.runs import COLLAPSE_EVICTIONS_PER_ITERATION, Line, Run, lines
-from llmsched_env.types import EngineConfig
 
 Runs = Mapping[tuple[float, str, int], Sequence[Run]]
 """The seeds of each line, in order, by its key."""

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmsched_baselines import Setting, make_policy
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.metrics import summarize
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EngineConfig, EpisodeLimits
 from llmsched_env.workload import load_scenario
 
 WARMUP_SHARE = 0.2

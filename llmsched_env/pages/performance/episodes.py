@@ -9,12 +9,13 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from llmsched_baselines import Setting, make_policy
+from llmsched_env.engine_config import EpisodeLimits
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.pages.performance.figure import Figure, median_and_best
 from llmsched_env.pages.performance.kernel import CALIBRATION
 from llmsched_env.perf import load_calibration
 from llmsched_env.runner import run_episode
-from llmsched_env.types import EpisodeLimits, Workload
+from llmsched_env.types import Workload
 from llmsched_env.workload import load_scenario
 
 # Requests a second of Vidur's own event loop, sarathi scheduler, Azure conversation lengths at 5 and 7 requests/s:

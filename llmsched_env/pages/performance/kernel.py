@@ -11,10 +11,11 @@ from llmsched_env.compiled import compiled
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.simulator import SimBackend
 from llmsched_env.engine.state import Engine
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.pages.performance.figure import Figure
 from llmsched_env.perf import load_calibration
 from llmsched_env.records import Numbers
-from llmsched_env.types import Decision, EngineConfig, EpisodeLimits, QueueLayout, Workload
+from llmsched_env.types import Decision, QueueLayout, Workload
 
 # Simulated over real time, published: BLIS (inference-sim) and Vidur (arXiv 2405.05465).
 BLIS_REAL_TIME, VIDUR_REAL_TIME = 212, 141

@@ -18,10 +18,11 @@ from llmsched_env import __version__
 from llmsched_env.backend import Counters
 from llmsched_env.batch_runner import Run, run_batch
 from llmsched_env.bench.comparison import extrapolation_reported
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.metrics import Interval, mean_interval
 from llmsched_env.perf import load_calibration
 from llmsched_env.perf.models import FormulaTime
-from llmsched_env.types import EngineConfig, EpisodeLimits, FloatArray, LengthStatistics, RequestLog, Workload
+from llmsched_env.types import FloatArray, LengthStatistics, RequestLog, Workload
 from llmsched_env.workload import MMPP2, PiecewiseConstant, Poisson, Scenario, Types, load_scenario
 
 WINDOW = (0.2, 0.9)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from llmsched_env.bench.plots import COLOURS
 from llmsched_env.engine.simulator import SimBackend
+from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import require
 from llmsched_env.fluid import required_memory
 from llmsched_env.markdown import table
@@ -20,7 +21,7 @@ from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, number, pic
 from llmsched_env.pages.reproduction.segments import segments
 from llmsched_env.pages.reproduction.stability import LABEL, STYLE, TWO, paper_engine
 from llmsched_env.runner import Policy
-from llmsched_env.types import EngineConfig, EpisodeLimits, Workload
+from llmsched_env.types import Workload
 
 NESTED = (("thresholds", (16, 6)), ("segment_ends", (10,)))
 BASE, M_STAR = 4170, 3000

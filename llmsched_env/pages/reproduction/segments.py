@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from llmsched_env.bench.plots import COLOURS
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.fluid import continuation, equal_width_ends, nested_memory, required_memory
 from llmsched_env.fluid.nested import design_memory
 from llmsched_env.markdown import table
 from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
 from llmsched_env.pages.reproduction.lab import Claim, Lab, picture, show
-from llmsched_env.types import EngineConfig, LengthStatistics
+from llmsched_env.types import LengthStatistics
 
 Memory = tuple[float, float, float]
 """M^pi, that and the boundary thresholds, and M_req, in KV tokens (``design_memory``)."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import require
 from llmsched_env.fluid import stability_boundary
 from llmsched_env.markdown import table
@@ -16,7 +17,7 @@ from llmsched_env.metrics import Interval, mean_interval
 from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, draw, figure, finish
 from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, StableRate, number, picture, show
-from llmsched_env.types import EngineConfig, LengthStatistics
+from llmsched_env.types import LengthStatistics
 
 D0, D1 = 1.0, 1e-3
 TWO = ((10, 10, 2.0), (10, 20, 1.0))

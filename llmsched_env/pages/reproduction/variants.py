@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmsched_env.bench.plots import COLOURS, MARKERS
+from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import require
 from llmsched_env.fluid import fluid_equilibrium, window_rates
 from llmsched_env.markdown import table
@@ -13,7 +14,6 @@ from llmsched_env.pages.reproduction.cases import Case, Group
 from llmsched_env.pages.reproduction.figures import Curve, bars_of, draw, figure, finish
 from llmsched_env.pages.reproduction.lab import Claim, Lab, Section, picture, show
 from llmsched_env.pages.reproduction.stability import CAPACITY, STYLE, TWO, fluid_rate, paper_engine
-from llmsched_env.types import EngineConfig
 
 CYCLE, SWING = 400.0, 0.5
 """Seconds of a period of the time-varying rate, half of it above the mean by this share and half below."""
