@@ -94,32 +94,51 @@ def decode_operate_up_to(
     engine: Engine, peak: PeakRecord, level: float, cost: Vector, tau0: float, most: float, decision: Decision
 ) -> None:
     """``decode_operate`` with at most so many residents; an empty engine takes a request all the same."""
-    run_everything(engine, False, decision)
-    if engine.num_waiting == 0:
-        return
-    requests, queues, settings = engine.requests, engine.queues, engine.settings
-    budget = budget_of(engine, decision)
-    seats, tokens = seats_left(engine, budget), tokens_left(engine, budget)
+    seats, tokens = begin_entry(engine, decision)
     if most < math.inf:
         seats = min(seats, int(max(most, 1.0)) - engine.num_residents)
     if seats <= 0 or tokens <= 0:
         return
     predict(engine, peak)
-    capacity = settings.capacity * kv_unit(engine)
-    limit = level * capacity
-    empty = engine.num_residents == 0
     start_of_queues(engine)
     q = most_urgent(engine, cost, tau0)
-    while q >= 0 and seats > 0 and tokens > 0:
-        r = queues.left[q]
-        fits = adds_within(engine, peak, r, q, limit) and (level < math.inf or peak.own[0] <= capacity)
-        if not fits and not empty:
+    entered = 0
+    while q >= 0 and entered < seats and tokens > 0:
+        prompt = enter(engine, peak, level, q, entered, decision)
+        if prompt < 0:
             return
-        take_over(peak)
-        empty = False
-        decision.admit[q] += 1
-        seats -= 1
-        prompt = requests.prompt[r] + requests.base_generated[r]
-        tokens -= min(prompt, settings.long_prefill) if settings.long_prefill > 0 else prompt
-        queues.left[q] = requests.next[r]
+        entered += 1
+        tokens -= prompt
         q = most_urgent(engine, cost, tau0)
+
+
+# --- for every walk that asks for no more than can begin now -------------------------------------------
+@compiled
+def begin_entry(engine: Engine, decision: Decision) -> tuple[int, int]:
+    """Everything runs, nobody enters yet. Returns the seats and the tokens that are left; none where nobody waits."""
+    run_everything(engine, False, decision)
+    if engine.num_waiting == 0:
+        return 0, 0
+    budget = budget_of(engine, decision)
+    return seats_left(engine, budget), tokens_left(engine, budget)
+
+
+@compiled
+def enter(engine: Engine, peak: PeakRecord, level: float, q: int, entered: int, decision: Decision) -> int:
+    """The next request of outside queue q's walk enters, if it fits. Returns the tokens that it can compute now, -1 where it does not fit.
+
+    Args:
+        level: as of ``decode_operate``.
+        entered: requests that have entered before in this walk; the first of an empty engine always fits.
+    """
+    requests, settings = engine.requests, engine.settings
+    capacity = settings.capacity * kv_unit(engine)
+    r = engine.queues.left[q]
+    fits = adds_within(engine, peak, r, q, level * capacity) and (level < math.inf or peak.own[0] <= capacity)
+    if not fits and engine.num_residents + entered > 0:
+        return -1
+    take_over(peak)
+    decision.admit[q] += 1
+    engine.queues.left[q] = requests.next[r]
+    prompt = int(requests.prompt[r] + requests.base_generated[r])
+    return min(prompt, settings.long_prefill) if settings.long_prefill > 0 else prompt

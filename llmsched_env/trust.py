@@ -14,9 +14,8 @@ import math
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import start_of_queues
 from llmsched_env.engine.state import Engine
-from llmsched_env.engine.step import budget_of
-from llmsched_env.operate import seats_left, tokens_left
-from llmsched_env.peak import PeakRecord, adds_within, kv_unit, predict, run_everything, take_over
+from llmsched_env.operate import begin_entry, enter
+from llmsched_env.peak import PeakRecord, kv_unit, predict
 from llmsched_env.shrinkage import shrunk_work
 from llmsched_env.types import Decision
 
@@ -71,19 +70,13 @@ def decode_peak_by_trust(engine: Engine, peak: PeakRecord, level: float, decisio
     Args:
         level: share of the KV capacity that the predicted peak may reach; infinite: only the memory of now counts.
     """
-    run_everything(engine, False, decision)
-    if engine.num_waiting == 0:
-        return
-    requests, queues, settings = engine.requests, engine.queues, engine.settings
-    budget = budget_of(engine, decision)
-    seats, tokens = seats_left(engine, budget), tokens_left(engine, budget)
+    seats, tokens = begin_entry(engine, decision)
     if seats <= 0 or tokens <= 0:
         return
+    settings = engine.settings
     predict(engine, peak)
-    capacity = settings.capacity * kv_unit(engine)
-    limit = level * capacity
-    empty = engine.num_residents == 0
-    if not empty:
+    if engine.num_residents > 0:
+        limit = level * settings.capacity * kv_unit(engine)
         for t in range(peak.total.shape[0]):
             if peak.total[t] > limit:
                 return
@@ -92,18 +85,13 @@ def decode_peak_by_trust(engine: Engine, peak: PeakRecord, level: float, decisio
     for j in range(settings.num_classes):
         score_next(engine, peak, j * settings.num_segments)
     best = least_work(peak)
-    while best >= 0 and seats > 0 and tokens > 0:
+    entered = 0
+    while best >= 0 and entered < seats and tokens > 0:
         q = best * settings.num_segments
-        r = queues.left[q]
-        fits = adds_within(engine, peak, r, q, limit) and (level < math.inf or peak.own[0] <= capacity)
-        if not fits and not empty:
+        prompt = enter(engine, peak, level, q, entered, decision)
+        if prompt < 0:
             return
-        take_over(peak)
-        empty = False
-        decision.admit[q] += 1
-        seats -= 1
-        prompt = requests.prompt[r] + requests.base_generated[r]
-        tokens -= min(prompt, settings.long_prefill) if settings.long_prefill > 0 else prompt
-        queues.left[q] = requests.next[r]
+        entered += 1
+        tokens -= prompt
         score_next(engine, peak, q)
         best = least_work(peak)
