@@ -56,7 +56,7 @@ SERVICE = Regime(
     "tokens computed again.",
     scenario="azure-conv-40gb",
     rates=(5.0, 6.0, 6.5),
-    policies=("vllm", "wait", "nested-wait", "reserve", "generalist", "sarathi", "shortest-prompt"),
+    policies=("vllm", "wait", "nested-wait", "reserve", "generalist", "adaptive", "sarathi", "shortest-prompt"),
     greedy="vllm",
     loses="has its tokens computed again",
     num_requests=2_000,
