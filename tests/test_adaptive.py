@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from llmsched_agents.adaptive import MULTIPLES, Adaptive, AdaptiveAged, class_edges, groups_of, prompts
+from llmsched_agents.adaptive_times import seconds_of
 from llmsched_agents.lookup import named_policies
 from llmsched_baselines import Setting, make_policy, policy_names
 from llmsched_env.batch_runner import Run, run_batch
@@ -290,12 +291,16 @@ def test_budgets_are_multiples_of_the_tile_and_a_given_one_is_kept() -> None:
     assert most == 300
 
 
-def test_asynchronous_scheduling_teaches_no_times() -> None:
-    """The seconds seen there belong to the batch before the one seen."""
-    policy = agent(ENGINES["asynchronous"])
-    run_episode(policy, drawn(6))
-    assert policy.rule.policy.times.iterations == 0.0 and not policy.rule.policy.times.found.any()
-    assert policy.rule.policy.lengths.finished > 200
+def test_under_asynchronous_scheduling_seconds_go_with_the_batch_before() -> None:
+    """The times learned are those that synchronous scheduling teaches; with the batch seen in place of the one before they are not."""
+    workload = drawn(6)
+    learned = []
+    for engine in (ENGINES["asynchronous"].replace(async_scheduling=False), ENGINES["asynchronous"]):
+        policy = agent(engine)
+        run_episode(policy, workload)
+        times = policy.rule.policy.times
+        learned.append([seconds_of(times, n, 150.0, prefill, 75.0) for n, prefill in ((4.0, 0.0), (12.0, 0.0), (8.0, 120.0))])
+    assert learned[1] == pytest.approx(learned[0], rel=0.05)
 
 
 def test_prefix_caching_on_a_backend_of_its_own() -> None:

@@ -17,6 +17,7 @@ from llmsched_env.engine.rules import Rule
 from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.peak import PeakRecord, forecast_steps
+from llmsched_env.perf.batch import BatchSums
 from llmsched_env.types import TILE_TOKENS, FloatArray, QueueLayout
 
 CLASSES_PER_OCTAVE = 8
@@ -78,6 +79,7 @@ class Adaptive(RulePolicy):
             prompt=prompts(edges),
             budgets=np.array([budget] if budget is not None else budgets_of(engine), dtype=np.float64),
             costs=np.zeros(2 * len(MULTIPLES) + 2),
+            before=BatchSums(model=np.zeros(1), memory=np.zeros(1)),
             steps=forecast_steps(min(engine.longest_request, LONGEST)),
             lengths=lengths_record(groups_of(edges), min(engine.longest_request, LONGEST)),
             times=times_record(tokens_of(engine)),

@@ -16,6 +16,7 @@ from llmsched_env.compiled import compiled
 from llmsched_env.engine.state import RATE_WINDOW_SECONDS, Engine
 from llmsched_env.operate import decode_operate_up_to
 from llmsched_env.peak import PeakRecord, kv_unit
+from llmsched_env.perf.batch import BatchSums
 from llmsched_env.records import Memory, Record, Vector
 from llmsched_env.types import Decision
 
@@ -42,6 +43,7 @@ class AdaptiveRecord(Record):
     prompt: Vector  # (J,) tokens of a request of the class
     budgets: Vector  # (B,) tokens, the last the engine's own
     costs: Vector  # (2 B,) scratch
+    before: BatchSums  # the last batch seen, where ``late_times``
     steps: Vector  # (T,) of the forecast while nothing is known
     lengths: LengthsRecord
     times: TimesRecord
@@ -67,10 +69,7 @@ def adaptive_rule(engine: Engine, policy: AdaptiveRecord, decision: Decision) ->
     if policy.begun == 0:
         begin(engine, policy)
     note_completions(engine, policy.lengths)
-    batch = engine.batch
-    if engine.report.idle == 0 and batch.batch_size > 0.0 and engine.report.duration > 0.0 and policy.late_times == 0:
-        note_iteration(policy.times, batch, engine.report.duration)
-        note_trial(policy, batch.decodes + batch.prefill_tokens)
+    note_time(engine, policy)
     policy.since += 1
     if policy.since >= EVERY_ITERATIONS and engine.clock - policy.set_at >= EVERY_SECONDS:
         set_again(engine, policy)
@@ -79,9 +78,30 @@ def adaptive_rule(engine: Engine, policy: AdaptiveRecord, decision: Decision) ->
 
 
 @compiled
+def note_time(engine: Engine, policy: AdaptiveRecord) -> None:
+    """Learn from the iteration that has ended: the batch in the record, or under asynchronous scheduling the one scheduled before it."""
+    batch, ended, before = engine.batch, engine.report.idle == 0 and engine.last_iteration > 0.0, policy.before
+    if policy.late_times == 0:
+        if ended and batch.batch_size > 0.0:
+            note_iteration(policy.times, batch, engine.last_iteration)
+            note_trial(policy, batch.decodes + batch.prefill_tokens)
+        return
+    if ended and before.batch_size > 0.0:
+        note_iteration(policy.times, before, engine.last_iteration)
+        note_trial(policy, before.decodes + before.prefill_tokens)
+    before.decodes = batch.decodes
+    before.decode_kv = batch.decode_kv
+    before.prefill_tokens = batch.prefill_tokens
+    before.prefill_work = batch.prefill_work
+    before.prefill_context = batch.prefill_context
+    before.batch_size = batch.batch_size
+
+
+@compiled
 def begin(engine: Engine, policy: AdaptiveRecord) -> None:
     """The start of an episode: nothing is known."""
     policy.begun = 1
+    policy.before.batch_size = 0.0
     policy.untried = 1
     policy.choice = policy.budgets.shape[0] - 1
     policy.set_at = -math.inf
@@ -114,7 +134,7 @@ def note_trial(policy: AdaptiveRecord, tokens: float) -> None:
 @compiled
 def budget_to_try(engine: Engine, policy: AdaptiveRecord) -> int:
     """The budget in force, or while there is work for it one whose time is not known yet."""
-    if policy.untried == 0 or policy.late_times != 0 or engine.num_waiting + engine.num_prefilling == 0:
+    if policy.untried == 0 or engine.num_waiting + engine.num_prefilling == 0:
         return policy.choice
     for i in range(policy.budgets.shape[0]):
         if policy.tried[i] < TRIALS and engine.num_residents < policy.budgets[i]:

@@ -16,6 +16,7 @@ import math
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,11 +31,13 @@ from llmsched_env.engine.state import BOUNDARY, DECODE, PREFILL
 from llmsched_env.engine.step import advance_clock, clear_queues, engine_at
 from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.errors import ConfigError
+from llmsched_env.perf import Batch
 from llmsched_env.perf.base import memory_of
 from llmsched_env.records import Floats, Ints, Rows, reader
 from llmsched_env.types import QueueLayout
 
 _INITIAL_REQUESTS = 256
+_SUMS = tuple(field.name for field in fields(Batch))
 _RENUMBER_ABOVE = st.LATE_KEY // 4  # keys are 32 bits and late ones lie above LATE_KEY / 2
 
 
@@ -230,6 +233,7 @@ class LiveMirror:
         self.resyncs = 0
         self._episode_seconds, self._episode_end = episode_seconds, episode_seconds
         self._index: dict[str, int] = {}
+        self._completed: list[int] = []  # reported and not yet told
         self.names: list[str] = []
         self._free: list[int] = []
         self._next_key = 0
@@ -336,6 +340,31 @@ class LiveMirror:
             leave_residents(self.record.handle, r)
         self._forget(r)
 
+    def complete(self, request_id: str, output_tokens: int) -> None:
+        """A request has its last token: until the policy has been told, the record shows it among ``events.finished``."""
+        r = self._index.get(request_id)
+        record = self.record
+        if r is None or record.requests.status[r] == st.WAITING or record.report.completed >= len(record.events.finished):
+            return
+        del self._index[request_id]
+        leave_residents(record.handle, r)
+        record.requests.status[r] = st.FINISHED
+        record.requests.group[r] = self.layout.num_queues  # counts nothing: what was generated stands in the row itself
+        record.requests.base_generated[r] = output_tokens
+        record.events.finished[record.report.completed] = r
+        record.report.completed += 1
+        record.report.completed_tokens += output_tokens
+        self._completed.append(r)
+
+    def told(self) -> None:
+        """The policy has been asked: what was reported to it is over."""
+        report = self.record.report
+        report.completed = report.completed_tokens = 0
+        report.duration, report.idle = 0.0, True
+        for r in self._completed:
+            self._forget(r)
+        self._completed.clear()
+
     def _forget(self, r: int) -> None:
         self.record.requests.status[r] = st.FUTURE
         self.record.arrived.time[r] = math.nan
@@ -417,10 +446,21 @@ class LiveMirror:
         self.stays.entered[r] = -1
         self.stays.since[r] = now
 
+    def note_batch(self, batch: Batch | None) -> None:
+        """What was scheduled in this iteration; None: nothing."""
+        sums = self.record.batch
+        if batch is None:
+            sums.batch_size = 0.0
+            return
+        for name in _SUMS:
+            setattr(sums, name, getattr(batch, name))
+
     def finished_iteration(self, seconds: float) -> None:
         """An iteration that computed something took this long."""
-        self.record.last_iteration = seconds
-        self.record.iterations += 1
+        record = self.record
+        record.last_iteration = record.report.duration = seconds
+        record.report.idle = False
+        record.iterations += 1
 
     # --- losing track -----------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
+from llmsched_env.perf import Batch
 from llmsched_hardware import versions
+from llmsched_hardware.calibration.batches import BatchFollower
 from llmsched_hardware.calibration.iteration_log import IterationLogWriter
 from llmsched_hardware.calibration.iteration_watch import IterationWatch
 from llmsched_hardware.gated_scheduler import Admission, GatedScheduler
@@ -97,12 +99,13 @@ class PolicyScheduler(GatedScheduler):
         self._idle = False  # the last iteration computed nothing
         self._pause = _FIRST_PAUSE
         self._in_flight: deque[float] = deque()  # when each batch that is not back was scheduled
+        self._follower = BatchFollower()
         self._last_back = 0.0
         self._announce()
 
     def _engine(self) -> EngineConfig:
         """The engine as this server runs it."""
-        return EngineConfig.vllm(**settings_of(self))
+        return EngineConfig.vllm(**settings_of(self), async_scheduling=bool(self.scheduler_config.async_scheduling))
 
     def _announce(self) -> None:
         for line in announcement(self.live_config, self.live):
@@ -163,6 +166,7 @@ class PolicyScheduler(GatedScheduler):
         start = self._now()
         self.gate = gate = self._next_gate()
         output = super().schedule(*args, **kwargs)
+        batch = self._follower.follow(output, self.requests)  # every batch, the policy's or not
         if output.num_scheduled_tokens:
             self._in_flight.append(start)
         if gate.admit is None:
@@ -171,7 +175,7 @@ class PolicyScheduler(GatedScheduler):
             self.policy_metrics.iteration("vllm")
             self.policy_metrics.present(versions.num_waiting(self), 0, 0)
         else:
-            self._try(self._note, output.total_num_scheduled_tokens)
+            self._try(self._note, output.total_num_scheduled_tokens, batch)
         return output
 
     def _next_gate(self) -> Admission:
@@ -200,6 +204,7 @@ class PolicyScheduler(GatedScheduler):
             self.policy_metrics.asked(before)
             decision = self.caller.decide(mirror.view)
             decided = time.perf_counter() - before
+            mirror.told()
             allowed = self.gatekeeper.allow(decision, now)
             self._changed = False
         else:
@@ -215,10 +220,11 @@ class PolicyScheduler(GatedScheduler):
             if request.request_id not in self.mirror:
                 self._arrive(request)
 
-    def _note(self, num_tokens: int) -> None:
+    def _note(self, num_tokens: int, batch: Batch | None) -> None:
         gate, mirror, metrics = self.gate, self.mirror, self.policy_metrics
         now = self._now()
         mirror.note(now, gate.evict, gate.admitted, gate.preempted)
+        mirror.note_batch(batch)
         if num_tokens or gate.evict or gate.preempted:
             self._changed, self._idle, self._pause = True, False, _FIRST_PAUSE
         else:
@@ -228,6 +234,7 @@ class PolicyScheduler(GatedScheduler):
         metrics.present(mirror.record.num_waiting, mirror.record.num_boundary, len(gate.hold))
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        present = [self.requests[name] for name in scheduler_output.num_scheduled_tokens if name in self.requests]
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if scheduler_output.num_scheduled_tokens:
             now = self._now()
@@ -235,15 +242,16 @@ class PolicyScheduler(GatedScheduler):
             start = max(self._in_flight.popleft() if self._in_flight else now, self._last_back)
             self._last_back = now
             if self.following:
-                self._try(self._ended, scheduler_output.num_scheduled_tokens, now - start)
+                self._try(self._ended, present, now - start)
         return outputs
 
-    def _ended(self, scheduled: dict[str, int], seconds: float) -> None:
+    def _ended(self, present: Sequence[Any], seconds: float) -> None:
         self.mirror.finished_iteration(seconds)
         self._changed = True
-        for request_id in scheduled:
-            if request_id not in self.requests:
-                self._leave(request_id)
+        for request in present:
+            if request.request_id not in self.requests:
+                self.mirror.complete(request.request_id, request.num_tokens - request.num_prompt_tokens)
+                self._leave(request.request_id)
 
     def _rest(self) -> None:
         """Sleep while the policy holds everything: vLLM's loop would come back a thousand times a second.

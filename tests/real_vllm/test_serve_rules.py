@@ -22,6 +22,7 @@ from serve_policies import random_agent
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import RequestStatus
 
+from llmsched_agents.adaptive_times import seconds_of
 from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.records import Level
@@ -294,7 +295,7 @@ def test_known_lengths_are_shown_where_the_operator_says_they_are_known(monkeypa
     server.run_until_empty()
 
 
-@pytest.mark.parametrize("policy", ["vllm", "fcfs", "nested-wait", "reserve", "shortest-prompt", "agent", "generalist"])
+@pytest.mark.parametrize("policy", ["vllm", "fcfs", "nested-wait", "reserve", "shortest-prompt", "agent", "generalist", "adaptive"])
 def test_every_policy_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, policy: str) -> None:
     lengths = {"prompt": [8, 20], "output": [6, 24], "weight": [2, 1]}
     options: dict[str, Any] = {"segment_ends": [6]} if policy == "nested-wait" else {}
@@ -310,6 +311,36 @@ def test_every_policy_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, po
     scheduler = server.scheduler
     assert scheduler.policy_metrics.errors == 0 and scheduler.mirror.resyncs == 0
     assert scheduler.live.policy.layout.num_segments == {"nested-wait": 2, "agent": 4}.get(policy, 1)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_server_teaches_adaptive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asynchronous: bool) -> None:
+    """Output lengths by prompt, and the seconds of each batch with that very batch: a token takes a millisecond here."""
+    configure(monkeypatch, tmp_path, "adaptive", lengths={"prompt": [30], "output": [60], "weight": [1]}, rate=1.0)
+    server = Server(ENGINE.replace(num_blocks=400, max_num_batched_tokens=256, async_scheduling=asynchronous), asynchronous)
+
+    def iterate() -> None:
+        output = server.schedule()
+        while len(server._running) > asynchronous or (server._running and not output.num_scheduled_tokens):
+            server.clock += 0.005 + 0.001 * server._running[0][0].total_num_scheduled_tokens
+            server.finish()
+
+    g = np.random.default_rng(1)
+    for i in range(600):
+        prompt = int(g.choice([8, 40]))
+        server.add(f"{i}", prompt, {8: 6, 40: 24}[prompt], ignore_eos=True)
+        iterate()
+    while server.scheduler.has_unfinished_requests():
+        iterate()
+    scheduler = server.scheduler
+    assert scheduler.policy_metrics.errors == 0 and scheduler.mirror.resyncs == 0
+    learned, layout = scheduler.live.policy.rule.policy, scheduler.live.policy.layout
+    assert learned.lengths.finished + learned.lengths.fresh >= 600 - 1 - asynchronous  # the last ones end after the last decision
+    for prompt, output in ((8, 6), (40, 24)):
+        group = learned.lengths.group[layout.classify([prompt], [1], [0])[0]]
+        assert learned.lengths.mean[group] == pytest.approx(output, rel=0.2)
+    for decodes, prefill in ((4.0, 0.0), (12.0, 0.0), (8.0, 40.0)):
+        assert seconds_of(learned.times, decodes, 30.0, prefill, 20.0) == pytest.approx(0.005 + 0.001 * (decodes + prefill), rel=0.1)
 
 
 # --- states the mirror does not follow ------------------------------------------------------------------------
