@@ -292,7 +292,7 @@ def test_budgets_are_multiples_of_the_tile_and_a_given_one_is_kept() -> None:
 
 
 def test_under_asynchronous_scheduling_seconds_go_with_the_batch_before() -> None:
-    """The times learned are those that synchronous scheduling teaches; with the batch seen in place of the one before, large ones are not."""
+    """The times are those that synchronous scheduling teaches; with the batch seen in place of the one before, large ones are not."""
     conversations = load_scenario("azure-conv")
     workload = conversations.generate(0, rate=3.0, num_requests=400)
     learned = []
