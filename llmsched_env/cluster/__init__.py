@@ -1,0 +1,1 @@
+"""Many engines behind one door: a cluster of replicas to which calls are routed one by one."""

@@ -1,0 +1,155 @@
+"""Calls and the programs they belong to, as a workload hands them to a cluster: in chunks, in order of time.
+
+A *call* is one request to the cluster. A *program* is a tree of calls, each released so many seconds after its parent has completed,
+and ends when the last of them has: a chat session is a chain whose seconds are think times, an agent program forks, and a request
+that stands alone is a program of one call.
+
+What calls have in common is said by *nodes*. A node is a sequence of tokens of which every call that names it sends the beginning, so
+that two calls of one node share the shorter of their prompts, and the answer of the first is part of the second's prompt where that
+is longer. A node may itself begin like another one, its parent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llmsched_env.errors import ConfigError
+from llmsched_env.types import FloatArray, IntArray, LengthStatistics
+
+NO_PARENT = -1
+
+
+def app_parent(app: int) -> int:
+    """What stands in ``CallChunk.node_parent`` for the prompt head of application ``app``."""
+    return -2 - app
+
+
+@dataclass(frozen=True, slots=True)
+class CallChunk:
+    """P programs with C calls on M nodes. Programs stand in order of their start; calls and nodes in order of their program.
+
+    Attributes:
+        start: (P,) float64 seconds, non-decreasing, from chunk to chunk as well.
+        app: (P,) int32, the application of each program (0 where there are none).
+        program: (C,) int32, row of the program, non-decreasing.
+        parent: (C,) int32, row of the call whose completion releases this one, an earlier one; -1: the start of the program does.
+        think: (C,) float64 seconds from that completion, or start, to the arrival.
+        prompt_tokens, output_tokens: (C,) int32, at least 1; the prompt is the whole of it, what is shared included.
+        predicted_tokens: (C,) int32 output length as predicted, 0 for none.
+        node: (C,) int32, row of the node that the prompt and the answer are the beginning of.
+        node_program: (M,) int32, row of the program whose node it is, non-decreasing.
+        node_parent: (M,) int32: an earlier row, ``NO_PARENT``, or ``app_parent(a)``.
+        node_shared: (M,) int32, tokens that it has in common with its parent, 0 where there is none.
+        lasting: nodes are kept to the end, because those of later programs begin like them.
+    """
+
+    start: FloatArray
+    app: IntArray
+    program: IntArray
+    parent: IntArray
+    think: FloatArray
+    prompt_tokens: IntArray
+    output_tokens: IntArray
+    predicted_tokens: IntArray
+    node: IntArray
+    node_program: IntArray
+    node_parent: IntArray
+    node_shared: IntArray
+    lasting: bool = False
+
+    @classmethod
+    def single(
+        cls,
+        arrival: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        output_tokens: npt.ArrayLike,
+        predicted_tokens: npt.ArrayLike | None = None,
+    ) -> CallChunk:
+        """Requests that have nothing to do with each other: (N,) each."""
+        start = np.ascontiguousarray(arrival, dtype=np.float64)
+        prompt, output = (np.ascontiguousarray(a, dtype=np.int32) for a in (prompt_tokens, output_tokens))
+        rows, none = np.arange(start.size, dtype=np.int32), np.zeros(start.size, dtype=np.int32)
+        return cls(
+            start=start,
+            app=none,
+            program=rows,
+            parent=none - 1,
+            think=np.zeros(start.size),
+            prompt_tokens=prompt,
+            output_tokens=output,
+            predicted_tokens=none if predicted_tokens is None else np.ascontiguousarray(predicted_tokens, dtype=np.int32),
+            node=rows,
+            node_program=rows,
+            node_parent=none + NO_PARENT,
+            node_shared=none,
+        )
+
+    def __len__(self) -> int:
+        """Calls."""
+        return int(self.program.size)
+
+    def check(self) -> None:
+        """Refuse what no cluster could run.
+
+        Raises:
+            ConfigError: the field, the row and what is allowed.
+        """
+        calls, nodes = len(self), int(self.node_program.size)
+        sizes = {"app": self.start.size, "node_parent": nodes, "node_shared": nodes}
+        sizes |= dict.fromkeys(("parent", "think", "prompt_tokens", "output_tokens", "predicted_tokens", "node"), calls)
+        for name, size in sizes.items():
+            if getattr(self, name).shape != (size,):
+                raise ConfigError(f"calls.{name}: shape {getattr(self, name).shape}, must be ({size},)")
+        rows = np.arange(calls)
+        for name, wrong, allowed in (
+            ("start", _falls(self.start) | ~np.isfinite(self.start) | (self.start < 0), "finite, >= 0 and in order"),
+            ("program", _falls(self.program) | (self.program < 0) | (self.program >= self.start.size), "a program's row, in order"),
+            ("parent", (self.parent >= rows) | (self.parent < -1), "an earlier row, or -1"),
+            ("think", ~(np.isfinite(self.think) & (self.think >= 0)), "finite seconds >= 0"),
+            ("prompt_tokens", self.prompt_tokens < 1, ">= 1"),
+            ("output_tokens", self.output_tokens < 1, ">= 1"),
+            ("predicted_tokens", self.predicted_tokens < 0, ">= 0"),
+            ("node", (self.node < 0) | (self.node >= nodes), f"a row of {nodes} nodes"),
+            ("node_shared", self.node_shared < 0, ">= 0"),
+            ("node_parent", self.node_parent >= np.arange(nodes), "an earlier row, -1, or an application"),
+        ):
+            if wrong.any():
+                row = int(np.flatnonzero(wrong)[0])
+                raise ConfigError(f"calls.{name}: {getattr(self, name)[row]} in row {row}, must be {allowed}")
+
+
+def _falls(values: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:
+    """Where a value is below the one before."""
+    out = np.zeros(values.size, dtype=np.bool_)
+    out[1:] = values[1:] < values[:-1]  # type: ignore[operator]
+    return out
+
+
+class CallSource(Protocol):
+    """Where calls come from. ``llmsched_env.workload.sessions`` has the generators."""
+
+    @property
+    def app_tokens(self) -> IntArray:
+        """(A,) int32 tokens of the prompt head that all programs of an application share; empty for none."""
+
+    @property
+    def statistics(self) -> LengthStatistics:
+        """What an operator knows of prompts and outputs."""
+
+    @property
+    def rate(self) -> float:
+        """Calls per second to expect, as far as nobody has to wait."""
+
+    def chunks(self, seed: int, *, rate: float | None = None, num_calls: int | None = None) -> Iterator[CallChunk]:
+        """The programs of an episode, chunk by chunk, equal for equal seeds.
+
+        Args:
+            rate: calls per second to expect; None for the source's own.
+            num_calls: no further program begins once so many calls have been handed out, so there may be a few more; None: for ever, or
+                to the end of a trace.
+        """
