@@ -12,21 +12,20 @@ from __future__ import annotations
 
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.queues import remove
-from llmsched_env.engine.residents import computed, insert_peer, leave_group, note_completion, release, requeue
+from llmsched_env.engine.residents import computed, insert_peer, leave_group, note_completion, release
 from llmsched_env.engine.schedule_vllm import blocks_to_take
 from llmsched_env.engine.state import BOUNDARY, END_HORIZON, WAITING, Engine
 from llmsched_env.engine.step import (
     advance_alone,
     advance_clock,
     advance_members,
-    clear_report,
+    begin_step,
     close_step,
+    drain_if_needed,
     idle_until,
     model_seconds,
     move_on,
-    needs_drain,
-    note_drain,
-    schedule,
+    note_first_token,
     sort_by_admission,
     trace_batch,
 )
@@ -82,14 +81,14 @@ def note_in_flight(engine: Engine) -> None:
 @compiled
 def land(engine: Engine) -> None:
     """The batch in flight has ended: its first and last tokens have their time."""
-    events, hidden = engine.events, engine.hidden
+    events = engine.events
     engine.iterations += 1
     engine.out_of_range += engine.flight_out_of_range
     engine.last_iteration = engine.flight_seconds
     engine.busy_seconds += engine.flight_seconds
     engine.report.duration = engine.flight_seconds  # exact, where the difference of the clocks is rounded
     for i in range(engine.num_first_tokens):
-        hidden.first_token[events.first_tokens[i]] = engine.clock
+        note_first_token(engine, events.first_tokens[i])
     if engine.settings.prefix_caching != 0:
         fill_blocks(engine)
     for i in range(engine.num_last_tokens):
@@ -164,14 +163,7 @@ def finish_async_step(engine: Engine, seconds: float) -> None:
 @compiled
 def async_step(engine: Engine, decision: Decision) -> None:
     """``llmsched_env.engine.step.step`` with asynchronous scheduling."""
-    clear_report(engine)
-    if engine.num_boundary > 0:
-        call(engine.code.evict_boundaries, engine, decision)
-    schedule(engine, decision, False)
-    requeue(engine, 0, 0)
-    if engine.flight_seconds == 0.0 and needs_drain(engine):
-        preempted = engine.report.preempted
-        schedule(engine, decision, True)
-        requeue(engine, engine.report.evicted, preempted)
-        note_drain(engine)
+    begin_step(engine, decision)
+    if engine.flight_seconds == 0.0:
+        drain_if_needed(engine, decision)
     finish_async_step(engine, model_seconds(engine))

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numba
 
 from llmsched_env.compiled import compile_elsewhere
-from llmsched_env.engine import prefix_cache, priority, segments
+from llmsched_env.engine import parts, prefix_cache, priority, segments
 from llmsched_env.engine.async_step import async_step
 from llmsched_env.engine.contexts import describe_contexts
 from llmsched_env.engine.schedule_paper import schedule_paper
@@ -56,15 +56,21 @@ def compile_schedule(paper: bool) -> None:
     address_of(schedule_paper if paper else schedule_vllm, (Engine,))
 
 
-def link(code: Code, engine: EngineConfig, layout: QueueLayout, schedule: int | None = None) -> None:
+def link(code: Code, engine: EngineConfig, layout: QueueLayout, schedule: int | None = None, *, in_parts: bool = False) -> None:
     """Write the addresses of an engine's functions; they are good in this process only.
 
     Args:
         schedule: address of the ``Callback`` that has another engine schedule; default the preset's own rules.
+        in_parts: steps are taken in two parts (``llmsched_env.engine.parts``), not whole.
     """
     if schedule is None:
         _share_compiling(engine)
-    code.step = address_of(async_step if engine.async_scheduling else step, (Engine, Decision))
+    code.overlaps = engine.async_scheduling
+    if in_parts:
+        code.begin = address_of(parts.begin, (Engine, Decision))
+        code.finish = address_of(parts.finish_async if engine.async_scheduling else parts.finish, (Engine,))
+    else:
+        code.step = address_of(async_step if engine.async_scheduling else step, (Engine, Decision))
     code.seconds = engine.time_model.address()
     code.describe_contexts = address_of(describe_contexts, (Engine,)) if engine.time_model.reads_contexts else 0
     if layout.num_segments > 1:

@@ -11,6 +11,7 @@ Nothing here is compiled for an engine without priorities (``llmsched_env.engine
 from __future__ import annotations
 
 from llmsched_env.compiled import compiled
+from llmsched_env.engine.queues import count_in
 from llmsched_env.engine.residents import computed, insert_peer, is_running, leave_group, preempt, reaches_length_limit
 from llmsched_env.engine.schedule_vllm import blocks_to_take, take_blocks
 from llmsched_env.engine.state import PREFILL, PRIORITY_STEP, Engine
@@ -41,8 +42,7 @@ def queue_in_order(engine: Engine, r: int) -> None:
     if requests.next[r] < 0:
         queues.tail[q] = r
         queues.timely[q] = r
-    queues.waiting[q] += 1
-    engine.num_waiting += 1
+    count_in(engine, r, q)
 
 
 @compiled

@@ -45,6 +45,24 @@ def lift_counter(engine: Engine, q: int) -> None:
 
 
 @compiled
+def count_in(engine: Engine, r: int, q: int) -> None:
+    """Request r has joined outside queue q."""
+    engine.queues.waiting[q] += 1
+    engine.num_waiting += 1
+    engine.waiting_tokens += engine.requests.prompt[r] + engine.requests.base_generated[r]
+
+
+@compiled
+def count_out(engine: Engine, r: int, q: int) -> None:
+    """Request r has left outside queue q."""
+    engine.queues.waiting[q] -= 1
+    engine.num_waiting -= 1
+    engine.waiting_tokens -= engine.requests.prompt[r] + engine.requests.base_generated[r]
+    if engine.queues.waiting[q] == 0:
+        engine.last_left = q
+
+
+@compiled
 def push_back(engine: Engine, r: int, q: int) -> None:
     """Request r joins outside queue q after its last timely request."""
     requests, queues = engine.requests, engine.queues
@@ -58,8 +76,7 @@ def push_back(engine: Engine, r: int, q: int) -> None:
     queues.timely[q] = r
     if requests.next[r] < 0:
         queues.tail[q] = r
-    queues.waiting[q] += 1
-    engine.num_waiting += 1
+    count_in(engine, r, q)
 
 
 @compiled
@@ -73,8 +90,7 @@ def push_front(engine: Engine, r: int) -> None:
         queues.timely[q] = r
     if queues.tail[q] < 0:
         queues.tail[q] = r
-    queues.waiting[q] += 1
-    engine.num_waiting += 1
+    count_in(engine, r, q)
 
 
 @compiled
@@ -90,10 +106,7 @@ def pop_front(engine: Engine, q: int) -> int:
         queues.timely[q] = -1
     elif queues.timely[q] < 0:
         queues.late[q] -= 1
-    queues.waiting[q] -= 1
-    engine.num_waiting -= 1
-    if queues.waiting[q] == 0:
-        engine.last_left = q
+    count_out(engine, r, q)
     return r
 
 
@@ -120,10 +133,7 @@ def remove(engine: Engine, r: int) -> None:
         queues.timely[q] = previous
     elif late:
         queues.late[q] -= 1
-    queues.waiting[q] -= 1
-    engine.num_waiting -= 1
-    if queues.waiting[q] == 0:
-        engine.last_left = q
+    count_out(engine, r, q)
 
 
 @compiled
@@ -227,39 +237,60 @@ def refresh_heads(engine: Engine) -> None:
 
 
 @compiled
+def receive(engine: Engine, r: int, number: int, start: float) -> float:
+    """Queue request r, the ``number``-th to arrive, or reject it; returns its seconds here since ``start``."""
+    requests, queues, hidden, settings = engine.requests, engine.queues, engine.hidden, engine.settings
+    engine.report.arrived += 1
+    requests.prompt[r] = hidden.prompt[r]
+    engine.arrived.time[r] = hidden.arrival[r]
+    engine.arrived.predicted[r] = engine.foretold.predicted[r]
+    if settings.reveal != 0:
+        requests.output[r] = hidden.output[r]
+    q = hidden.outside[r]
+    requests.queue[r] = q
+    requests.outside[r] = q
+    if hidden.prompt[r] + hidden.output[r] > settings.longest_request:
+        requests.status[r] = REJECTED
+        engine.rejected += 1
+        engine.report.rejected += 1
+        return 0.0
+    requests.status[r] = WAITING
+    requests.group[r] = settings.num_queues
+    if settings.by_tenant != 0:
+        lift_counter(engine, q)
+    if settings.by_priority != 0:
+        call(engine.code.queue_in_order, engine, r)
+    else:
+        requests.key[r] = number
+        push_back(engine, r, q)
+    queues.arrivals[q] += math.exp((hidden.arrival[r] - engine.clock) / RATE_WINDOW_SECONDS)
+    return engine.clock - max(start, hidden.arrival[r])
+
+
+@compiled
 def receive_arrivals(engine: Engine, start: float) -> float:
     """Queue every request with arrival <= clock, or reject it; returns their request-seconds since ``start``."""
-    requests, queues, hidden, settings = engine.requests, engine.queues, engine.hidden, engine.settings
-    clock = engine.clock
     r = engine.next_arrival
     seconds = 0.0
-    while r < engine.num_requests and hidden.arrival[r] <= clock:
-        engine.report.arrived += 1
-        requests.prompt[r] = hidden.prompt[r]
-        engine.arrived.time[r] = hidden.arrival[r]
-        engine.arrived.predicted[r] = engine.foretold.predicted[r]
-        if settings.reveal != 0:
-            requests.output[r] = hidden.output[r]
-        q = hidden.outside[r]
-        requests.queue[r] = q
-        requests.outside[r] = q
-        if hidden.prompt[r] + hidden.output[r] > settings.longest_request:
-            requests.status[r] = REJECTED
-            engine.rejected += 1
-            engine.report.rejected += 1
-        else:
-            requests.status[r] = WAITING
-            requests.group[r] = settings.num_queues
-            if settings.by_tenant != 0:
-                lift_counter(engine, q)
-            if settings.by_priority != 0:
-                call(engine.code.queue_in_order, engine, r)
-            else:
-                requests.key[r] = r
-                push_back(engine, r, q)
-            queues.arrivals[q] += math.exp((hidden.arrival[r] - clock) / RATE_WINDOW_SECONDS)
-            seconds += clock - max(start, hidden.arrival[r])
+    while r < engine.num_requests and engine.hidden.arrival[r] <= engine.clock:
+        seconds += receive(engine, r, r, start)
         r += 1
     engine.next_arrival = r
     engine.predictions.arrived = r
+    return seconds
+
+
+@compiled
+def receive_inbox(engine: Engine, start: float) -> float:
+    """The same with requests that were handed in one by one, whose rows say nothing of their order."""
+    seconds = 0.0
+    r = engine.inbox
+    while r >= 0 and engine.hidden.arrival[r] <= engine.clock:
+        following = engine.hidden.next_due[r]
+        seconds += receive(engine, r, engine.received, start)
+        engine.received += 1
+        r = following
+    engine.inbox = r
+    if r < 0:
+        engine.inbox_end = -1
     return seconds

@@ -242,7 +242,10 @@ def admit_outside(engine: Engine, budget: int, deferred: bool, most: int) -> Non
         if caching:
             hits = call_int(engine.code.cached_blocks, engine.pool, r, (total - 1) // settings.block_size)
             taken = call_int(engine.code.free_among, engine.pool, r, hits)
-        tokens = total - hits * settings.block_size
+        there = hits * settings.block_size
+        if settings.handed_in != 0:
+            there = max(there, engine.handed.carried[r])  # KV that came with it
+        tokens = total - there
         if deferred and tokens > 1:  # one token left is no prefill: it enters
             break
         tokens = min(tokens, most)
@@ -253,7 +256,7 @@ def admit_outside(engine: Engine, budget: int, deferred: bool, most: int) -> Non
             if settings.chunked_prefill == 0:
                 break
             tokens = budget
-        need = blocks_for(engine, hits * settings.block_size + tokens) - hits
+        need = blocks_for(engine, there + tokens) - hits
         whole = blocks_for(engine, total) - hits if settings.reserve_full != 0 else need
         free = engine.pool.free if caching else settings.capacity - engine.kv_blocks
         if whole + taken + reserve > free:
@@ -262,12 +265,16 @@ def admit_outside(engine: Engine, budget: int, deferred: bool, most: int) -> Non
         admit(engine, q)
         if caching:
             call(engine.code.open_seat, engine.pool, r, hits)
-            requests.base_computed[r] = hits * settings.block_size
-            engine.kv_tokens += hits * settings.block_size
             engine.kv_blocks += hits
             queues.resident_kv[q] += hits
             engine.pool.asked_tokens += total
             engine.pool.hit_tokens += hits * settings.block_size
+        if settings.handed_in != 0:
+            engine.handed.carried[r] = 0
+            if engine.handed.cached[r] < 0:
+                engine.handed.cached[r] = hits * settings.block_size
+        requests.base_computed[r] = there
+        engine.kv_tokens += there
         requests.tokens[r] = tokens
         take_blocks(engine, r, tokens, need)
         report.admitted += 1

@@ -88,6 +88,7 @@ class Settings(Record):
     lose_progress: bool  # an evicted request starts over with nothing generated
     prefix_caching: bool
     external: bool  # another engine schedules: nobody is a member of a group
+    handed_in: bool  # requests are handed in one by one (``llmsched_env.engine.parts``); ``handed`` says more of them
     reveal: bool  # policies are told output lengths
     by_prediction: bool  # classes by predicted output length
     horizon: float  # seconds
@@ -149,6 +150,14 @@ class Order(Rows):
     """Queue keys where requests have priorities, one row a request: PRIORITY_STEP x priority + number of the request."""
 
     key: Ints
+
+
+class Handed(Rows):
+    """What an engine of a cluster is told of a request besides (``llmsched_env.cluster``), one row a request."""
+
+    call: Ints  # row of the cluster's calls
+    carried: Ints  # tokens whose KV comes with it; 0 once it has been admitted
+    cached: Ints  # tokens found in the prefix cache at its first admission; -1 before
 
 
 class Queues(Rows):
@@ -225,6 +234,8 @@ class Report(Record):
     kv_reserved: int  # KV units after admissions
     completed_tokens: int
     generated_tokens: int
+    first_tokens: int  # requests whose first output token came out
+    ttft_seconds: float  # their times to first token, summed
     traced: int
     out_of_range: int  # 1 if the batch lies outside the range of the time model's data
 
@@ -293,6 +304,9 @@ class Code(Record):
     FIXED = True
 
     step: int  # (engine, decision)
+    begin: int  # (engine, decision): the first part of a step, where something happens between the two
+    finish: int  # (engine): the second
+    overlaps: bool  # the next iteration is scheduled while one runs
     schedule: int  # (engine)
     callback: int  # of another engine: ``llmsched_env.pointers.Callback``
     seconds: int  # (batch) -> float
@@ -349,6 +363,7 @@ class Engine(Record):
     # now
     num_residents: int
     num_waiting: int  # outside, all classes
+    waiting_tokens: int  # that they have to prefill, those found in a cache included
     num_boundary: int
     num_prefilling: int
     kv_tokens: int  # tokens computed, all residents
@@ -380,6 +395,14 @@ class Engine(Record):
     num_first_tokens: Annotated[int, Level.HIDDEN]
     num_last_tokens: Annotated[int, Level.HIDDEN]
     predictions: Predictions
+    # a step that has begun, and requests that are handed in one by one (``llmsched_env.engine.parts``)
+    pending_seconds: Annotated[float, Level.HIDDEN]  # of the batch that was scheduled; 0: none
+    due: Annotated[float, Level.HIDDEN]  # clock at which the step ends; infinite: at the next arrival, whenever that is
+    slowdown: Annotated[float, Level.HIDDEN]  # iterations take so many times what the time model says
+    more: Annotated[bool, Level.HIDDEN]  # requests may still be handed in
+    inbox: Annotated[int, Level.HIDDEN]  # first request handed in that has not been received; the others by ``hidden.next_due``; -1
+    inbox_end: Annotated[int, Level.HIDDEN]
+    received: Annotated[int, Level.HIDDEN]  # requests received from there
     # what policies do not see
     num_requests: Annotated[int, Level.HIDDEN]
     next_arrival: Annotated[int, Level.HIDDEN]
@@ -390,6 +413,7 @@ class Engine(Record):
     pool: Annotated[Pool, Level.HIDDEN]
     cadence: Annotated[Cadence, Level.HIDDEN]  # kept by the compiled schedule alone, not where another engine schedules
     order: Annotated[Order, Level.HIDDEN]  # only where the engine schedules by priority
+    handed: Annotated[Handed, Level.HIDDEN]  # only where requests are handed in one by one
 
 
 def wheel_size(num_queues: int) -> int:

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.queues import give_service, mark_late, receive_arrivals, refresh_heads
+from llmsched_env.engine.queues import give_service, mark_late, receive_arrivals, receive_inbox, refresh_heads
 from llmsched_env.engine.residents import (
     await_event,
     complete,
@@ -82,6 +82,7 @@ def clear_queues(engine: Engine) -> None:
         engine.wheel.first[i] = -1
     engine.num_residents = 0
     engine.num_waiting = 0
+    engine.waiting_tokens = 0
     engine.num_boundary = 0
     engine.num_prefilling = 0
     engine.kv_tokens = 0
@@ -112,6 +113,8 @@ def clear_report(engine: Engine) -> None:
     report.kv_reserved = 0
     report.completed_tokens = 0
     report.generated_tokens = 0
+    report.first_tokens = 0
+    report.ttft_seconds = 0.0
     report.traced = 0
     report.out_of_range = 0
 
@@ -130,33 +133,39 @@ def clear_predictions(engine: Engine) -> None:
 
 
 @compiled
+def clear_request(engine: Engine, r: int) -> None:
+    """Row r holds a request to come, of which only what ``hidden`` says beforehand is known."""
+    requests, hidden = engine.requests, engine.hidden
+    requests.prompt[r] = 0
+    engine.arrived.time[r] = math.nan
+    requests.status[r] = FUTURE
+    requests.queue[r] = 0
+    requests.outside[r] = 0
+    requests.base_generated[r] = 0
+    requests.base_computed[r] = 0
+    requests.group[r] = engine.settings.num_queues
+    requests.target[r] = 0
+    requests.tokens[r] = 0
+    requests.key[r] = 0
+    requests.next[r] = -1
+    requests.previous[r] = -1
+    requests.sequence[r] = 0
+    requests.next_peer[r] = -1
+    requests.previous_peer[r] = -1
+    hidden.evictions[r] = 0
+    hidden.forced[r] = 0
+    requests.output[r] = 0
+    engine.arrived.predicted[r] = 0
+    hidden.admitted[r] = math.nan
+    hidden.first_token[r] = math.nan
+    hidden.completed[r] = math.nan
+
+
+@compiled
 def reset(engine: Engine) -> None:
     """Start the episode whose requests are in ``hidden``: arrivals at time 0 are queued before the first decision."""
-    requests, hidden = engine.requests, engine.hidden
     for r in range(engine.num_requests):
-        requests.prompt[r] = 0
-        engine.arrived.time[r] = math.nan
-        requests.status[r] = FUTURE
-        requests.queue[r] = 0
-        requests.outside[r] = 0
-        requests.base_generated[r] = 0
-        requests.base_computed[r] = 0
-        requests.group[r] = engine.settings.num_queues
-        requests.target[r] = 0
-        requests.tokens[r] = 0
-        requests.key[r] = 0
-        requests.next[r] = -1
-        requests.previous[r] = -1
-        requests.sequence[r] = 0
-        requests.next_peer[r] = -1
-        requests.previous_peer[r] = -1
-        hidden.evictions[r] = 0
-        hidden.forced[r] = 0
-        requests.output[r] = 0
-        engine.arrived.predicted[r] = 0
-        hidden.admitted[r] = math.nan
-        hidden.first_token[r] = math.nan
-        hidden.completed[r] = math.nan
+        clear_request(engine, r)
     clear_queues(engine)
     engine.clock = 0.0
     engine.last_iteration = 0.0
@@ -183,6 +192,12 @@ def reset(engine: Engine) -> None:
     engine.cadence.since_prefill = engine.settings.prefill_interval  # the first iteration is never held back
     engine.cadence.capacity_bound = 0
     clear_predictions(engine)
+    engine.pending_seconds = 0.0
+    engine.due = 0.0
+    engine.slowdown = 1.0
+    engine.inbox = -1
+    engine.inbox_end = -1
+    engine.received = 0
     engine.next_arrival = 0
     engine.batch.batch_size = 0.0
     for i in range(engine.batch.memory.shape[0]):
@@ -191,11 +206,17 @@ def reset(engine: Engine) -> None:
     engine.batch.finished = 0.0
     receive_arrivals(engine, 0.0)
     refresh_heads(engine)
-    if engine.next_arrival == engine.num_requests and engine.num_waiting == 0:
+    if all_have_arrived(engine) and engine.num_waiting == 0:
         engine.end = END_FINISHED
 
 
 # --- the parts of a step -------------------------------------------------------------------------------
+@compiled
+def all_have_arrived(engine: Engine) -> bool:
+    """Whether no request is to come any more."""
+    return engine.next_arrival == engine.num_requests and engine.more == 0
+
+
 @compiled
 def budget_of(engine: Engine, decision: Decision) -> int:
     """Tokens that the iteration may compute (``Decision.token_budget``)."""
@@ -231,7 +252,7 @@ def schedule_elsewhere(engine: Engine) -> None:
 @compiled
 def needs_drain(engine: Engine) -> bool:
     """The decision scheduled nothing after the last arrival: one greedy iteration replaces it (rule 14)."""
-    return engine.batch.batch_size == 0.0 and engine.settings.drain != 0 and engine.next_arrival == engine.num_requests
+    return engine.batch.batch_size == 0.0 and engine.settings.drain != 0 and all_have_arrived(engine)
 
 
 @compiled
@@ -256,7 +277,7 @@ def model_seconds(engine: Engine) -> float:
     engine.report.out_of_range = engine.batch.out_of_range
     if not 0.0 < seconds < 1e12:
         raise ValueError("engine.time_model: the seconds of an iteration must be above 0 and finite")
-    return seconds
+    return seconds * engine.slowdown
 
 
 @compiled
@@ -391,12 +412,20 @@ def sort_by_admission(engine: Engine, count: int) -> None:
 
 
 @compiled
+def note_first_token(engine: Engine, r: int) -> None:
+    """The first output token of request r is out."""
+    engine.hidden.first_token[r] = engine.clock
+    engine.report.first_tokens += 1
+    engine.report.ttft_seconds += engine.clock - engine.hidden.arrival[r]
+
+
+@compiled
 def settle(engine: Engine, r: int) -> None:
     """Resident r has just got the token at which something happens: it completes, ends its segment, or decodes on."""
     requests, hidden = engine.requests, engine.hidden
     tokens = requests.base_generated[r] + engine.queues.steps[requests.group[r]]
     if tokens == 1 and not (hidden.first_token[r] >= 0.0):  # NaN: not yet
-        hidden.first_token[r] = engine.clock
+        note_first_token(engine, r)
     if tokens == hidden.output[r]:
         complete(engine, r, tokens)
     else:
@@ -476,6 +505,8 @@ def idle_until(engine: Engine) -> float:
             return following
         engine.end = END_HORIZON
         return engine.settings.horizon
+    if engine.inbox >= 0:
+        return engine.hidden.arrival[engine.inbox]
     if engine.end == RUNNING:
         engine.end = END_STRANDED
     return report.start
@@ -489,6 +520,8 @@ def close_step(engine: Engine) -> None:
     engine.total_tokens += report.completed_tokens
     if engine.next_arrival < engine.num_requests:
         report.system_seconds += receive_arrivals(engine, report.start)
+    if engine.inbox >= 0:
+        report.system_seconds += receive_inbox(engine, report.start)
     engine.system_seconds += report.system_seconds
     if settings.late_after > 0.0:
         mark_late(engine)
@@ -496,7 +529,7 @@ def close_step(engine: Engine) -> None:
     if settings.prefix_caching != 0:
         engine.kv_blocks = settings.capacity - engine.pool.free  # a shared block counts once
     if engine.end == RUNNING:
-        if engine.next_arrival == engine.num_requests and engine.num_waiting + engine.num_residents == 0:
+        if all_have_arrived(engine) and engine.num_waiting + engine.num_residents == 0:
             engine.end = END_FINISHED
         elif engine.iterations + engine.idle_steps >= settings.max_iterations:
             engine.end = END_ITERATIONS
@@ -504,18 +537,30 @@ def close_step(engine: Engine) -> None:
 
 # --- a step ----------------------------------------------------------------------------------------------
 @compiled
-def step(engine: Engine, decision: Decision) -> None:
-    """One engine iteration, or an idle step when the decision schedules nothing."""
-    clear_report(engine)
-    if engine.num_boundary > 0:
-        call(engine.code.evict_boundaries, engine, decision)
-    schedule(engine, decision, False)
-    requeue(engine, 0, 0)
+def drain_if_needed(engine: Engine, decision: Decision) -> None:
+    """One greedy schedule in place of a decision that schedules nothing when nobody is to come any more (rule 14)."""
     if needs_drain(engine):
         preempted = engine.report.preempted
         schedule(engine, decision, True)
         requeue(engine, engine.report.evicted, preempted)
         note_drain(engine)
+
+
+@compiled
+def begin_step(engine: Engine, decision: Decision) -> None:
+    """The first part of a step, all that happens at its start: evictions, admissions, KV and the batch."""
+    clear_report(engine)
+    if engine.num_boundary > 0:
+        call(engine.code.evict_boundaries, engine, decision)
+    schedule(engine, decision, False)
+    requeue(engine, 0, 0)
+
+
+@compiled
+def step(engine: Engine, decision: Decision) -> None:
+    """One engine iteration, or an idle step when the decision schedules nothing."""
+    begin_step(engine, decision)
+    drain_if_needed(engine, decision)
     finish_step(engine, model_seconds(engine))
 
 
