@@ -19,8 +19,8 @@ a subclass of ``Rows``          address and count      ``record.name.column[i]``
 ``Cube32``
 ==============================  =====================  ===========================================
 
-Columns of ``Rows`` are ``Ints`` (int32) or ``Floats`` (float64); an ``int`` read from one is 64 bits wide. A number of the whole
-table is annotated ``int``; it is an int32 in front of the first row (``table.name``, ``table.name = x``).
+Columns of ``Rows`` are ``Ints`` (int32), ``Longs`` (int64) or ``Floats`` (float64); an ``int`` read from one is 64 bits wide. A
+number of the whole table is annotated ``int``; it is an int32 in front of the first row (``table.name``, ``table.name = x``).
 
 **Levels.** A field may be marked ``Annotated[..., Level.KNOWN]`` or ``Level.HIDDEN``. Code that is given a record
 at a lower level has no such field: in Python reading it is an ``AttributeError``, in compiled code an error when
@@ -47,6 +47,7 @@ from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, inf
 from numba.extending import NativeValue, intrinsic, typeof_impl, unbox
 
 Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
@@ -95,8 +96,10 @@ class _Field(NamedTuple):
     scratch: bool
     is_float: bool
     memory: bool = False
+    wide: bool = True  # 8 bytes; columns of ``Ints`` and heads have 4
 
 
+_COLUMNS: dict[Any, str] = {Ints: "<i4", Longs: "<i8", Floats: "<f8"}
 _SCALARS: dict[Any, str] = {int: "<i8", bool: "<i8", float: "<f8"}
 _ARRAYS: dict[Any, tuple[Any, int]] = {
     Vector: (np.float64, 1),
@@ -121,7 +124,7 @@ class _Declared:
     FIELDS: ClassVar[dict[str, _Field]]
     TYPES: ClassVar[dict[Any, Any]]
     SATURATES: ClassVar[bool] = False
-    """A table whose columns take what 32 bits hold of a larger number, its largest value, rather than its last bits."""
+    """A table whose ``Ints`` take what 32 bits hold of a larger number, its largest value, rather than its last bits."""
     FIXED: ClassVar[bool] = False
     """A record that compiled code does not write to; only Python does, between two calls."""
     DTYPE: ClassVar[np.dtype[Any]]
@@ -154,15 +157,15 @@ class Rows(_Declared):
         hints = typing.get_type_hints(cls, include_extras=True)
         own = {n: _marks(h) for n, h in hints.items() if n in cls.__annotations__}
         for name, (declared, *_) in own.items():
-            if declared not in (Ints, Floats, int):
-                raise TypeError(f"{cls.__name__}.{name}: {declared!r}, a column must be Ints or Floats")
+            if declared not in (*_COLUMNS, int):
+                raise TypeError(f"{cls.__name__}.{name}: {declared!r}, a column must be Ints, Longs or Floats")
             if name in _TAKEN_BY_ROWS:
                 raise TypeError(f"{cls.__name__}.{name}: a table has a method of this name")
         heads = [n for n in own if own[n][0] is int]
         # Wide columns first: every column is aligned, and a row stays as short as it can be.
-        order = sorted((n for n in own if n not in heads), key=lambda n: own[n][0] != Floats)
+        order = sorted((n for n in own if n not in heads), key=lambda n: own[n][0] == Ints)
         cls.TYPES = {}
-        cls.DTYPE = np.dtype([(n, "<f8" if own[n][0] == Floats else "<i4") for n in order], align=True)
+        cls.DTYPE = np.dtype([(n, _COLUMNS[own[n][0]]) for n in order], align=True)
         # What belongs to the whole table stands before the first row, in a row of its own.
         if len(heads) * 4 > cls.DTYPE.itemsize:
             raise TypeError(f"{cls.__name__}.{heads[-1]}: {len(heads)} numbers of the whole table, must fit {cls.DTYPE.itemsize} bytes")
@@ -173,7 +176,8 @@ class Rows(_Declared):
         for name, (declared, level, scratch, _) in own.items():
             kind, place = places[name]
             at = place if kind == "head" else offsets[name][1]
-            cls.FIELDS[name] = _Field(name, kind, declared, at, level, scratch, declared == Floats)
+            wide = kind == "column" and declared != Ints
+            cls.FIELDS[name] = _Field(name, kind, declared, at, level, scratch, declared == Floats, wide=wide)
             setattr(cls, name, property(*_head(name)) if kind == "head" else property(_column(name)))
 
     @classmethod
@@ -372,7 +376,7 @@ class Numbers(Record):
 def _layout_digest(declared: type[Record] | type[Rows]) -> str:
     parts = []
     for field in declared.FIELDS.values():
-        inner = _layout_digest(field.declared) if field.kind in ("record", "rows") else str(field.is_float)
+        inner = _layout_digest(field.declared) if field.kind in ("record", "rows") else f"{field.is_float} {field.wide}"
         parts.append(f"{field.name} {field.kind} {field.offset} {field.level} {field.scratch} {inner} {field.declared in _ARRAYS}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
@@ -401,9 +405,9 @@ def record_type(declared: type[Record] | type[Rows], level: Level = Level.HIDDEN
 class ColumnType(types.Type):
     """One column of ``Rows``: the address of its first element; the rest is known when code is compiled."""
 
-    def __init__(self, stride: int, is_float: bool, writable: bool, saturates: bool) -> None:
-        self.stride, self.is_float, self.writable, self.saturates = stride, is_float, writable, saturates
-        super().__init__(name=f"column({stride}, {is_float}, {writable}, {saturates})")
+    def __init__(self, stride: int, is_float: bool, wide: bool, writable: bool, saturates: bool) -> None:
+        self.stride, self.is_float, self.wide, self.writable, self.saturates = stride, is_float, wide, writable, saturates
+        super().__init__(name=f"column({stride}, {is_float}, {wide}, {writable}, {saturates})")
 
 
 @register_default(RecordType)
@@ -417,7 +421,7 @@ def _field_type(record: RecordType, field: _Field) -> Any:
         return types.float64 if field.is_float else types.int64
     if field.kind == "column":
         writable = record.level == Level.HIDDEN or field.scratch
-        return ColumnType(record.declared.DTYPE.itemsize, field.is_float, writable, record.declared.SATURATES)
+        return ColumnType(record.declared.DTYPE.itemsize, field.is_float, field.wide, writable, record.declared.SATURATES)
     if field.kind == "array":
         dtype, ndim = _ARRAYS[field.declared]
         return types.Array(numba.from_dtype(np.dtype(dtype)), ndim, "C", readonly=record.level < Level.HIDDEN and not field.scratch)
@@ -517,13 +521,14 @@ class _ColumnSet(AbstractTemplate):
 def _element(builder: Any, column: Any, base: Any, index: Any) -> Any:
     offset = builder.mul(index, ir.Constant(ir.IntType(64), column.stride))
     place = builder.gep(builder.bitcast(base, cgutils.voidptr_t), [offset])
-    return builder.bitcast(place, (ir.DoubleType() if column.is_float else ir.IntType(32)).as_pointer())
+    word = ir.DoubleType() if column.is_float else ir.IntType(64 if column.wide else 32)
+    return builder.bitcast(place, word.as_pointer())
 
 
 @lower_builtin(operator.getitem, ColumnType, types.Integer)
 def _load_item(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     loaded = builder.load(_element(builder, sig.args[0], args[0], args[1]))
-    return loaded if sig.args[0].is_float else builder.sext(loaded, ir.IntType(64))
+    return loaded if sig.args[0].wide else builder.sext(loaded, ir.IntType(64))
 
 
 def _saturated(builder: Any, value: Any) -> Any:
@@ -538,9 +543,9 @@ def _saturated(builder: Any, value: Any) -> Any:
 @lower_builtin(operator.setitem, ColumnType, types.Integer, types.Integer)
 def _store_item(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     value = args[2]
-    if sig.args[0].saturates:  # people write to it: a larger count than 32 bits hold is the largest, not another one
-        value = _saturated(builder, value)
-    if not sig.args[0].is_float:
+    if not sig.args[0].wide:
+        if sig.args[0].saturates:  # people write to it: a larger count than 32 bits hold is the largest, not another one
+            value = _saturated(builder, value)
         value = builder.trunc(value, ir.IntType(32))
     builder.store(value, _element(builder, sig.args[0], args[0], args[1]))
     return context.get_dummy_value()

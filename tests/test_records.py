@@ -30,6 +30,7 @@ from llmsched_env.records import (
     Indices,
     Ints,
     Level,
+    Longs,
     Memory,
     Numbers,
     Record,
@@ -48,6 +49,7 @@ needs_compiler = pytest.mark.skipif(numba.config.DISABLE_JIT, reason="is about c
 class Table(Rows):
     small: Ints
     wide: Floats
+    long: Longs
     known: Annotated[Ints, Level.KNOWN]
     secret: Annotated[Floats, Level.HIDDEN]
     note: Annotated[Ints, Scratch]
@@ -85,7 +87,8 @@ table_at = reader(Table)
 def table(n: int, rng: np.random.Generator) -> np.ndarray:
     rows = np.zeros(n, dtype=Table.DTYPE)
     for name in rows.dtype.names or ():
-        rows[name] = rng.integers(-(2**31), 2**31, n) if rows.dtype[name].kind == "i" else rng.normal(size=n)
+        bits = rows.dtype[name].itemsize * 8 - 1
+        rows[name] = rng.integers(-(2**bits), 2**bits - 1, n) if rows.dtype[name].kind == "i" else rng.normal(size=n)
     return rows
 
 
@@ -137,14 +140,15 @@ def read_all(handle, columns, scalars):  # type: ignore[no-untyped-def]
     scalars[7] = record.vault.count
     scalars[8] = record.cube32[2, 1, 0]
     scalars[9] = record.cube.shape[0] * 100 + record.cube.shape[1] * 10 + record.cube.shape[2]
-    return record.last + record.remembered, record.counts[n - 1] + record.places[n - 1], record.counts.shape[0]
+    longs = record.table.long[n - 1], record.inner.table.long[n + 1]
+    return record.last + record.remembered, record.counts[n - 1] + record.places[n - 1], record.counts.shape[0], longs
 
 
 @given(seed=hs.integers(0, 2**20), n=hs.integers(1, 9))
 def test_compiled_code_reads_what_python_reads(seed: int, n: int) -> None:
     record = made(seed, n)
     columns, scalars = np.empty((10, n)), np.empty(10)
-    last, count, size = read_all(record.handle, columns, scalars)
+    last, count, size, longs = read_all(record.handle, columns, scalars)
     inner, own = record.inner, record.table
     expected: list[Any] = [own.small, own.wide, own.known, own.secret, own.note, inner.table.small[2:], record.weights]
     expected += [record.cube[1, 2], inner.weights[3:], record.vault.table.wide[1:-1]]
@@ -153,6 +157,7 @@ def test_compiled_code_reads_what_python_reads(seed: int, n: int) -> None:
     singles = [record.first, inner.count, inner.flag, inner.share, record.mark, record.known, record.secret, record.vault.count]
     assert scalars.tolist() == [*singles, float(record.cube32[2, 1, 0]), 230.0 + n]
     assert (last, count, size) == (record.last + 9, record.counts[-1] + record.places[-1], n)
+    assert longs == (own.long[-1], inner.table.long[-1])
 
 
 @compiled
@@ -166,6 +171,7 @@ def write_all(handle, i, whole, real):  # type: ignore[no-untyped-def]
     record.table.small[i] = whole
     record.table.wide[i] = real
     record.table.secret[i] = whole  # becomes a float
+    record.table.long[i] = whole * 2**32 + 5
     record.inner.table.note[i] += 1
     record.weights[i] = real
     record.counts[i] += whole
@@ -181,6 +187,7 @@ def test_compiled_code_writes_what_python_writes(i: int, whole: int, real: float
     other.inner.table.note[i] += 1
     other.first, other.last, other.inner.count, other.inner.flag, other.inner.share = real, whole, whole + 1, real > 0, float(whole)
     other.table.small[i], other.table.wide[i], other.table.secret[i] = whole, real, whole
+    other.table.long[i] = whole * 2**32 + 5
     other.weights[i], other.cube[0, 1, i], other.cube32[1, 1, 1] = real, real, real
     other.counts[i] += whole
     other.vault.share -= real
@@ -210,6 +217,50 @@ def test_numbers_of_32_bits_are_64_bits_wide_in_arithmetic() -> None:
         assert product(Table(rows).handle) == (2**31 - 1) ** 2
 
 
+class Two(Rows):
+    SATURATES = True
+
+    narrow: Ints
+    long: Longs
+
+
+class Narrow(Rows):
+    value: Ints
+
+
+class Wide(Rows):
+    value: Longs
+
+
+def test_a_long_column_holds_64_bits_beside_a_narrow_one() -> None:
+    @compiled
+    def write(own: Two, i: int, value: int) -> None:
+        own.long[i] = value
+        own.long[i] += 1
+        own.narrow[i] = i
+
+    own = Two(np.zeros(3, dtype=Two.DTYPE))
+    for i, value in enumerate((2**62, -(2**62), 2**31)):  # a table that saturates its narrow columns leaves them alone
+        write(own, i, value)
+    assert own.long.tolist() == [2**62 + 1, 1 - 2**62, 2**31 + 1]
+    assert own.narrow.tolist() == [0, 1, 2]
+
+
+def test_tables_that_differ_in_the_width_of_a_column_are_two_types() -> None:
+    assert Wide.DTYPE.itemsize == 2 * Narrow.DTYPE.itemsize
+    names = [str(RecordType(table)).partition("[")[2] for table in (Narrow, Wide)]
+    assert names[0] != names[1]
+
+    @compiled
+    def last_of(own):  # type: ignore[no-untyped-def]
+        return own.value[1]
+
+    for declared in (Narrow, Wide):
+        rows = np.zeros(2, dtype=declared.DTYPE)
+        rows["value"] = 7, -8
+        assert last_of(declared(rows)) == -8
+
+
 def test_a_bool_is_a_number_both_ways() -> None:
     record = made()
     record.inner.flag = False
@@ -225,6 +276,7 @@ def test_rows_are_aligned_and_their_columns_are_views() -> None:
     assert rows["small"][2] == 99 and len(own) == 4
     offsets: Any = Table.DTYPE.fields
     assert all(offsets[name][1] % offsets[name][0].itemsize == 0 for name in offsets)
+    assert [offsets[name][1] for name in ("wide", "long", "secret", "small", "known", "note")] == [0, 8, 16, 24, 28, 32]
 
 
 def test_records_and_tables_can_be_given_to_compiled_functions_as_they_are() -> None:
