@@ -57,7 +57,7 @@ class Replicas(Rows):
     kv_capacity: Ints  # blocks
     accepts: Ints  # 1: takes calls; 0: has failed or is being drained
     role: Ints  # WHOLE, PREFILLS or DECODES
-    legal: Ints  # 1: can be chosen for this call
+    legal: Ints  # bit p is set: can be chosen for part p of this call (``may_take``)
     cached: Ints  # tokens of this call in its prefix cache; only for routers that ask
 
 
@@ -92,6 +92,7 @@ class Calls(Rows):
     sibling: Ints  # next call that is released with it; of a free row the next free one; -1
     part: Ints  # what is to be done next: WHOLE, PREFILLS or DECODES
     replica: Ints  # that it was handed to last
+    arrived: Ints
     evictions: Ints
     cached: Ints
     routed: Ints
@@ -175,6 +176,11 @@ class Cluster(Record):
     next_event: Annotated[int, Level.HIDDEN]  # row of ``timeline``
     num_events: Annotated[int, Level.HIDDEN]
     num_finished: Annotated[int, Level.HIDDEN]  # rows of ``finished`` in use
+    finished_room: Annotated[int, Level.HIDDEN]  # beyond so many they are written out first
+    legal_known: Annotated[bool, Level.HIDDEN]  # ``replicas.legal`` holds for every call that all replicas can serve
+    legal_parts: Annotated[int, Level.HIDDEN]  # all bits of ``replicas.legal``
+    shortest_longest: Annotated[int, Level.HIDDEN]  # tokens of the longest request of the replica that takes the shortest
+    longest_longest: Annotated[int, Level.HIDDEN]  # of the one that takes the longest
     unreleased: Annotated[int, Level.HIDDEN]  # calls that the end of another will release
     pushes: Annotated[int, Level.HIDDEN]  # calls put into ``pending`` so far
     separated: Annotated[bool, Level.HIDDEN]  # prompts and answers have replicas of their own

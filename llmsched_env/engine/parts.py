@@ -17,7 +17,7 @@ import math
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.async_step import finish_async_step
 from llmsched_env.engine.queues import receive_inbox, refresh_heads
-from llmsched_env.engine.state import END_FINISHED, RUNNING, Engine
+from llmsched_env.engine.state import END_FINISHED, Engine
 from llmsched_env.engine.step import begin_step, drain_if_needed, finish_step, model_seconds
 from llmsched_env.types import Decision
 
@@ -81,15 +81,26 @@ def open_door(engine: Engine) -> None:
 
 
 @compiled
-def close_door(engine: Engine, decision: Decision) -> None:
+def close_door(engine: Engine, decision: Decision, begun: bool) -> None:
     """Nobody is to come any more. An engine that waits with nobody in it has finished; one that holds somebody back is drained."""
     engine.more = 0
-    if engine.end != RUNNING or engine.due < math.inf:
-        return
-    if engine.num_waiting + engine.num_residents == 0:
+    waits = engine.due == math.inf or not begun
+    if waits and engine.num_waiting + engine.num_residents == 0 and engine.inbox < 0 and engine.flight_seconds == 0.0:
         engine.end = END_FINISHED
-        return
+    elif engine.due == math.inf:
+        drain_if_needed(engine, decision)
+        set_due(engine)
+        if engine.due == math.inf:  # drain is off: the step ends where it began, stranded
+            engine.due = engine.report.start
+
+
+@compiled
+def drain_now(engine: Engine, decision: Decision) -> bool:
+    """An engine that waits for the next request runs one greedy iteration instead, if it drains and has anybody. Whether it does."""
+    if engine.due < math.inf or engine.num_waiting + engine.num_residents == 0:
+        return False
+    engine.more = 0
     drain_if_needed(engine, decision)
+    engine.more = 1
     set_due(engine)
-    if engine.due == math.inf:  # drain is off: the step ends where it began, stranded
-        engine.due = engine.report.start
+    return engine.due < math.inf
