@@ -12,8 +12,10 @@ computes the rest. Rules of vLLM's ``v1/core/block_pool.py`` and ``v1/core/kv_ca
 * a hit covers whole blocks and at most all tokens but one.
 * a hit on a free block takes it off the free queue, so it counts as taken in the memory tests.
 
-What a block holds is a number: blocks of request r are numbered from ``files.base[r]`` on, those of a shared
-head carry the numbers of the request they are shared with (``files.donor``, ``files.shared``).
+What a block holds is a number. A *node* is a sequence of tokens that a request's prompt and answer are the beginning of; its blocks
+are numbered from ``nodes.base`` on, and those at its beginning that are its parent's carry the parent's numbers. In an episode every
+request has a node of its own. Which block holds given contents is found in a hash table as long as the pool (``Index``), so
+its cost does not depend on how many requests there have been.
 """
 
 from __future__ import annotations
@@ -24,14 +26,21 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.state import Blocks, Files, Holder, Pool, Seats, Table
+from llmsched_env.engine.state import Blocks, Files, Index, Nodes, Pool, Seats, Table
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import IntArray, Workload
+
+HASH_BITS = 31
+"""Bits of a hash: a product of two such numbers fits 64 bits, in plain Python's numpy numbers as well."""
+_LOW_BITS = 2**HASH_BITS - 1
+_FACTOR = 1327217885
+"""2**31 divided by the golden ratio, odd: numbers that follow one another fall far apart (Knuth, TAOCP 3, 6.4)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SharedPrompts:
-    """Which head of its prompt each request shares with an earlier one.
+    """Which head of its prompt each request shares with an earlier one: with its prompt, or with prompt and answer as a later turn of
+    a chat does.
 
     Attributes:
         donor: (N,) int32, the earlier request with the longest common head (the first such), -1 for none.
@@ -62,37 +71,79 @@ class SharedPrompts:
         """Refuse heads that these requests cannot share.
 
         Raises:
-            ConfigError: another number of requests, or a head longer than one of the two prompts.
+            ConfigError: another number of requests, or a head longer than the prompt, or than prompt and answer of the earlier request.
         """
         n = len(workload)
         if self.donor.size != n:
             raise ConfigError(f"shared_prompts: {self.donor.size} rows, must be {n} as the workload has requests")
         has = np.flatnonzero(self.donor >= 0)
-        heads = np.minimum(workload.prompt_tokens[has], workload.prompt_tokens[self.donor[has]])
+        whole = workload.prompt_tokens.astype(np.int64) + workload.output_tokens
+        heads = np.minimum(workload.prompt_tokens[has], whole[self.donor[has]])
         bad = has[self.tokens[has] > heads]
         if bad.size:
             i = int(bad[0])
-            raise ConfigError(f"shared_prompts: row {i} shares {self.tokens[i]} tokens, more than one of the two prompts has")
+            raise ConfigError(
+                f"shared_prompts: row {i} shares {self.tokens[i]} tokens with {self.donor[i]}, must be at most {workload.prompt_tokens[i]} "
+                f"of its prompt and {whole[self.donor[i]]} of the other's prompt and answer"
+            )
+
+
+def request_nodes(workload: Workload, block_size: int, shared: SharedPrompts | None = None) -> npt.NDArray[np.void]:
+    """(N,) rows of ``Nodes`` for the requests of an episode, node r that of request r.
+
+    Raises:
+        ConfigError: heads that these requests cannot share.
+    """
+    n = len(workload)
+    shared = SharedPrompts.none(n) if shared is None else shared
+    shared.check(workload)
+    lengths = _blocks_of_requests(workload, block_size)
+    nodes = np.zeros(n, Nodes.DTYPE)
+    nodes["base"], nodes["parent"], nodes["shared"] = np.cumsum(lengths) - lengths, shared.donor, shared.tokens // block_size
+    return nodes
+
+
+def _blocks_of_requests(workload: Workload, block_size: int) -> npt.NDArray[np.int64]:
+    """(N,) blocks that prompt and answer fill, the last one in part."""
+    lengths: npt.NDArray[np.int64] = -(-(workload.prompt_tokens.astype(np.int64) + workload.output_tokens) // block_size)
+    return lengths
+
+
+def empty_pool(
+    num_requests: int, num_blocks: int, seats: int, blocks_per_seat: int, nodes: npt.NDArray[np.void]
+) -> dict[str, npt.NDArray[np.void]]:
+    """Tables of an empty pool by field of ``Pool``, for ``reset_pool``. None grows with what goes through it.
+
+    Args:
+        num_requests: rows of requests in the engine; whoever puts a request into one writes its node into ``files.node``.
+        seats: residents that there can be at once.
+        blocks_per_seat: blocks of the longest request.
+        nodes: (M,) of ``Nodes.DTYPE``; pools may share them.
+    """
+    files = np.zeros(num_requests, Files.DTYPE)
+    files["node"] = -1
+    return {
+        "blocks": np.zeros(num_blocks + 1, Blocks.DTYPE),
+        "nodes": nodes,
+        "files": files,
+        "seats": np.zeros(seats, Seats.DTYPE),
+        "table": np.zeros(seats * blocks_per_seat, Table.DTYPE),
+        "index": np.zeros(1 << (4 * num_blocks - 1).bit_length(), Index.DTYPE),  # so sparse that few rows collide
+    }
 
 
 def pool_tables(
     workload: Workload, num_blocks: int, block_size: int, seats: int, shared: SharedPrompts | None = None
 ) -> dict[str, npt.NDArray[np.void]]:
-    """Tables of an empty pool by field of ``Pool``."""
+    """``empty_pool`` for the requests of an episode.
+
+    Raises:
+        ConfigError: heads that these requests cannot share.
+    """
     n = len(workload)
-    shared = SharedPrompts.none(n) if shared is None else shared
-    shared.check(workload)
-    lengths = -(-(workload.prompt_tokens.astype(np.int64) + workload.output_tokens) // block_size)
-    ends = np.cumsum(lengths)
-    tables = {
-        "blocks": np.zeros(num_blocks + 1, Blocks.DTYPE),
-        "files": np.zeros(n, Files.DTYPE),
-        "seats": np.zeros(seats, Seats.DTYPE),
-        "table": np.zeros(seats * int(lengths.max(initial=1)), Table.DTYPE),
-        "holder": np.zeros(int(ends[-1]) if n else 0, Holder.DTYPE),
-    }
-    files = tables["files"]
-    files["base"], files["donor"], files["shared"], files["seat"] = ends - lengths, shared.donor, shared.tokens // block_size, -1
+    longest = int(_blocks_of_requests(workload, block_size).max(initial=1))
+    tables = empty_pool(n, num_blocks, seats, longest, request_nodes(workload, block_size, shared))
+    tables["files"]["node"] = np.arange(n)
     return tables
 
 
@@ -104,7 +155,9 @@ def reset_pool(pool: Pool, num_blocks: int, uncached_first: bool) -> None:
     blocks.contents[:] = blocks.twin[:] = -1
     pool.files.seat[:] = -1
     pool.files.in_flight[:] = 0
-    pool.holder.block[:] = -1
+    pool.index.block[:] = -1
+    pool.index_mask = len(pool.index) - 1
+    pool.index_shift = HASH_BITS - pool.index_mask.bit_length()
     pool.seats.spare[:] = np.arange(len(pool.seats))
     pool.num_blocks, pool.free, pool.spare = num_blocks, num_blocks, len(pool.seats)
     pool.blocks_per_seat = len(pool.table) // max(len(pool.seats), 1)
@@ -131,65 +184,146 @@ def link_before(pool: Pool, block: int, place: int) -> None:
 
 
 @compiled
-def contents_of(pool: Pool, r: int, b: int) -> int:
-    """What block b of request r holds when it is full."""
-    files = pool.files
-    while b < files.shared[r]:
-        r = files.donor[r]
-    return files.base[r] + b
+def contents_of(pool: Pool, node: int, b: int) -> int:
+    """What block b of a node holds when it is full."""
+    nodes = pool.nodes
+    while b < nodes.shared[node]:
+        node = nodes.parent[node]
+    return nodes.base[node] + b
+
+
+# --- the index: open addressing, linear probing -------------------------------------------------------
+@compiled
+def home_of(pool: Pool, contents: int) -> int:
+    """Row of the index from which contents are looked for."""
+    return ((((contents ^ (contents >> HASH_BITS)) & _LOW_BITS) * _FACTOR) & _LOW_BITS) >> pool.index_shift
+
+
+@compiled
+def row_of(pool: Pool, contents: int) -> int:
+    """Row of the index that has these contents, or the empty one where they belong."""
+    index = pool.index
+    row = home_of(pool, contents)
+    while index.block[row] >= 0 and index.contents[row] != contents:
+        row = (row + 1) & pool.index_mask
+    return row
+
+
+@compiled
+def oldest_block(pool: Pool, contents: int) -> int:
+    """The oldest block that has these contents; -1 if there is none."""
+    return pool.index.block[row_of(pool, contents)]
+
+
+@compiled
+def clear_row(pool: Pool, row: int) -> None:
+    """Empty a row of the index. Rows behind it move up, so that no gap lies between any of them and its home."""
+    index, mask = pool.index, pool.index_mask
+    gap = row
+    row = (row + 1) & mask
+    while index.block[row] >= 0:
+        contents = index.contents[row]
+        if ((row - home_of(pool, contents)) & mask) >= ((row - gap) & mask):
+            index.contents[gap] = contents
+            index.block[gap] = index.block[row]
+            gap = row
+        row = (row + 1) & mask
+    index.block[gap] = -1
+
+
+@compiled
+def remember(pool: Pool, block: int, contents: int) -> None:
+    """The block, which has none, gets contents."""
+    blocks, index = pool.blocks, pool.index
+    blocks.contents[block] = contents
+    row = row_of(pool, contents)
+    older = index.block[row]
+    if older < 0:
+        index.contents[row] = contents
+        index.block[row] = block
+    else:
+        while blocks.twin[older] >= 0:
+            older = blocks.twin[older]
+        blocks.twin[older] = block
 
 
 @compiled
 def forget(pool: Pool, block: int) -> None:
     """The block loses its contents."""
-    blocks, holder = pool.blocks, pool.holder
+    blocks = pool.blocks
     contents = blocks.contents[block]
     if contents < 0:
         return
-    if holder.block[contents] == block:
-        holder.block[contents] = blocks.twin[block]
-    else:
-        older = holder.block[contents]
+    row = row_of(pool, contents)
+    older = pool.index.block[row]
+    if older != block:
         while blocks.twin[older] != block:
             older = blocks.twin[older]
         blocks.twin[older] = blocks.twin[block]
+    elif blocks.twin[block] >= 0:
+        pool.index.block[row] = blocks.twin[block]
+    else:
+        clear_row(pool, row)
     blocks.contents[block] = -1
     blocks.twin[block] = -1
 
 
+# --- requests -----------------------------------------------------------------------------------------
+@compiled
+def find_blocks(pool: Pool, node: int, most: int, place: int) -> int:
+    """Blocks at the head of a node that the cache holds, at most ``most``, written from row ``place`` of the table on; -1: nowhere."""
+    for b in range(most):
+        block = oldest_block(pool, contents_of(pool, node, b))
+        if block < 0:
+            return b
+        if place >= 0:
+            pool.table.block[place + b] = block
+    return most
+
+
+@compiled
+def cached_blocks_of(pool: Pool, node: int, most: int) -> int:
+    """Blocks at the head of a node that the cache holds, at most ``most``; for a call that is in no engine yet."""
+    return find_blocks(pool, node, most, -1)
+
+
+@compiled
+def next_place(pool: Pool) -> int:
+    """First row of the table of the next who becomes resident; -1 if there is no room for one."""
+    return pool.seats.spare[pool.spare - 1] * pool.blocks_per_seat if pool.spare > 0 else -1
+
+
 @compiled
 def cached_blocks(pool: Pool, r: int, most: int) -> int:
-    """Blocks at the head of request r that the cache holds, at most ``most``."""
-    b = 0
-    while b < most and pool.holder.block[contents_of(pool, r, b)] >= 0:
-        b += 1
-    return b
+    """The same of request r, which may become the next resident: its blocks are noted for ``free_among`` and ``open_seat``."""
+    return find_blocks(pool, pool.files.node[r], most, next_place(pool))
 
 
 @compiled
 def free_among(pool: Pool, r: int, hits: int) -> int:
-    """How many of the first ``hits`` cached blocks of request r nobody uses."""
+    """How many of the first ``hits`` blocks nobody uses that ``cached_blocks`` has just found for request r."""
+    place = next_place(pool)
     free = 0
     for b in range(hits):
-        if pool.blocks.users[pool.holder.block[contents_of(pool, r, b)]] == 0:
+        if pool.blocks.users[pool.table.block[place + b]] == 0:
             free += 1
     return free
 
 
 @compiled
 def open_seat(pool: Pool, r: int, hits: int) -> None:
-    """Request r becomes resident and takes over ``hits`` cached blocks."""
+    """Request r becomes resident and takes over the first ``hits`` blocks that ``cached_blocks`` has just found for it."""
+    place = next_place(pool)
     pool.spare -= 1
     seat = pool.seats.spare[pool.spare]
     pool.files.seat[r] = seat
     pool.files.in_flight[r] = 0
     for b in range(hits):
-        block = pool.holder.block[contents_of(pool, r, b)]
+        block = pool.table.block[place + b]
         if pool.blocks.users[block] == 0:
             unlink_block(pool, block)
             pool.free -= 1
         pool.blocks.users[block] += 1
-        pool.table.block[seat * pool.blocks_per_seat + b] = block
     pool.seats.held[seat] = hits
     pool.seats.cached[seat] = hits
 
@@ -197,8 +331,8 @@ def open_seat(pool: Pool, r: int, hits: int) -> None:
 @compiled
 def grow(pool: Pool, r: int, count: int, full: int) -> None:
     """Request r takes ``count`` blocks from the free queue; its first ``full`` blocks then have contents."""
-    seat = pool.files.seat[r]
-    blocks, seats, holder = pool.blocks, pool.seats, pool.holder
+    seat, node = pool.files.seat[r], pool.files.node[r]
+    blocks, seats = pool.blocks, pool.seats
     first = seat * pool.blocks_per_seat
     held = seats.held[seat]
     for b in range(held, held + count):
@@ -210,16 +344,7 @@ def grow(pool: Pool, r: int, count: int, full: int) -> None:
     pool.free -= count
     seats.held[seat] = held + count
     for b in range(seats.cached[seat], full):
-        block = pool.table.block[first + b]
-        contents = contents_of(pool, r, b)
-        blocks.contents[block] = contents
-        older = holder.block[contents]
-        if older < 0:
-            holder.block[contents] = block
-        else:
-            while blocks.twin[older] >= 0:
-                older = blocks.twin[older]
-            blocks.twin[older] = block
+        remember(pool, pool.table.block[first + b], contents_of(pool, node, b))
     seats.cached[seat] = max(seats.cached[seat], full)
 
 

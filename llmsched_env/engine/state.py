@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from llmsched_env.perf.batch import BatchSums
-from llmsched_env.records import Floats, Ints, Level, Record, Rows, Scratch
+from llmsched_env.records import Floats, Ints, Level, Longs, Record, Rows, Scratch
 
 # --- status of a request ------------------------------------------------------------------------------
 FUTURE = 0
@@ -246,16 +246,25 @@ class Blocks(Rows):
     next: Ints
     previous: Ints
     users: Ints
-    contents: Ints  # -1: none
+    contents: Longs  # -1: none
     twin: Ints  # next younger block with the same contents, -1
 
 
-class Files(Rows):
-    """Where the contents of a request's blocks are written down, one row a request."""
+class Nodes(Rows):
+    """Sequences of tokens of which prompts and answers are the beginning; several pools may share the table.
 
-    base: Ints  # number of its first block's contents
-    donor: Ints  # request it shares the head of its prompt with
-    shared: Ints  # blocks of that head
+    A row may be used again for another sequence when no request and no other node names it any more, a number of contents never.
+    """
+
+    base: Longs  # number of the contents of its first block; the others' follow, but for those of ``shared``
+    parent: Ints  # node that it begins like, -1: none
+    shared: Ints  # blocks at its beginning that are the parent's
+
+
+class Files(Rows):
+    """A request in the pool, one row a request."""
+
+    node: Ints  # row of ``Nodes`` that its prompt and answer are the beginning of
     seat: Ints  # row of ``Seats`` while resident, -1
     in_flight: Ints  # 1 where an output token is in the batch in flight: known in number, it does not fill a block with contents yet
 
@@ -272,20 +281,24 @@ class Table(Rows):
     block: Ints
 
 
-class Holder(Rows):
-    """By contents: the oldest block that has them, -1."""
+class Index(Rows):
+    """Hash table from contents to the oldest block that has them; a power of two of rows, at least four for each block."""
 
-    block: Ints
+    contents: Longs
+    block: Ints  # -1: the row is empty
 
 
 class Pool(Record):
     """Blocks with contents (``llmsched_env.engine.prefix_cache``)."""
 
     blocks: Blocks
+    nodes: Nodes
     files: Files
     seats: Seats
     table: Table
-    holder: Holder
+    index: Index
+    index_mask: int  # rows of ``index`` - 1
+    index_shift: int  # ``prefix_cache.HASH_BITS`` - log2 of these rows
     num_blocks: int
     blocks_per_seat: int
     free: int
