@@ -203,6 +203,7 @@ def refuse(cluster: Cluster) -> None:
 def free_call(cluster: Cluster, c: int) -> None:
     cluster.calls.sibling[c] = cluster.free_call
     cluster.free_call = c
+    cluster.free_calls += 1
 
 
 @compiled
@@ -237,6 +238,8 @@ def end_call(cluster: Cluster, c: int, time: float, rejected: bool) -> None:
             following = cluster.owners.next[node]
             cluster.owners.next[node] = cluster.free_node
             cluster.free_node = node
+            cluster.free_nodes += 1
             node = following
         programs.next[p] = cluster.free_program
         cluster.free_program = p
+        cluster.free_programs += 1

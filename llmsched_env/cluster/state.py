@@ -169,6 +169,13 @@ class Cluster(Record):
     free_call: Annotated[int, Level.HIDDEN]  # first free row, -1
     free_program: Annotated[int, Level.HIDDEN]
     free_node: Annotated[int, Level.HIDDEN]
+    free_calls: Annotated[int, Level.HIDDEN]  # how many
+    free_programs: Annotated[int, Level.HIDDEN]
+    free_nodes: Annotated[int, Level.HIDDEN]
+    next_number: Annotated[int, Level.HIDDEN]  # of the next call that the workload makes
+    next_program: Annotated[int, Level.HIDDEN]
+    next_base: Annotated[int, Level.HIDDEN]  # contents of the first block of the next node
+    block_size: Annotated[int, Level.HIDDEN]  # tokens, the same in all replicas
     next_start: Annotated[int, Level.HIDDEN]  # row of ``starts``
     num_starts: Annotated[int, Level.HIDDEN]
     stream_ended: Annotated[bool, Level.HIDDEN]  # no further programs come than those in ``starts``

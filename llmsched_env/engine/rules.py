@@ -167,6 +167,11 @@ class Rule:
         return rule
 
     @property
+    def is_constant(self) -> bool:
+        """Whether the decision is always the same."""
+        return self._constant
+
+    @property
     def address(self) -> int:
         """Where compiled code calls the rule; compiled at the first use."""
         if self._address is None:
