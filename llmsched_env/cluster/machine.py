@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.cluster.spec import ReplicaSpec
+from llmsched_env.cluster.speed import Speed
 from llmsched_env.engine import state as st
 from llmsched_env.engine.link import link
 from llmsched_env.engine.prefix_cache import empty_pool, reset_pool
@@ -40,6 +41,7 @@ class Machine:
         rule = None if spec.policy is None else spec.policy.rule
         self.rule = Rule.constant(Decision.greedy(1)) if rule is None else copy.deepcopy(rule)
         self.most_residents = self.engine.max_num_seqs
+        self.speed = Speed.of(self.engine)
         self._pool: dict[str, npt.NDArray[Any]] | None = None
         self._sizes = (self.layout.num_queues, self.most_residents, self.engine.block_size)
 

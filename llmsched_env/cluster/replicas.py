@@ -32,6 +32,14 @@ def show(cluster: Cluster, i: int, engine: Engine) -> None:
 
 
 @compiled
+def expected_seconds(cluster: Cluster, i: int) -> float:
+    """Seconds of an iteration in which all residents of replica i decode on the KV that it uses, as its calibration has it. For routers."""
+    replicas = cluster.replicas
+    tokens = replicas.kv_used[i] * cluster.block_size
+    return replicas.base_seconds[i] + replicas.running_seconds[i] * replicas.running[i] + replicas.kv_seconds[i] * tokens
+
+
+@compiled
 def may_take(cluster: Cluster, i: int) -> bool:
     """Whether replica i can be chosen for the call to be routed. For routers."""
     return (cluster.replicas.legal[i] >> cluster.call.part) & 1 != 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -15,15 +15,13 @@ from llmsched_env.cluster import state as cs
 from llmsched_env.cluster.calls import CallChunk
 from llmsched_env.cluster.finished import Finished
 from llmsched_env.cluster.heap import Heap
+from llmsched_env.cluster.kernel import advance_at, give_at, play_at
 from llmsched_env.cluster.loading import ChunkRecord, load_at
 from llmsched_env.cluster.machine import Machine
 from llmsched_env.cluster.spec import ClusterSpec
-from llmsched_env.cluster.kernel import advance_at, give_at, play_at
-from llmsched_env.engine.state import RUNNING, Nodes
-from llmsched_env.engine.step import reset_at
+from llmsched_env.engine.state import Nodes
 from llmsched_env.errors import ConfigError
-from llmsched_env.records import Level, Numbers, Record
-from llmsched_env.pointers import address_of
+from llmsched_env.records import Record
 
 EVENTS_PER_CALL = 20_000
 """Compiled code cannot be interrupted: after so many events, some tens of milliseconds, Python looks for Ctrl-C."""
@@ -107,6 +105,8 @@ class ClusterSim:
             first_edge += len(machine.layout.edges)
             shown = record.replicas.rows[i]
             shown["kv_capacity"], shown["accepts"], shown["role"] = machine.engine.num_blocks, 1, spec.replicas[i].part
+            for name, seconds in dataclasses.asdict(machine.speed).items():
+                shown[f"{name}_seconds"] = seconds
             machine.record.slowdown = spec.replicas[i].slowdown
         longest = record.machines.rows["longest"]
         record.shortest_longest, record.longest_longest = int(longest.min()), int(longest.max())

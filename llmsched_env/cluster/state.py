@@ -49,6 +49,10 @@ class Replicas(Rows):
 
     iteration_seconds: Floats  # measured, of its latest iterations, recent ones counting most; 0 before the first
     ttft_seconds: Floats  # of its latest requests from when they were handed to it, the same
+    base_seconds: Floats  # by its calibration: an iteration of decodes takes this much, (``expected_seconds``)
+    running_seconds: Floats  # and this for each of them,
+    kv_seconds: Floats  # and this for each token of KV;
+    prefill_seconds: Floats  # and each prompt token this much
     waiting: Ints  # requests handed to it that are not admitted
     running: Ints  # residents
     waiting_tokens: Ints  # prompt tokens of those who wait, those in the cache included

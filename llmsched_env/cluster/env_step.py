@@ -1,0 +1,102 @@
+"""What a cluster's environment does in one step, compiled: hand over, go on to the next call, observe.
+
+The scalar and the vector environment enter here with handles (``llmsched_env.records``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmsched_env.cluster import state as cs
+from llmsched_env.cluster.kernel import POLICY, advance, cluster_at, give
+from llmsched_env.cluster.observation import encode
+from llmsched_env.cluster.replicas import may_take
+from llmsched_env.cluster.state import Cluster
+from llmsched_env.compiled import compiled
+from llmsched_env.engine.state import Engine
+from llmsched_env.peak import PeakRecord, decode_peak
+from llmsched_env.records import Counts, Record, Vector, reader
+from llmsched_env.types import Decision
+
+RUNS = 0
+"""An environment's episode goes on: a call is to be routed."""
+
+
+class LevelRecord(Record):
+    """The admission of a replica whose level the router chooses (``llmsched_env.peak``)."""
+
+    peak: PeakRecord
+    levels: Vector  # (L,) shares of the KV capacity
+    chosen: Counts  # (1,) place of the level in force; the first one until the router has chosen
+
+
+level_at = reader(LevelRecord)
+
+
+@compiled
+def admit_to_level(engine: Engine, own: LevelRecord, decision: Decision) -> None:
+    """Requests enter while the KV predicted for the residents stays below the level in force."""
+    decode_peak(engine, own.peak, own.levels[own.chosen[0]], decision)
+
+
+@compiled
+def look(cluster: Any, handles: Any, call_row: Any, replica_rows: Any, legal: Any) -> None:
+    """Write observation and mask: (8,) and (R, 14) float32, (R + levels,) bool."""
+    record = cluster_at(cluster)
+    encode(record, handles, call_row, replica_rows)
+    for i in range(legal.shape[0]):  # every level is
+        legal[i] = i >= record.num_replicas or (record.row >= 0 and may_take(record, i))
+
+
+@compiled
+def is_legal(cluster: Cluster, action: Any, levels: int) -> bool:
+    """Whether an action (1 or 2,) int64 can be done: a replica that takes the call, and a level."""
+    if not (0 <= action[0] < cluster.num_replicas and may_take(cluster, action[0])):
+        return False
+    return levels == 0 or 0 <= action[1] < levels
+
+
+@compiled
+def hand_on(cluster: Cluster, handles: Any, action: Any, levels: int, events: int) -> int:
+    """One step. Returns why it stops: ``DECIDE``, ``ENDED``, or what has to be done in Python before it goes on.
+
+    Args:
+        action: (1 or 2,) int64, legal; levels: how many there are, 0 for none.
+        events: at most so many.
+    """
+    i = action[0]
+    if levels > 0:
+        level_at(handles[i, POLICY]).chosen[0] = action[1]
+    reason = give(cluster, handles, i)
+    return advance(cluster, handles, events) if reason == 0 else reason
+
+
+@compiled
+def hand_on_at(cluster: Any, handles: Any, action: Any, levels: int, events: int) -> int:
+    """``hand_on`` of a handle; -1, with nothing done, where the action is not legal."""
+    record = cluster_at(cluster)
+    if not is_legal(record, action, levels):
+        return -1
+    return hand_on(record, handles, action, levels, events)
+
+
+@compiled
+def step_range(first, last, clusters, handles, actions, levels, ends, outputs):  # type: ignore[no-untyped-def]
+    """``hand_on`` and ``look`` for clusters ``first`` .. ``last`` - 1 that run; the others keep still.
+
+    Args:
+        clusters: (E,) handles; handles: (E, R, 4).
+        actions: (E, 1 or 2) int64, all legal where a cluster runs.
+        ends: (E,) int64: on entry ``DECIDE`` where a cluster runs; then why each of those stopped.
+        outputs: (E, 8) and (E, R, 14) float32, (E, R + levels) bool: written.
+
+    Returns:
+        how many stopped for another reason than the next call.
+    """
+    count = 0
+    for e in range(first, last):
+        if ends[e] == cs.DECIDE:
+            ends[e] = hand_on(cluster_at(clusters[e]), handles[e], actions[e], levels, 1 << 40)
+            count += ends[e] != cs.DECIDE
+        look(clusters[e], handles[e], outputs[0][e], outputs[1][e], outputs[2][e])
+    return count
