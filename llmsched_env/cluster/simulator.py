@@ -209,14 +209,18 @@ class ClusterSim:
 
     def advance(self) -> bool:
         """Go on to the next call. Whether there is one: ``record.call``, to be handed over by ``give``."""
-        while True:
-            reason = advance_at(self.record.handle, self.handles, EVENTS_PER_CALL)
-            if reason == cs.DECIDE:
-                return True
-            if reason == cs.ENDED:
-                self._flush()
-                return False
+        return self.go_on(advance_at(self.record.handle, self.handles, EVENTS_PER_CALL))
+
+    def go_on(self, reason: int) -> bool:
+        """``advance`` from where compiled code has stopped for ``reason``."""
+        while reason not in (cs.DECIDE, cs.ENDED):
             self._attend(reason)
+            reason = give_at(self.record.handle, self.handles, self.record.chosen) if reason == cs.GROW else 0
+            if reason == 0:
+                reason = advance_at(self.record.handle, self.handles, EVENTS_PER_CALL)
+        if reason == cs.ENDED:
+            self._flush()
+        return reason == cs.DECIDE
 
     def give(self, replica: int) -> None:
         """Hand the call to a replica.
