@@ -3,7 +3,8 @@
 Run by ``make test-vllm`` in an environment with vLLM; skipped elsewhere. Random prompts with common
 heads, random engine settings and run / admit decisions; after every step the tokens scheduled per
 request, the preemptions in order, the free blocks and the tokens found in the cache must be equal. So with asynchronous scheduling,
-where a block of output tokens has contents only when the iteration of its last token has ended.
+where a block of output tokens has contents only when the iteration of its last token has ended. So with chats, whose later turns begin
+with the prompt and the answer of an earlier one, which has ended or still answers.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,11 @@ STOP = 5
 WORKLOADS = int(os.environ.get("LLMSCHED_VLLM_PREFIX_WORKLOADS", "60"))
 
 
+def answer_token(request: int, place: int) -> int:
+    """The faked token of a request at a place of prompt and answer, the last one excepted: no other request and no other place has it."""
+    return 10**9 + 10**5 * request + place
+
+
 class VllmScheduler:
     """vLLM's scheduler with prefix caching on faked tokens that never repeat but in common heads."""
 
@@ -46,6 +53,7 @@ class VllmScheduler:
         self.overlaps, self.longest = engine.async_scheduling, engine.max_model_len
         self.in_flight: Any = None
         self.output: dict[str, int] = {}
+        self.given: dict[int, dict[int, int]] = {}  # by request: its output tokens by place
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(engine.block_size, sha256)
         self.scheduler = hw.faked_scheduler(GatedScheduler, config, engine)
@@ -97,19 +105,21 @@ class VllmScheduler:
     def token(self, name: str) -> int:
         """A token that no other request has, and no other place in this one; a stop token at its end."""
         request = self.scheduler.requests.get(name)
-        if request is None or request.num_output_tokens + 1 == self.output[name]:
+        if request is None:  # it has ended: superfluous
             return STOP
-        return int(10**9 + 10**5 * int(name) + request.num_tokens)
+        given = STOP if request.num_output_tokens + 1 == self.output[name] else answer_token(int(name), request.num_tokens)
+        self.given.setdefault(int(name), {})[request.num_tokens] = given
+        return given
 
 
-def common_heads(prompts: list[list[int]]) -> SharedPrompts:
-    """For each prompt the first of the earlier ones with the longest common head."""
+def common_heads(prompts: list[list[int]], wholes: list[list[int]]) -> SharedPrompts:
+    """For each prompt the first of the earlier requests whose tokens, ``wholes``, have the longest common head with it."""
     donor, tokens = [], []
     for i, prompt in enumerate(prompts):
         best, length = -1, 0
         for j in range(i):
             n = 0
-            while n < min(len(prompt), len(prompts[j])) and prompt[n] == prompts[j][n]:
+            while n < min(len(prompt), len(wholes[j])) and prompt[n] == wholes[j][n]:
                 n += 1
             if n > length:
                 best, length = j, n
@@ -131,6 +141,57 @@ def random_prompts(g: np.random.Generator, n: int, longest: int) -> list[list[in
     return prompts
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The requests of an episode.
+
+    Attributes:
+        wholes: prompts, and the answers behind them where a later prompt may hold one.
+        parent: earlier turn of the same chat, -1 for none.
+    """
+
+    prompts: list[list[int]]
+    output: list[int]
+    arrival: list[float]
+    wholes: list[list[int]]
+    parent: list[int] = field(default_factory=list)
+
+
+def random_chats(g: np.random.Generator, n: int, longest: int) -> Asked:
+    """Turns that begin with prompt and answer of an earlier one, or with part of them, and come before it has ended or after."""
+    first, gap = float(g.choice([0.01, 0.05])), float(g.choice([0.05, 0.5, 4.0]))
+    parent, arrival = [-1] * n, np.cumsum(g.exponential(first, n))
+    for i in range(1, n):
+        if g.random() < 0.7:
+            parent[i] = int(g.integers(i))
+            arrival[i] = arrival[parent[i]] + g.exponential(gap)
+    order = np.argsort(arrival, kind="stable").tolist()
+    rank = {row: i for i, row in enumerate(order)}
+    parent = [rank[parent[row]] if parent[row] >= 0 else -1 for row in order]
+    prompts: list[list[int]] = []
+    wholes: list[list[int]] = []
+    output: list[int] = []
+    for i in range(n):
+        head: list[int] = []
+        if parent[i] >= 0:
+            head = wholes[parent[i]]
+            if g.random() < 0.3:
+                head = head[: int(g.integers(1, len(head) + 1))]
+        new = int(g.integers(0 if head else 1, max(2, longest // (8 if head else 4))))
+        prompt = (head + [10**6 + 10**4 * i + k for k in range(new)])[: longest - 1]
+        output.append(int(g.integers(1, min(max(2, longest // 3), longest - len(prompt) + 1))))
+        prompts.append(prompt)
+        wholes.append(prompt + [answer_token(i, len(prompt) + k) for k in range(output[i] - 1)] + [STOP])
+    return Asked(prompts, output, arrival[order].tolist(), wholes, parent)
+
+
+def random_requests(g: np.random.Generator, n: int, longest: int) -> Asked:
+    """Prompts with common heads."""
+    prompts = random_prompts(g, n, max(2, longest // 2))
+    output = [int(g.integers(1, max(2, longest - len(p)))) for p in prompts]
+    return Asked(prompts, output, np.cumsum(g.exponential(float(g.choice([0.002, 0.05])), n)).tolist(), prompts)
+
+
 def decisions(g: np.random.Generator, greedy: bool) -> Iterator[tuple[int, int]]:
     """(run, admit) of the one queue."""
     while True:
@@ -140,8 +201,22 @@ def decisions(g: np.random.Generator, greedy: bool) -> Iterator[tuple[int, int]]
             yield int(g.random() < 0.8), int(g.integers(0, 4))
 
 
-def lockstep(seed: int, folder: Any, overlaps: bool, by_priority: bool = False) -> tuple[int, int, int]:
-    """One episode on both; returns (iterations, preemptions, cached tokens)."""
+@dataclass(slots=True)
+class Turns:
+    """What a test with chats has met.
+
+    Attributes:
+        after: turns that came when the earlier one had ended; ``meanwhile``: before.
+        answers: first admissions that found a block with tokens of the earlier turn's answer in the cache.
+    """
+
+    after: int = 0
+    meanwhile: int = 0
+    answers: int = 0
+
+
+def lockstep(seed: int, folder: Any, overlaps: bool, by_priority: bool = False, turns: Turns | None = None) -> tuple[int, int, int]:
+    """One episode on both, of chats where ``turns`` are given; returns (iterations, preemptions, cached tokens)."""
     g = np.random.default_rng(seed)
     block = int(g.choice([4, 8, 16]))
     blocks = int(g.integers(16, 90))
@@ -163,19 +238,19 @@ def lockstep(seed: int, folder: Any, overlaps: bool, by_priority: bool = False) 
         scheduling_policy="priority" if by_priority else "fcfs",
     )
     n = int(g.integers(30, 90))
-    prompts = random_prompts(g, n, max(2, longest // 2))
-    output = np.array([int(g.integers(1, max(2, longest - len(p)))) for p in prompts])
-    arrival = np.cumsum(g.exponential(float(g.choice([0.002, 0.05])), n))
+    asked = random_requests(g, n, longest) if turns is None else random_chats(g, n, longest)
+    prompts, output = asked.prompts, asked.output
     priority = g.integers(-2, 3, n) if by_priority else np.zeros(n, int)
-    workload = Workload.of(arrival, [len(p) for p in prompts], output, priority=priority)
-    backend = PrefixCachingBackend(common_heads(prompts), trace=True)
+    workload = Workload.of(asked.arrival, [len(p) for p in prompts], output, priority=priority)
+    backend = PrefixCachingBackend(common_heads(prompts, asked.wholes), trace=True)
     view = backend.reset(workload, QueueLayout(), engine, EpisodeLimits(drain=False))
     vllm = VllmScheduler(engine, folder)
     choose = decisions(g, greedy=seed % 3 == 0)
     submitted = iterations = preemptions = hits = 0
+    entered: dict[int, int] = {}  # tokens that a request found at its first admission
     while not backend.done:
         while submitted < n and workload.arrival[submitted] <= view.clock:
-            vllm.add(submitted, prompts[submitted], int(output[submitted]), int(priority[submitted]))
+            vllm.add(submitted, prompts[submitted], output[submitted], int(priority[submitted]))
             submitted += 1
         run, admit = (1, ADMIT_ALL) if submitted == n else next(choose)
         if seed % 2 and backend.record.flight_seconds > 0:  # held with a token in flight
@@ -194,8 +269,23 @@ def lockstep(seed: int, folder: Any, overlaps: bool, by_priority: bool = False) 
         iterations += not report.idle
         preemptions += len(preempted)
         hits += sum(cached.values())
+        entered = cached | entered
     assert backend.end == "finished"
+    if turns is not None:
+        check_turns(asked, vllm.given)
+        completed = backend.log().completed
+        for i, j in enumerate(asked.parent):
+            if j >= 0:
+                turns.after += int(asked.arrival[i] >= completed[j])
+                turns.meanwhile += int(asked.arrival[i] < completed[j])
+                turns.answers += int(entered[i] > len(prompts[j]))
     return iterations, preemptions, hits
+
+
+def check_turns(asked: Asked, given: dict[int, dict[int, int]]) -> None:
+    """The answers that stand in later prompts are those that the faked model gave."""
+    for i, (prompt, whole) in enumerate(zip(asked.prompts, asked.wholes, strict=True)):
+        assert prompt + [given[i][place] for place in sorted(given[i])] == whole
 
 
 @pytest.mark.parametrize("overlaps", [False, True], ids=["sync", "async"])
@@ -206,3 +296,14 @@ def test_equal_to_vllm_with_prefix_caching(tmp_path: Any, overlaps: bool) -> Non
     iterations, preemptions, hits = totals.tolist()
     print(f"{iterations} iterations, {preemptions} preemptions, {hits} cached tokens: no difference")
     assert preemptions > 5 * WORKLOADS and hits > 100 * WORKLOADS
+
+
+@pytest.mark.parametrize("overlaps", [False, True], ids=["sync", "async"])
+def test_equal_to_vllm_with_chats(tmp_path: Any, overlaps: bool) -> None:
+    totals, turns = np.zeros(3, dtype=np.int64), Turns()
+    for seed in range(WORKLOADS):
+        totals += lockstep(seed, tmp_path, overlaps, turns=turns)
+    iterations, preemptions, hits = totals.tolist()
+    print(f"{iterations} iterations, {preemptions} preemptions, {hits} cached tokens, {turns}: no difference")
+    assert preemptions > 5 * WORKLOADS and hits > 100 * WORKLOADS
+    assert min(turns.after, turns.meanwhile, turns.answers) > 5 * WORKLOADS
