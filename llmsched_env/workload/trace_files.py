@@ -34,15 +34,15 @@ _OTHER_FILES = {
 }
 
 
-class _Absent:
+class Absent:
     """Stands for a cell that the row does not have."""
 
     def __init__(self, why: str) -> None:
         self.why = why
 
 
-MISSING = _Absent("is missing")
-REPEATED = _Absent("is given more than once")
+MISSING = Absent("is missing")
+REPEATED = Absent("is given more than once")
 
 
 @dataclass(frozen=True, slots=True)
