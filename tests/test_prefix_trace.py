@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmsched_env.cli import build_statistics
 from llmsched_env.errors import ConfigError
 from llmsched_env.workload import build_sessions, load_scenario
+from llmsched_env.workload.build_statistics import Source
 from llmsched_env.workload.prefix_trace import PrefixTrace, common_beginnings, read_prefix_trace
 from llmsched_env.workload.session_statistics import load_session_statistics
 from llmsched_env.workload.sessions import RecordedCalls
@@ -70,6 +72,28 @@ def test_gzip_is_read(tmp_path: Path) -> None:
     file = tmp_path / "trace.jsonl.gz"
     file.write_bytes(gzip.compress(write(tmp_path, ROWS).read_bytes()))
     assert read_prefix_trace(file).blocks == read_prefix_trace(tmp_path / "trace.jsonl").blocks
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 4),
+    st.sampled_from(["timestamp", "input_length", "output_length", "hash_ids"]),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+        lambda inner: st.lists(inner, max_size=4),
+        max_leaves=5,
+    ),
+)
+def test_whatever_a_row_holds_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, which: int, column: str, value: Any) -> None:
+    rows = [dict(one) for one in ROWS]
+    rows[which][column] = value
+    file = write(tmp_path_factory.mktemp("rows"), rows)
+    try:
+        trace = read_prefix_trace(file)
+    except ConfigError as error:
+        assert str(file) in str(error)
+    else:
+        common_beginnings(trace)
 
 
 @pytest.mark.parametrize(
@@ -182,9 +206,12 @@ def test_turns_are_found_by_whole_blocks(tmp_path: Path) -> None:
 
 def test_statistics_need_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
-    assert build_sessions.main([str(write(tmp_path, ROWS)), str(out)]) == 2 and not out.exists()
+    arguments = [str(write(tmp_path, ROWS)), "--sessions", "--name", "mooncake-sessions", "--out", str(out)]
+    assert build_statistics.main(arguments) == 2 and not out.exists()
     assert "2 requests go on with an earlier one, must be at least 100" in capsys.readouterr().err
-    assert build_sessions.main([]) == 2
+    assert build_statistics.main([*arguments, "--max-total", "4096"]) == 2 and "--max-total: not with --sessions" in capsys.readouterr().err
+    arguments[3] = "mooncake"
+    assert build_statistics.main(arguments) == 2 and "give --source and --licence" in capsys.readouterr().err
 
 
 def test_sessions_of_known_shape_are_found(tmp_path: Path) -> None:
@@ -197,7 +224,7 @@ def test_sessions_of_known_shape_are_found(tmp_path: Path) -> None:
             filled = [*ids[: prompt // 512], 10**6 + 10 * session + turn]
             rows.append(row(100_000 * session + 30_000 * turn, prompt, 40, filled))
     trace = read_prefix_trace(write(tmp_path, rows))
-    record = build_sessions.build_sessions(trace, "made up", "none")
+    record = build_sessions.build_sessions(trace, "mine", Source("made up", "none"))
     assert record["turn_shares"] == [0.0, 0.0, 1.0]
     assert record["means"] == {"turns": 3.0, "seconds": 30.0, "first_prompt": 688.0, "new_tokens": 50.0, "output_tokens": 40.0}
     assert set(record["quantiles"]["new_tokens"]) == {50.0}
@@ -221,7 +248,7 @@ def test_the_shipped_statistics_say_where_they_are_from() -> None:
 
 def test_the_script_rebuilds_the_statistics_byte_for_byte(tmp_path: Path) -> None:
     out = tmp_path / "sessions.json"
-    assert build_sessions.main([str(raw_mooncake()), str(out)]) == 0
+    assert build_statistics.main([str(raw_mooncake()), "--sessions", "--name", "mooncake-sessions", "--out", str(out)]) == 0
     assert out.read_bytes() == SHIPPED.read_bytes()
 
 

@@ -307,11 +307,11 @@ def test_sources_by_name() -> None:
         (lambda: Forks(fewest=4, most=3), r"forks.fewest: 4, must be an integer from 0 to 3"),
         (lambda: Forks(depth=30, most=3), r"forks: depth 30 with 3 children, a program must have at most 65536 calls"),
         (lambda: AgentPrograms(tool_seconds=-1.0), r"agents.tool_seconds: -1.0, must be a number >= 0"),
-        (lambda: AgentPrograms(step=None), r"agents.step: None, must be a LengthModel"),  # type: ignore[arg-type]
+        (lambda: AgentPrograms(step=None), r"agents.step: None, must be of type LengthModel"),  # type: ignore[arg-type]
         (lambda: AgentPrograms(max_tokens=200), r"agents.max_tokens: 200, must be at least 258: a head of 256"),
         (lambda: ChatSessions(max_tokens=True), r"chat.max_tokens: True, must be an integer"),
         (lambda: ChatSessions(apps=3), r"chat.apps: 3, must be Apps or None"),  # type: ignore[arg-type]
-        (lambda: ChatSessions(arrivals=2.0), r"chat.arrivals: 2.0, must be a ArrivalProcess"),  # type: ignore[arg-type]
+        (lambda: ChatSessions(arrivals=2.0), r"chat.arrivals: 2.0, must be of type ArrivalProcess"),  # type: ignore[arg-type]
         (lambda: ChatSessions(first_scale=0.0), r"chat.first_scale: 0.0, must be a number > 0"),
         (lambda: ChatSessions(mean_turns=0.5), r"chat.mean_turns: 0.5, must be a number >= 1"),
         (lambda: ChatSessions().chunks(-1), r"seed: -1, must be an integer from 0"),
@@ -329,6 +329,14 @@ def test_sources_by_name() -> None:
 def test_bad_settings_are_refused(make: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_huge_programs_are_known_from_fewer() -> None:
+    source = AgentPrograms(forks=Forks(15, 2, 2), task=Types((1,), (1,), (1.0,)), step=Types((1,), (1,), (1.0,)))
+    assert source.calls_per_program == 2**16 - 1
+    (chunk,) = source.chunks(0, num_calls=1)
+    chunk.check()
+    assert len(chunk) == 2**16 - 1 and chunk.prompt_tokens.max() == 257 + 15 * 2
 
 
 def test_lengths_may_be_any_model() -> None:

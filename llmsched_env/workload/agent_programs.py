@@ -84,11 +84,16 @@ class AgentPrograms(ProgramSource):
     def __post_init__(self) -> None:
         for name, kind in (("arrivals", ArrivalProcess), ("task", LengthModel), ("step", LengthModel), ("forks", Forks)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"agents.{name}: {checks.shown(getattr(self, name))}, must be a {kind.__name__}")
+                raise ConfigError(f"agents.{name}: {checks.shown(getattr(self, name))}, must be of type {kind.__name__}")
         checks.number("agents.tool_seconds", self.tool_seconds, 0.0, 1e6)
         checks.number("agents.tool_sigma", self.tool_sigma, 0.0, 10.0)
         checks.integer("agents.max_tokens", self.max_tokens, 2, 2**24)
         check_room("agents", self.apps, self.max_tokens)
+
+    @property
+    def most_calls(self) -> int:
+        """Calls of the largest tree."""
+        return self.forks.most_calls
 
     @property
     def source(self) -> str:

@@ -5,28 +5,26 @@ begins with all full blocks of that one's, at least two (the first block of Moon
 than that one's prompt and answer together; of several the one with most blocks, then the latest. What a prompt of fewer than two full
 blocks goes on with cannot be told, so no session begins with one here.
 
-    python -m llmsched_env.workload.build_sessions conversation_trace.jsonl OUT.json
+    llmsched build-statistics conversation_trace.jsonl --sessions --name mooncake-sessions --out OUT.json
 
 The same trace gives the same bytes.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.errors import ConfigError
-from llmsched_env.files import replacing
 from llmsched_env.types import IntArray
-from llmsched_env.workload.build_statistics import SOURCES, dump
-from llmsched_env.workload.prefix_trace import PrefixTrace, PrefixTree, read_prefix_trace
+from llmsched_env.workload.build_statistics import SOURCES, Source
+from llmsched_env.workload.prefix_trace import PrefixTrace, PrefixTree
 
-NAME = "mooncake-sessions"
+SESSION_SOURCES = {"mooncake-sessions": SOURCES["mooncake"]}
+"""By the names of the statistics that ship."""
 LEVELS = np.concatenate([np.linspace(0.0, 0.99, 100), [0.992, 0.994, 0.996, 0.998, 0.999, 1.0]])
 """Denser at the top: the tails are long."""
 FULL_BLOCKS = 2
@@ -75,7 +73,7 @@ def find_turns(trace: PrefixTrace) -> Turns:
     return Turns(before, edited, (before < 0) & (trace.prompt_tokens >= FULL_BLOCKS * size), number, head)
 
 
-def build_sessions(trace: PrefixTrace, source: str, licence: str) -> dict[str, Any]:
+def build_sessions(trace: PrefixTrace, name: str, source: Source) -> dict[str, Any]:
     """The JSON record.
 
     Raises:
@@ -95,12 +93,12 @@ def build_sessions(trace: PrefixTrace, source: str, licence: str) -> dict[str, A
     np.maximum.at(lengths, turns.head, turns.number)
     counts = np.bincount(lengths[half])[1:]
     return {
-        "name": NAME,
+        "name": name,
         "form": "sessions",
         "provenance": {
-            "source": source,
-            "licence": licence,
-            "script": "llmsched_env/workload/build_sessions.py",
+            "source": source.source,
+            "licence": source.licence,
+            "script": "scripts/build_statistics.py --sessions",
             "turns": "next turn: begins with all full blocks (two at least) of an earlier prompt, longer than that prompt and its answer; "
             "the one with most blocks, the latest of equals",
             "turns_per_session": "sessions that begin in the first half of the trace with a prompt of two full blocks at least; "
@@ -152,24 +150,3 @@ def _commonest(trace: PrefixTrace, blocks: int) -> float:
 def _quantiles(values: npt.ArrayLike) -> list[float]:
     """Hazen's quantiles, which keep the mean under linear interpolation."""
     return [round(float(v), 2) for v in np.quantile(np.asarray(values, dtype=np.float64), LEVELS, method="hazen")]
-
-
-def main(arguments: list[str]) -> int:
-    """Read a trace, write its statistics."""
-    if len(arguments) != 2:
-        print("usage: python -m llmsched_env.workload.build_sessions TRACE OUT.json", file=sys.stderr)
-        return 2
-    source = SOURCES["mooncake"]
-    try:
-        text = dump(build_sessions(read_prefix_trace(arguments[0]), source.source, source.licence))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    with replacing(Path(arguments[1])) as file:
-        file.write(text)
-    print(f"{arguments[1]}: {len(text)} bytes")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,7 +58,7 @@ class ChatSessions(ProgramSource):
     def __post_init__(self) -> None:
         for name, kind in (("arrivals", ArrivalProcess), ("model", SessionStatistics)):
             if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"chat.{name}: {checks.shown(getattr(self, name))}, must be a {kind.__name__}")
+                raise ConfigError(f"chat.{name}: {checks.shown(getattr(self, name))}, must be of type {kind.__name__}")
         for name in ("first_scale", "turn_scale"):
             checks.number(f"chat.{name}", getattr(self, name), 0.0, 1e3, open_low=True)
         checks.number("chat.think_scale", self.think_scale, 0.0, 1e6)
@@ -65,6 +66,12 @@ class ChatSessions(ProgramSource):
             checks.number("chat.mean_turns", self.mean_turns, 1.0, 1e3)
         checks.integer("chat.max_tokens", self.max_tokens, 2, 2**24)
         check_room("chat", self.apps, self.max_tokens)
+
+    @property
+    def most_calls(self) -> int:
+        """Turns that a session may have: those of the model, or as many as a geometric number hardly ever exceeds."""
+        most = self.model.turn_shares.size if self.mean_turns is None else math.ceil(30 * self.mean_turns)
+        return min(most, MOST_CALLS, self.max_tokens // 2)  # a turn has two tokens at least
 
     @property
     def source(self) -> str:
@@ -108,7 +115,7 @@ class ChatSessions(ProgramSource):
     def _turns(self, rng: np.random.Generator, count: int) -> npt.NDArray[np.int64]:
         if self.mean_turns is None:
             return self.model.draw_turns(rng, count)
-        return np.minimum(rng.geometric(1.0 / self.mean_turns, count), min(MOST_CALLS, self.max_tokens))  # a turn has two tokens at least
+        return np.minimum(rng.geometric(1.0 / self.mean_turns, count), self.most_calls)
 
     def _turn(
         self, rng: np.random.Generator, calls: int, first: npt.NDArray[np.int64]

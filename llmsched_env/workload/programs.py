@@ -22,8 +22,11 @@ CHUNK_CALLS = 50_000
 """Calls of a chunk, more or less."""
 MOST_CALLS = 65_536
 """Calls that one program may have."""
-_PROBE_PROGRAMS = 4_096
-_TIMES, _PROGRAMS, _PROBE = range(3)
+_PROBE = (64, 4_096)
+"""Fewest and most programs from which a source knows its rate and statistics."""
+_PROBE_CALLS = 2**22
+"""Most calls of them, where 64 programs have no more."""
+_TIMES, _PROGRAMS, _SAMPLE = range(3)
 """Random streams of a seed: when programs start, what they are, and the sample from which rate and statistics are known."""
 
 
@@ -140,6 +143,11 @@ class ProgramSource(ABC):
 
     @property
     @abstractmethod
+    def most_calls(self) -> int:
+        """Calls that a program may have."""
+
+    @property
+    @abstractmethod
     def source(self) -> str:
         """Where the numbers come from."""
 
@@ -150,17 +158,17 @@ class ProgramSource(ABC):
 
     @functools.cached_property
     def _probe(self) -> CallChunk:
-        rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(_PROBE,)))
-        return self.draw(rng, np.zeros(_PROBE_PROGRAMS))
+        rng = np.random.default_rng(np.random.SeedSequence(0, spawn_key=(_SAMPLE,)))
+        return self.draw(rng, np.zeros(min(max(_PROBE_CALLS // self.most_calls, _PROBE[0]), _PROBE[1])))
 
     @property
     def calls_per_program(self) -> float:
-        """Calls to expect of a program: the mean of 4,096 programs, drawn with a seed of their own that is always the same."""
-        return len(self._probe) / _PROBE_PROGRAMS
+        """Calls to expect of a program: the mean of 4,096 programs, fewer if they are very large, from a seed that is always the same."""
+        return len(self._probe) / self._probe.start.size
 
     @functools.cached_property
     def statistics(self) -> LengthStatistics:
-        """Prompts and outputs of the calls of the same 4,096 programs."""
+        """Prompts and outputs of the calls of these same programs."""
         probe = self._probe
         return grouped_statistics(probe.prompt_tokens, probe.output_tokens, np.zeros(len(probe), np.int32), self.source)
 
