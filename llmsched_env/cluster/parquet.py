@@ -1,0 +1,141 @@
+"""Finished calls in Parquet files: a folder of parts, each of which has its name only once it is whole.
+
+    part-00000.parquet, part-00001.parquet, ...   rows in the order in which the calls ended, a row group a batch
+    _run.json                                     seed, settings, rows and parts of a run that ended; missing where it broke off
+
+Readers of Parquet folders pass over names that begin with ``_`` or ``.``: ``pyarrow.parquet.read_table(folder)`` reads such a folder as
+it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from llmsched_env import checks
+from llmsched_env.cluster.finished import FINISHED_DTYPE
+from llmsched_env.cluster.metrics import Rows, check_rows
+from llmsched_env.cluster.sinks import Sink
+from llmsched_env.errors import ConfigError, require
+from llmsched_env.files import check_folder, write_settings
+
+RUN_FILE = "_run.json"
+METADATA_KEY = b"llmsched"
+PART_ROWS = 4_194_304
+"""Rows after which a part is whole: what a killed process can lose."""
+
+
+class ParquetSink(Sink):
+    """Writes every row.
+
+    An error or Ctrl-C inside the ``with`` block leaves whole parts with every batch that was written, and no ``_run.json``. A process
+    that is killed loses the part it was writing, at most ``part_rows`` rows and a batch; a file whose name begins with a dot remains of it.
+
+    Args:
+        folder: made here; its parents, too.
+        seed, settings: of the run, kept in each part's metadata (key ``llmsched``, JSON) and in ``_run.json``.
+        part_rows: a part ends with the batch that reaches so many.
+
+    Raises:
+        ConfigError: the folder, or a file of that name, exists; it cannot be made; or a value that is not allowed.
+        MissingExtraError: pyarrow is not installed.
+    """
+
+    def __init__(self, folder: Path, *, seed: int, settings: Mapping[str, str] | None = None, part_rows: int = PART_ROWS) -> None:
+        self._arrow, self._parquet = require("pyarrow", "cluster"), require("pyarrow.parquet", "cluster")
+        self.folder = folder = Path(folder)
+        kept = {checks.text("settings", key): checks.text(f"settings.{key}", value) for key, value in (settings or {}).items()}
+        self._described = {"seed": checks.integer("seed", seed, high=2**63 - 1), "settings": kept}
+        self._part_rows = checks.integer("part_rows", part_rows, low=1)
+        if folder.exists() or folder.is_symlink():
+            broken = folder.is_dir() and any(folder.glob("part-*.parquet")) and not (folder / RUN_FILE).exists()
+            what = "exists already and holds a run that broke off" if broken else "exists already"
+            raise ConfigError(f"folder: {folder} {what}; remove it or name another place")
+        check_folder("folder", folder)
+        folder.mkdir(parents=True)
+        arrow, types = self._arrow, [(name, FINISHED_DTYPE[name]) for name in FINISHED_DTYPE.names or ()]
+        columns = [arrow.field(name, arrow.from_numpy_dtype(form), nullable=False) for name, form in types]
+        self._schema = arrow.schema(columns, metadata={METADATA_KEY: json.dumps(self._described)})
+        self._writer: Any = None
+        self._closed = False
+        self._rows_in_part = 0
+        self.rows = 0
+        self.parts = 0
+
+    def write(self, rows: Rows) -> None:
+        check_rows(rows)
+        if self._closed:
+            raise ConfigError(f"rows: {self.folder} is closed, nothing can be written")
+        if not len(rows):
+            return
+        if self._writer is None:
+            self._writer = self._parquet.ParquetWriter(self._unfinished, self._schema, compression="zstd")
+        columns = [self._arrow.array(np.ascontiguousarray(rows[name])) for name in self._schema.names]
+        self._writer.write_table(self._arrow.table(columns, schema=self._schema), row_group_size=len(rows))
+        self.rows += len(rows)
+        self._rows_in_part += len(rows)
+        if self._rows_in_part >= self._part_rows:
+            self._end_part()
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.folder / f".part-{self.parts:05d}.parquet"
+
+    def _end_part(self) -> None:
+        if self._writer is None:
+            return
+        writer, self._writer = self._writer, None
+        writer.close()
+        self._unfinished.replace(self.folder / self._unfinished.name[1:])
+        self.parts += 1
+        self._rows_in_part = 0
+
+    def close(self) -> None:
+        """End the last part, and say that the run is whole."""
+        if not self._closed:
+            self._closed = True
+            self._end_part()
+            write_settings(self.folder / RUN_FILE, {**self._described, "rows": self.rows, "parts": self.parts})
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        elif not self._closed:
+            self._closed = True
+            self._end_part()
+
+
+def read_calls(folder: Path, *, broken: bool = False) -> Rows:
+    """All rows of such a folder in memory, by the number of the call.
+
+    Args:
+        broken: also of a run that broke off.
+
+    Raises:
+        ConfigError: no such folder, a part that cannot be read or has other columns, or a run that broke off.
+        MissingExtraError: pyarrow is not installed.
+    """
+    arrow, parquet = require("pyarrow", "cluster"), require("pyarrow.parquet", "cluster")
+    if not folder.is_dir():
+        raise ConfigError(f"folder: {folder}, must be a folder that ParquetSink wrote")
+    if not broken and not (folder / RUN_FILE).is_file():
+        raise ConfigError(f"folder: {folder} has no {RUN_FILE}: the run broke off")
+    batches = [np.empty(0, dtype=FINISHED_DTYPE)]
+    for path in sorted(folder.glob("part-*.parquet")):
+        try:
+            table = parquet.read_table(path)
+        except (OSError, arrow.ArrowException) as error:
+            raise ConfigError(f"folder: {path} cannot be read ({error})") from error
+        if table.column_names != list(FINISHED_DTYPE.names or ()):
+            raise ConfigError(f"folder: {path} has the columns {table.column_names}, must have those of FINISHED_DTYPE")
+        rows = np.empty(table.num_rows, dtype=FINISHED_DTYPE)
+        for name in table.column_names:
+            rows[name] = table.column(name).to_numpy()
+        batches.append(rows)
+    found = np.concatenate(batches)
+    return found[np.argsort(found["number"], kind="stable")]
