@@ -32,7 +32,10 @@ LAYERS = (
 """From the ground up: a module imports its own layer and those below."""
 PROGRAMS = ROOT / "scripts"
 BASE = {"llmsched_env", "gymnasium", "numpy", "numba", "llvmlite"}  # llvmlite is a part of numba: it does not run without
-EXTRAS = ("torch", "stable_baselines3", "matplotlib", "scipy", "pygame", "vllm", "joblib", "rich", "jinja2", "tyro")
+EXTRAS = (
+    *("torch", "stable_baselines3", "matplotlib", "scipy", "pygame", "vllm", "joblib", "rich", "jinja2", "tyro"),
+    *("pyarrow", "datasketches"),
+)
 
 
 def layer_of(module: str) -> int:
