@@ -215,7 +215,7 @@ def _array(action: Any, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[Any]
         raise ConfigError(f"action: {action!r}, must be whole numbers in {space()}") from error
 
 
-def _as_integers(action: Any, width: int, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[np.int64]:
+def as_integers(action: Any, width: int, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[np.int64]:
     if type(action) is np.ndarray and action.dtype == np.int64 and action.shape == (width,) and action.flags.c_contiguous:
         return action  # what ``action_space.sample`` and most agents give
     given = _array(action, space)
@@ -230,13 +230,13 @@ def _as_integers(action: Any, width: int, space: Callable[[], gym.Space[Any]]) -
     return np.ascontiguousarray(given.reshape(width), dtype=np.int64)
 
 
-def _all_as_integers(actions: Any, count: int, width: int, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[np.int64]:
+def all_as_integers(actions: Any, count: int, width: int, space: Callable[[], gym.Space[Any]]) -> npt.NDArray[np.int64]:
     if type(actions) is np.ndarray and actions.dtype == np.int64 and actions.shape == (count, width) and actions.flags.c_contiguous:
         return actions
     given = _array(actions, space)
     if given.shape[:1] != (count,):
         raise ConfigError(f"actions: shape {given.shape}, must begin with the number of environments, {count}")
-    return np.stack([_as_integers(action, width, space) for action in given])
+    return np.stack([as_integers(action, width, space) for action in given])
 
 
 def _refuse(values: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], who: str) -> NoReturn:
@@ -250,7 +250,7 @@ def whole_number(action: Any, most: int) -> int:
     Raises:
         ConfigError: not a whole number, or outside the range.
     """
-    values = _as_integers(action, 1, lambda: gym.spaces.Discrete(most + 1))
+    values = as_integers(action, 1, lambda: gym.spaces.Discrete(most + 1))
     if not 0 <= values[0] <= most:
         _refuse(values, np.array([most]), "")
     return int(values[0])
@@ -348,11 +348,11 @@ class Codec(ABC):
         Raises:
             ConfigError: another shape, or numbers that are not whole.
         """
-        return _as_integers(action, self.width, self.space)
+        return as_integers(action, self.width, self.space)
 
     def as_integers_of(self, actions: Any, count: int) -> npt.NDArray[np.int64]:
         """Actions of ``count`` environments as (count, W) int64; raises as ``as_integers`` does."""
-        return _all_as_integers(actions, count, self.width, self.space)
+        return all_as_integers(actions, count, self.width, self.space)
 
     def refuse(self, values: npt.NDArray[np.int64], who: str = "") -> NoReturn:
         """Raise the error of an action outside the space."""

@@ -6,16 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import gymnasium as gym
 import numba
 import numpy as np
 import numpy.typing as npt
-from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from llmsched_env import checks
 from llmsched_env.action import link_codec
+from llmsched_env.autoreset import AutoresetVectorEnv, Observations
 from llmsched_env.compiled import entry
 from llmsched_env.engine.fleet import Fleet
 from llmsched_env.engine.state import END_FINISHED, END_STUCK, RUNNING
@@ -30,10 +29,8 @@ from llmsched_env.spec import DEFAULT_SCENARIO, EnvSpec
 from llmsched_env.threads import Workers
 from llmsched_env.types import Decision
 
-Observations = dict[str, npt.NDArray[np.float32]]
 
-
-class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64], npt.NDArray[Any]]):
+class LLMSchedVectorEnv(AutoresetVectorEnv):
     """``num_envs`` independent ``LLMSchedEnv`` over the same kernel, equal to them step by step.
 
     ``gym.make_vec("llmsched_env:LLMSched-v1", num_envs=256, scenario="azure-conv", rate=6.0)``. Spaces,
@@ -57,10 +54,6 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         ConfigError: an argument refused, or environments of different shape.
     """
 
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012 - gymnasium's form
-
-    autoreset_mode: AutoresetMode
-
     def __init__(
         self,
         num_envs: int = 1,
@@ -73,18 +66,12 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         render_mode: str | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:
-            raise ConfigError(f"num_envs: {num_envs!r}, must be an integer >= 1")
-        if render_mode is not None:
-            raise ConfigError(f"render_mode: {render_mode!r}, must be None in a vector environment")
         backend = kwargs.pop("backend", "sim")
         if backend not in ("sim", "sim-prefix-cache"):
             raise ConfigError(f"backend: {backend!r}, must be 'sim' or 'sim-prefix-cache' in a vector environment")
         if kwargs.pop("backend_config", None):
             raise ConfigError("backend_config: takes nothing in a vector environment, must be empty")
-        self._generators: list[np.random.Generator] = []
-        self.set_autoreset_mode(autoreset_mode)
-        self.num_envs = int(num_envs)
+        self._set_up(num_envs, autoreset_mode, render_mode)
         self._workers = Workers(self.num_envs, threads)
         max_episode_steps = kwargs.pop("max_episode_steps", None)  # Gymnasium's name
         if max_episode_steps is not None:
@@ -101,8 +88,6 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         self.fleet = Fleet(self.num_envs, self._specs)
         self._make_records()
         self._new_outputs()
-        self._ended = np.zeros(self.num_envs, dtype=np.bool_)
-        self._any_ended = False
 
     @staticmethod
     def _limit_steps(steps: int, kwargs: dict[str, Any]) -> None:
@@ -131,21 +116,6 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
             if len(shapes) > 1:
                 raise ConfigError(f"{name}: {sorted(shapes)} among the environments, must be the same in all")
         return made
-
-    def set_autoreset_mode(self, mode: AutoresetMode | str) -> None:
-        """Choose when episodes begin anew; before the first ``reset``.
-
-        Raises:
-            ConfigError: another mode than SAME_STEP or NEXT_STEP, or too late.
-        """
-        known = [m for m in AutoresetMode if mode in (m, m.value)]
-        if not known or known[0] not in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
-            raise ConfigError(f"autoreset_mode: {mode!r}, must be SAME_STEP or NEXT_STEP")
-        if self._generators and known[0] != self.autoreset_mode:
-            raise ConfigError(f"autoreset_mode: {mode!r}, must be set before the first reset()")
-        self.autoreset_mode = known[0]
-        self.metadata = {**self.metadata, "autoreset_mode": known[0]}
-        self._same_step = known[0] == AutoresetMode.SAME_STEP
 
     def spec_of(self, i: int) -> EnvSpec:
         """The settings of environment i."""
@@ -203,20 +173,8 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
-        if options:
-            raise ConfigError(f"options: {sorted(options)} unknown (a vector environment takes none)")
-        if seed is not None or not self._generators:
-            base = [None if seed is None else seed + i for i in range(self.num_envs)] if not isinstance(seed, Sequence) else list(seed)
-            if len(base) != self.num_envs:
-                raise ConfigError(f"seed: {len(base)} seeds for {self.num_envs} environments")
-            kept: Sequence[np.random.Generator | None] = self._generators or [None] * self.num_envs
-            pairs = zip(base, kept, strict=True)
-            self._generators = [old if s is None and old is not None else seeding.np_random(s)[0] for s, old in pairs]
         self._new_outputs()
-        for i in range(self.num_envs):
-            self._start(i)
-        self._ended[:] = False
-        self._any_ended = False
+        self._start_all(seed, options)
         return self._observed(), self._infos()
 
     def _start(self, i: int) -> None:
@@ -227,8 +185,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
     def step(
         self, actions: npt.ArrayLike
     ) -> tuple[Observations, npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.bool_], dict[str, Any]]:
-        if not self._generators:
-            raise gym.error.ResetNeeded("call reset() before step()")
+        self._need_reset("step")
         chosen = self.codec.as_integers_of(actions, self.num_envs)
         wrong = entry(first_illegal)(self._handles[0, 1], chosen)
         if wrong >= 0:
@@ -243,21 +200,13 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
         if count and (self._ends == END_STUCK).any():
             stuck = int(np.flatnonzero(self._ends == END_STUCK)[0])
             raise RuntimeError(f"environment {stuck}: the engine can schedule nothing at {self.fleet.records[stuck].clock:.6f} s")
-        infos: dict[str, Any] = {}
-        if not self._same_step and self._any_ended:
-            for i in np.flatnonzero(self._ended):  # NEXT_STEP: this step was the reset, its action was ignored
-                self._start(int(i))
-                self._ended[i] = False
-        self._any_ended = count > 0
-        for i in np.flatnonzero(self._ends) if count else ():
-            if self._same_step:
-                last = {name: self._observations[i, where].copy() for name, where in self._where}
-                infos = self._add_info(infos, {"final_obs": last, "final_info": self._final_info(int(i))}, int(i))
-                self._start(int(i))
-            else:
-                self._ended[i] = True
+        infos = self._begin_anew(self._ends != RUNNING)
         infos.update(self._infos())
         return self._observed(), self._rewards, terminated, truncated, infos
+
+    def _last_of(self, i: int) -> dict[str, Any]:
+        last = {name: self._observations[i, where].copy() for name, where in self._where}
+        return {"final_obs": last, "final_info": self._final_info(i)}
 
     def _final_info(self, i: int) -> dict[str, Any]:
         """Of the last step of environment i: ``episode_return`` and ``episode_length`` (decisions) of its episode besides."""
@@ -299,8 +248,7 @@ class LLMSchedVectorEnv(gym.vector.VectorEnv[Observations, npt.NDArray[np.int64]
 
     def action_masks(self) -> npt.NDArray[np.bool_]:
         """(num_envs, size of the mask of ``llmsched_env.action``) bool."""
-        if not self._generators:
-            raise gym.error.ResetNeeded("call reset() before action_masks()")
+        self._need_reset("action_masks")
         return self._masks.copy()
 
     def sample_mask(self) -> Any:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, NoReturn, cast
 
 import gymnasium as gym
 import numpy as np
 import numpy.typing as npt
 
 from llmsched_env import checks
-from llmsched_env.cluster.calls import CallChunk
+from llmsched_env.action import as_integers
 from llmsched_env.cluster.env_step import hand_on_at, look
 from llmsched_env.cluster.metrics import summarize_calls
 from llmsched_env.cluster.observation import CALL_COLUMNS, REPLICA_COLUMNS, observation_space
@@ -26,16 +26,7 @@ Observation = dict[str, npt.NDArray[np.float32]]
 
 
 class ClusterOutcome:
-    """What has happened since the call before, for rewards; valid until the next step.
-
-    Attributes:
-        num_calls: of the episode.
-        duration: seconds from the call before to this one, or to the last completion.
-        system_seconds: number in system integrated over them (call-seconds).
-        completed, completed_tokens: calls that completed, and their output tokens.
-        met: of these calls, how many met both limits.
-        rejected: calls that no replica could ever serve.
-    """
+    """``llmsched_env.cluster.reward.Outcome`` read from the cluster's record."""
 
     __slots__ = ("_before", "completed", "completed_tokens", "duration", "met", "num_calls", "rejected", "system_seconds")
 
@@ -73,9 +64,10 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
     ``Dict(call=(8,), replicas=(R, 14))``, float32 in [0, 1]; the table is in ``llmsched_env.cluster.observation``.
 
     ## Rewards
-    ``latency`` (default): minus the number in system integrated since the call before over the number of calls: the return is minus the mean
-    latency. ``throughput``: output tokens of completed calls. ``slo_goodput``: share of the episode's calls that completed within
-    both limits. Or a callable of ``ClusterOutcome``. With ``discount_seconds`` ``info["discount"]`` is exp(-seconds / discount_seconds).
+    ``latency`` (default): minus the number in system integrated since the call before, over the number of calls: the return is minus
+    the mean latency. ``throughput``: output tokens of completed calls. ``slo_goodput``: share of the episode's calls that completed
+    within both limits. Or a callable, see ``llmsched_env.cluster.reward``. With ``discount_seconds`` ``info["discount"]`` is
+    exp(-seconds / discount_seconds).
 
     ## Starting State
     An empty cluster at time 0. Programs, and what happens to replicas, are drawn with the environment's generator.
@@ -91,7 +83,7 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
     | source | scenario's | where calls come from: a name of ``source_names()`` or a ``CallSource`` |
     | rate | scenario's | calls per second to expect |
     | num_calls | scenario's | no further program begins once so many calls have been drawn |
-    | policy | None | admission on each replica: ``policy(setting)``, or the name of a policy with a compiled rule; None: vLLM's |
+    | policy | None | admission on each replica, ``policy(engine, statistics, rate)``, of a name by ``replica_policy``; None: vLLM's |
     | levels | () | choices of the second component |
     | reward | "latency" | a name, ``{"name": ..., "ttft": ..., "tpot": ...}``, or a callable |
     | ttft_limit, tpot_limit | scenario's | seconds, of ``slo_goodput`` |
@@ -131,11 +123,11 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         sim = self._running()
-        values = as_integers(action, self._width, self.action_space)
+        values = as_integers(action, self._width, lambda: self.action_space)
         before = sim.record.settled
         reason = entry(hand_on_at)(sim.record.handle, sim.handles, values, len(self.levels), EVENTS_PER_CALL)
         if reason < 0:
-            refuse(values, self.action_masks(), self.num_replicas, "")
+            refuse(values, self._legal, self.num_replicas)
         self._row = sim.go_on(reason)
         self._outcome.read(sim.record)
         seconds = sim.record.settled - before
@@ -144,7 +136,7 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         ended = not self._row
         if ended:
             info["summary"] = self.summary()
-        cut = ended and sim.record.in_system + sim.record.unreleased + sim.record.pending.count + sim.record.num_starts > sim.record.next_start
+        cut = ended and sim.cut
         return observation, reward, ended and not cut, cut, info
 
     def _running(self) -> ClusterSim:
@@ -184,12 +176,20 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         """Figures of the calls that have ended so far, undefined ones left out."""
         if self.sim is None:
             raise gym.error.ResetNeeded("call reset() before summary()")
-        limits = {"ttft_limit": self.settings.ttft_limit, "tpot_limit": self.settings.tpot_limit}
+        limits = {"ttft_limit": self.sim.spec.ttft_limit, "tpot_limit": self.sim.spec.tpot_limit}
         found = summarize_calls(self._kept.rows(), replicas=self.num_replicas, **limits)
         return {name: float(value) for name, value in found.as_dict().items() if math.isfinite(value)}
 
     def close(self) -> None:
         self.sim = None
+
+
+def refuse(values: npt.NDArray[np.int64], legal: npt.NDArray[np.bool_], num_replicas: int, who: str = "") -> NoReturn:
+    """Raise the error of an action that cannot be done; ``legal`` is the mask."""
+    allowed = np.flatnonzero(legal[:num_replicas])
+    if values[0] not in allowed:
+        raise ConfigError(f"action: {who}replica {values[0]}, must be one of {allowed.tolist()} for this call (action_masks())")
+    raise ConfigError(f"action: {who}component 1 is {values[1]}, must be from 0 to {legal.size - num_replicas - 1}")
 
 
 def action_space(num_replicas: int, levels: int) -> gym.Space[Any]:

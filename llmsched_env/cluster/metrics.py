@@ -12,6 +12,7 @@ and never holds them all:
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,10 @@ class ClusterSummary:
     replica_requests: tuple[int, ...]
     replica_jain: float
     sim_seconds: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The numbers by name, in the order above; ``replica_requests`` is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "replica_requests"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -222,6 +222,12 @@ class ClusterSim:
             self._flush()
         return reason == cs.DECIDE
 
+    @property
+    def cut(self) -> bool:
+        """Whether the horizon has left calls without an end."""
+        record = self.record
+        return record.in_system + record.unreleased + record.pending.count + record.num_starts - record.next_start > 0
+
     def give(self, replica: int) -> None:
         """Hand the call to a replica.
 
