@@ -12,35 +12,17 @@ import numpy.typing as npt
 
 from llmsched_env import checks
 from llmsched_env.action import as_integers
-from llmsched_env.cluster.env_step import hand_on_at, look
+from llmsched_env.cluster.env_step import TOTALS, hand_on_at, look, totals_at
 from llmsched_env.cluster.metrics import summarize_calls
 from llmsched_env.cluster.observation import CALL_COLUMNS, REPLICA_COLUMNS, observation_space
+from llmsched_env.cluster.reward import Outcome
 from llmsched_env.cluster.settings import ClusterSettings
 from llmsched_env.cluster.simulator import EVENTS_PER_CALL, ClusterSim
 from llmsched_env.cluster.sinks import KeepAll
-from llmsched_env.cluster.state import Cluster
 from llmsched_env.compiled import entry
 from llmsched_env.errors import ConfigError
 
 Observation = dict[str, npt.NDArray[np.float32]]
-
-
-class ClusterOutcome:
-    """``llmsched_env.cluster.reward.Outcome`` read from the cluster's record."""
-
-    __slots__ = ("_before", "completed", "completed_tokens", "duration", "met", "num_calls", "rejected", "system_seconds")
-
-    def __init__(self, num_calls: int) -> None:
-        self.num_calls = num_calls
-        self._before = (0.0, 0.0, 0, 0, 0, 0)
-
-    def read(self, record: Cluster) -> None:
-        """Differences to the last time."""
-        now = (record.settled, record.system_seconds, record.completed, record.completed_tokens, record.met, record.rejected)
-        names = ("duration", "system_seconds", "completed", "completed_tokens", "met", "rejected")
-        for name, value, before in zip(names, now, self._before, strict=True):
-            setattr(self, name, value - before)
-        self._before = now
 
 
 class LLMSchedCluster(gym.Env[Observation, Any]):
@@ -116,28 +98,34 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         episode = self.settings.episode(self.np_random, options)
         self.sim, self._kept = ClusterSim(episode.spec), KeepAll()
         self.sim.reset(episode.chunks, episode.app_tokens, self._kept)
-        self._outcome = ClusterOutcome(episode.num_calls)
+        self._num_calls = episode.num_calls
         self._row = self.sim.advance()
-        self._outcome.read(self.sim.record)
+        self._totals = self._read()
         return self._observe(0.0)
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         sim = self._running()
         values = as_integers(action, self._width, lambda: self.action_space)
-        before = sim.record.settled
         reason = entry(hand_on_at)(sim.record.handle, sim.handles, values, len(self.levels), EVENTS_PER_CALL)
         if reason < 0:
             refuse(values, self._legal, self.num_replicas)
         self._row = sim.go_on(reason)
-        self._outcome.read(sim.record)
-        seconds = sim.record.settled - before
-        observation, info = self._observe(seconds)
-        reward = checks.number("reward", self.settings.reward(self._outcome), low=-math.inf, high=math.inf)
+        before, self._totals = self._totals, self._read()
+        outcome = Outcome.of(self._num_calls, self._totals - before)
+        observation, info = self._observe(outcome.duration)
+        reward = checks.number("reward", self.settings.reward(outcome), low=-math.inf, high=math.inf)
         ended = not self._row
         if ended:
             info["summary"] = self.summary()
         cut = ended and sim.cut
         return observation, reward, ended and not cut, cut, info
+
+    def _read(self) -> npt.NDArray[np.float64]:
+        """(6,) totals so far."""
+        assert self.sim is not None
+        out = np.empty(len(TOTALS))
+        entry(totals_at)(self.sim.record.handle, out)
+        return out
 
     def _running(self) -> ClusterSim:
         if self.sim is None:
@@ -154,7 +142,7 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         entry(look)(self.sim.record.handle, self.sim.handles, call, replicas, legal)
         self._legal = legal
         info = {
-            "clock": self.sim.record.settled,
+            "clock": float(self._totals[0]),
             "seconds": seconds,
             "discount": self.settings.discount(seconds),
             "action_mask": legal,

@@ -18,8 +18,8 @@ from llmsched_env.peak import PeakRecord, decode_peak
 from llmsched_env.records import Counts, Record, Vector, reader
 from llmsched_env.types import Decision
 
-RUNS = 0
-"""An environment's episode goes on: a call is to be routed."""
+TOTALS = ("duration", "system_seconds", "completed", "completed_tokens", "met", "rejected")
+"""What a cluster adds up from the start of an episode; their differences are the ``Outcome`` of a step (``llmsched_env.cluster.reward``)."""
 
 
 class LevelRecord(Record):
@@ -37,6 +37,23 @@ level_at = reader(LevelRecord)
 def admit_to_level(engine: Engine, own: LevelRecord, decision: Decision) -> None:
     """Requests enter while the KV predicted for the residents stays below the level in force."""
     decode_peak(engine, own.peak, own.levels[own.chosen[0]], decision)
+
+
+@compiled
+def totals_of(cluster: Cluster, out: Any) -> None:
+    """Write ``TOTALS``."""
+    out[0] = cluster.settled
+    out[1] = cluster.system_seconds
+    out[2] = cluster.completed
+    out[3] = cluster.completed_tokens
+    out[4] = cluster.met
+    out[5] = cluster.rejected
+
+
+@compiled
+def totals_at(cluster: Any, out: Any) -> None:
+    """``totals_of`` a handle."""
+    totals_of(cluster_at(cluster), out)
 
 
 @compiled
@@ -88,7 +105,7 @@ def step_range(first, last, clusters, handles, actions, levels, ends, outputs): 
         clusters: (E,) handles; handles: (E, R, 4).
         actions: (E, 1 or 2) int64, all legal where a cluster runs.
         ends: (E,) int64: on entry ``DECIDE`` where a cluster runs; then why each of those stopped.
-        outputs: (E, 8) and (E, R, 14) float32, (E, R + levels) bool: written.
+        outputs: (E, 8) and (E, R, 14) float32, (E, R + levels) bool, (E, 6) float64 (``TOTALS``): written.
 
     Returns:
         how many stopped for another reason than the next call.
@@ -99,4 +116,5 @@ def step_range(first, last, clusters, handles, actions, levels, ends, outputs): 
             ends[e] = hand_on(cluster_at(clusters[e]), handles[e], actions[e], levels, 1 << 40)
             count += ends[e] != cs.DECIDE
         look(clusters[e], handles[e], outputs[0][e], outputs[1][e], outputs[2][e])
+        totals_of(cluster_at(clusters[e]), outputs[3][e])
     return count

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from llmsched_env import checks
 from llmsched_env.errors import ConfigError, did_you_mean
 
 
-class Outcome(Protocol):
-    """What has happened since the call before; valid until the next step.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What has happened since the call before.
 
     Attributes:
         num_calls: of the episode.
@@ -28,6 +33,12 @@ class Outcome(Protocol):
     completed_tokens: int
     met: int
     rejected: int
+
+    @classmethod
+    def of(cls, num_calls: int, differences: npt.NDArray[np.float64]) -> Outcome:
+        """From the differences of ``llmsched_env.cluster.env_step.TOTALS``."""
+        seconds, system, *counts = differences.tolist()
+        return cls(num_calls, seconds, system, *map(int, counts))
 
 
 ClusterReward = Callable[[Outcome], float]
@@ -69,8 +80,14 @@ def make_cluster_reward(given: Any) -> tuple[ClusterReward, dict[str, float]]:
     name = arguments.pop("name", None)
     if name not in CLUSTER_REWARDS:
         known = tuple(CLUSTER_REWARDS)
-        raise ConfigError(f"reward: {checks.shown(name)} is unknown{did_you_mean(str(name), known)} (known: {', '.join(known)}; or a callable)")
-    limits = {key: checks.number(f"reward.{key}", arguments.pop(key), unit="seconds", open_low=True) for key in ("ttft", "tpot") if key in arguments}
+        raise ConfigError(
+            f"reward: {checks.shown(name)} is unknown{did_you_mean(str(name), known)} (known: {', '.join(known)}; or a callable)"
+        )
+    limits = {
+        key: checks.number(f"reward.{key}", arguments.pop(key), unit="seconds", open_low=True)
+        for key in ("ttft", "tpot")
+        if key in arguments
+    }
     if arguments or (limits and name != "slo_goodput"):
         wrong = next(iter(arguments or limits))
         raise ConfigError(f"reward.{wrong}: not an argument of {name!r} (allowed: {'ttft, tpot' if name == 'slo_goodput' else 'none'})")

@@ -127,7 +127,9 @@ class RouterRule:
         sim.play(self.address, self.own)
 
 
-def run_cluster(sim: ClusterSim, rule: RouterRule, chunks: Any, app_tokens: npt.ArrayLike = (), sink: Sink | None = None, seed: int = 0) -> None:
+def run_cluster(
+    sim: ClusterSim, rule: RouterRule, chunks: Any, app_tokens: npt.ArrayLike = (), sink: Sink | None = None, seed: int = 0
+) -> None:
     """One episode of ``sim`` under a rule, from an empty cluster to the last call."""
     sim.reset(chunks, app_tokens, sink)
     rule.reset(seed)

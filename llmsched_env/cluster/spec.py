@@ -182,5 +182,3 @@ class ClusterSpec:
     def separated(self) -> bool:
         """Whether prompts and answers have replicas of their own."""
         return self.replicas[0].role != "whole"
-
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,20 +31,23 @@ class Speed:
     @classmethod
     def of(cls, engine: EngineConfig) -> Speed:
         """By the engine's time model."""
-        pairs = [
-            (n, context)
-            for n in _DECODES
-            for context in _CONTEXTS
-            if (n, context) == (1, _CONTEXTS[0]) or (n <= engine.max_num_seqs and n * context <= engine.kv_capacity_tokens)
-        ]
-        seconds = engine.time_model.seconds_of(np.stack([_decodes(n, context).array() for n, context in pairs]))
-        terms = np.array([(1.0, n, n * context) for n, context in pairs]) / seconds[:, None]
-        base, running, kv = np.linalg.lstsq(terms, np.ones(len(pairs)), rcond=None)[0]
-        chunk = min(_PROMPT, engine.max_num_batched_tokens - 1)
-        with_prompt, without = engine.time_model.seconds_of(
-            np.stack([_decodes(_FEW, _CONTEXTS[1], prompt).array() for prompt in (chunk, 0)])
-        )
-        return cls(float(base), float(running), float(kv), float(max(with_prompt - without, 0.0) / chunk))
+        return _speed(engine)
+
+
+@functools.lru_cache(maxsize=256)  # replicas of a cluster are mostly alike
+def _speed(engine: EngineConfig) -> Speed:
+    pairs = [
+        (n, context)
+        for n in _DECODES
+        for context in _CONTEXTS
+        if (n, context) == (1, _CONTEXTS[0]) or (n <= engine.max_num_seqs and n * context <= engine.kv_capacity_tokens)
+    ]
+    seconds = engine.time_model.seconds_of(np.stack([_decodes(n, context).array() for n, context in pairs]))
+    terms = np.array([(1.0, n, n * context) for n, context in pairs]) / seconds[:, None]
+    base, running, kv = np.linalg.lstsq(terms, np.ones(len(pairs)), rcond=None)[0]
+    chunk = min(_PROMPT, engine.max_num_batched_tokens - 1)
+    with_prompt, without = engine.time_model.seconds_of(np.stack([_decodes(_FEW, _CONTEXTS[1], prompt).array() for prompt in (chunk, 0)]))
+    return Speed(float(base), float(running), float(kv), float(max(with_prompt - without, 0.0) / chunk))
 
 
 _FEW = 8

@@ -16,9 +16,10 @@ from llmsched_env import checks
 from llmsched_env.action import all_as_integers
 from llmsched_env.autoreset import AutoresetVectorEnv, Observations
 from llmsched_env.cluster import state as cs
-from llmsched_env.cluster.env import ClusterOutcome, action_space, refuse, split_mask
-from llmsched_env.cluster.env_step import look, step_range
+from llmsched_env.cluster.env import action_space, refuse, split_mask
+from llmsched_env.cluster.env_step import TOTALS, look, step_range, totals_at
 from llmsched_env.cluster.observation import CALL_COLUMNS, REPLICA_COLUMNS, observation_space
+from llmsched_env.cluster.reward import Outcome, latency_reward, slo_goodput_reward, throughput_reward
 from llmsched_env.cluster.settings import ClusterSettings
 from llmsched_env.cluster.simulator import ClusterSim
 from llmsched_env.compiled import entry
@@ -65,7 +66,8 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.sims: list[ClusterSim | None] = [None] * self.num_envs
-        self._outcomes = [ClusterOutcome(1) for _ in range(self.num_envs)]
+        self._num_calls = np.ones(self.num_envs, dtype=np.int64)
+        self._totals = np.zeros((self.num_envs, len(TOTALS)))
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
         handle: Any = object if numba.config.DISABLE_JIT else np.int64
         self._clusters = np.zeros(self.num_envs, dtype=handle)
@@ -95,7 +97,7 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         self._calls = np.empty((e, len(CALL_COLUMNS)), dtype=np.float32)
         self._replicas = np.empty((e, r, len(REPLICA_COLUMNS)), dtype=np.float32)
         self._masks = np.empty((e, r + len(self.levels)), dtype=np.bool_)
-        self._seconds, self._clocks = np.zeros(e), np.zeros(e)
+        self._seconds = np.zeros(e)
 
     # --- Gymnasium API ----------------------------------------------------------------------------
     def reset(
@@ -111,9 +113,9 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         sim.reset(episode.chunks, episode.app_tokens)
         sim.advance()
         self._bind(i, sim)
-        self._outcomes[i] = ClusterOutcome(episode.num_calls)
-        self._outcomes[i].read(sim.record)
-        self._returns[i], self._lengths[i], self._clocks[i] = 0.0, 0, sim.record.settled
+        self._num_calls[i] = episode.num_calls
+        self._returns[i], self._lengths[i] = 0.0, 0
+        entry(totals_at)(self._clusters[i], self._totals[i])
         entry(look)(self._clusters[i], self._handles[i], self._calls[i], self._replicas[i], self._masks[i])
 
     def _bind(self, i: int, sim: ClusterSim) -> None:
@@ -128,20 +130,43 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         runs = ~self._ended
         ends = np.where(runs, cs.DECIDE, cs.ENDED)
         self._new_outputs()
-        outputs = (self._calls, self._replicas, self._masks)
+        before, self._totals = self._totals, np.empty_like(self._totals)
+        outputs = (self._calls, self._replicas, self._masks, self._totals)
         self._workers.run(entry(step_range), self._clusters, self._handles, chosen, len(self.levels), ends, outputs)
         for i in np.flatnonzero(runs & (ends != cs.DECIDE) & (ends != cs.ENDED)):
             sim = self._sim(int(i))
             ends[i] = cs.DECIDE if sim.go_on(int(ends[i])) else cs.ENDED
             self._bind(int(i), sim)
             entry(look)(self._clusters[i], self._handles[i], self._calls[i], self._replicas[i], self._masks[i])
-        rewards = np.zeros(self.num_envs)
-        over, cut = runs & (ends == cs.ENDED), np.zeros(self.num_envs, dtype=np.bool_)
-        for i in np.flatnonzero(runs):
-            rewards[i], cut[i] = self._value(int(i)), over[i] and self._sim(int(i)).cut
+            entry(totals_at)(self._clusters[i], self._totals[i])
+        rewards = self._value(self._totals - before, runs)
+        over = runs & (ends == cs.ENDED)
+        cut = np.zeros(self.num_envs, dtype=np.bool_)
+        for i in np.flatnonzero(over):
+            cut[i] = self._sim(int(i)).cut
         infos = self._begin_anew(over)
         infos.update(self._infos())
         return self._observed(), rewards, over & ~cut, cut, infos
+
+    def _value(self, differences: npt.NDArray[np.float64], runs: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+        """(num_envs,) rewards of a step, 0 of those that kept still."""
+        self._seconds = np.where(runs, differences[:, 0], 0.0)
+        reward = self._settings[0].reward
+        if reward is latency_reward:
+            rewards = -differences[:, 1] / self._num_calls
+        elif reward is throughput_reward:
+            rewards = differences[:, 3].copy()
+        elif reward is slo_goodput_reward:
+            rewards = differences[:, 4] / self._num_calls
+        else:
+            rewards = np.zeros(self.num_envs)
+            for i in np.flatnonzero(runs):
+                value = reward(Outcome.of(int(self._num_calls[i]), differences[i]))
+                rewards[i] = checks.number("reward", value, low=-math.inf, high=math.inf)
+        rewards[~runs] = 0.0
+        self._returns[runs] += rewards[runs]
+        self._lengths[runs] += 1
+        return rewards
 
     def _check(self, chosen: npt.NDArray[np.int64]) -> None:
         """Refuse actions that cannot be done, before anything is."""
@@ -155,17 +180,6 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
             i = int(wrong[0])
             refuse(chosen[i], self._legal[i], self.num_replicas, f"environment {i}, ")
 
-    def _value(self, i: int) -> float:
-        """The reward of environment i, which has stepped."""
-        record, outcome = self._sim(i).record, self._outcomes[i]
-        self._seconds[i] = record.settled
-        outcome.read(record)
-        self._seconds[i], self._clocks[i] = outcome.duration, record.settled
-        value: float = checks.number("reward", self.settings_of(i).reward(outcome), low=-math.inf, high=math.inf)
-        self._returns[i] += value
-        self._lengths[i] += 1
-        return value
-
     def _sim(self, i: int) -> ClusterSim:
         sim = self.sims[i]
         assert sim is not None
@@ -174,7 +188,7 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
     def _last_of(self, i: int) -> dict[str, Any]:
         last = {"call": self._calls[i].copy(), "replicas": self._replicas[i].copy()}
         info = {
-            "clock": float(self._clocks[i]),
+            "clock": float(self._totals[i, 0]),
             "seconds": float(self._seconds[i]),
             "discount": self.settings_of(i).discount(float(self._seconds[i])),
             "action_mask": self._masks[i].copy(),
@@ -198,9 +212,9 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
     def _infos(self) -> dict[str, Any]:
         self._legal = self._masks
         return {
-            "clock": self._clocks.copy(),
+            "clock": self._totals[:, 0].copy(),
             "seconds": self._seconds,
-            "discount": np.array([self.settings_of(i).discount(float(s)) for i, s in enumerate(self._seconds)]),
+            "discount": np.array([self._settings[0].discount(s) for s in self._seconds.tolist()]),
             "action_mask": self._masks,
         }
 
