@@ -199,9 +199,9 @@ def test_jitter_is_drawn_from_the_seed(tmp_path: Path) -> None:
 def test_turns_are_found_by_whole_blocks(tmp_path: Path) -> None:
     turns = build_sessions.find_turns(read_prefix_trace(write(tmp_path, ROWS)))
     assert turns.before.tolist() == [-1, -1, 0, -1, 3]
-    assert turns.edited == 1, "the repeated request"
+    assert turns.edited.tolist() == [False, False, False, True, False], "the repeated request"
     assert turns.number.tolist() == [1, 1, 2, 1, 2] and turns.head.tolist() == [0, 1, 0, 3, 3]
-    assert turns.begins.tolist() == [True, False, False, True, False]
+    assert turns.begins.tolist() == [True, False, False, False, False], "too short, a next turn, repeated, a next turn"
 
 
 def test_statistics_need_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

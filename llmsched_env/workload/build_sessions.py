@@ -39,15 +39,15 @@ class Turns:
 
     Attributes:
         before: (N,) int32 row of the turn before, -1 for none.
-        edited: requests that begin like an earlier one but are not longer than its prompt and answer: the history was changed, or the
-            request repeated. They begin a session.
+        edited: (N,) bool, begins like an earlier one but is not longer than its prompt and answer: the history was changed, or the
+            request repeated. It is no first turn, and what goes on with it is counted as a turn but in no session.
         begins: (N,) bool, a first turn of at least two full blocks.
         number: (N,) int32, the turn's number in its session, from 1.
         head: (N,) int32, the session's first request.
     """
 
     before: IntArray
-    edited: int
+    edited: npt.NDArray[np.bool_]
     begins: npt.NDArray[np.bool_]
     number: IntArray
     head: IntArray
@@ -59,7 +59,7 @@ def find_turns(trace: PrefixTrace) -> Turns:
     tree, latest = PrefixTree(), dict[int, int]()  # of each place, the latest request whose full blocks end there
     before, number, head = np.full(count, -1, np.int32), np.ones(count, np.int32), np.arange(count, dtype=np.int32)
     prompt, output = trace.prompt_tokens.tolist(), trace.output_tokens.tolist()
-    edited = 0
+    edited = np.zeros(count, np.bool_)
     for i, blocks in enumerate(trace.blocks):
         places, _ = tree.enter(i, blocks)
         full = prompt[i] // size
@@ -67,10 +67,10 @@ def find_turns(trace: PrefixTrace) -> Turns:
         if found >= 0 and prompt[i] > prompt[found] + output[found]:
             before[i], number[i], head[i] = found, number[found] + 1, head[found]
         elif found >= 0:
-            edited += 1
+            edited[i] = True
         if full >= FULL_BLOCKS:
             latest[places[full - 1]] = i
-    return Turns(before, edited, (before < 0) & (trace.prompt_tokens >= FULL_BLOCKS * size), number, head)
+    return Turns(before, edited, (before < 0) & ~edited & (trace.prompt_tokens >= FULL_BLOCKS * size), number, head)
 
 
 def build_sessions(trace: PrefixTrace, name: str, source: Source) -> dict[str, Any]:
@@ -102,7 +102,8 @@ def build_sessions(trace: PrefixTrace, name: str, source: Source) -> dict[str, A
             "turns": "next turn: begins with all full blocks (two at least) of an earlier prompt, longer than that prompt and its answer; "
             "the one with most blocks, the latest of equals",
             "turns_per_session": "sessions that begin in the first half of the trace with a prompt of two full blocks at least; "
-            "a session that was under way when the trace began counts as one that begins there",
+            "a session that was under way when the trace began counts as one that begins there; "
+            "a prompt that repeats an earlier one, or goes on with a changed history, begins none",
             "seconds": "between the arrivals of consecutive turns; the trace has no completions, so the service of the former turn is in "
             "it; arrivals are stamped in steps of 3 s",
             "first_prompt": "tokens beyond the block that all prompts begin with, of first turns of two full blocks at least",
@@ -110,7 +111,7 @@ def build_sessions(trace: PrefixTrace, name: str, source: Source) -> dict[str, A
             "rows": len(trace),
             "later_turns": int(later.size),
             "first_turns": int(first.size),
-            "edited_or_repeated": turns.edited,
+            "edited_or_repeated": int(turns.edited.sum()),
             "prompts_below_two_blocks": int((trace.prompt_tokens < FULL_BLOCKS * trace.block_tokens).sum()),
             "sessions_counted": int(half.size),
         },
