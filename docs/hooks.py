@@ -39,7 +39,7 @@ def registered() -> list[Any]:
 
     import llmsched_env
 
-    found = [gym.registry[environment.id] for environment in llmsched_env.ENVIRONMENTS]
+    found = [gym.registry[name] for name in (*(environment.id for environment in llmsched_env.ENVIRONMENTS), llmsched_env.CLUSTER_ID)]
     return sorted(found, key=lambda spec: (spec.id != "LLMSched-v1", spec.id))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from llmsched_env.engine_config import EngineConfig, EpisodeLimits
 from llmsched_env.env import AdmitOnly, LLMSchedEnv
-from llmsched_env.environments import ENVIRONMENTS, FORMER_ENVIRONMENTS
+from llmsched_env.environments import CLUSTER_ID, ENVIRONMENTS, FORMER_ENVIRONMENTS, register_cluster
 from llmsched_env.errors import ConfigError, InfeasibleError, MissingExtraError
 from llmsched_env.registry import register_backend, register_calibration, register_policy, register_reward, register_scenario
 from llmsched_env.types import ADMIT_ALL, Decision, IterationReport, LengthStatistics, QueueLayout, RequestLog, Workload
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ADMIT_ALL",
+    "CLUSTER_ID",
     "ENVIRONMENTS",
     "AdmitOnly",
     "ConfigError",
@@ -42,3 +43,4 @@ __all__ = [
 
 for _environment in (*ENVIRONMENTS, *FORMER_ENVIRONMENTS):
     _environment.register()
+register_cluster()

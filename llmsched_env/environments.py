@@ -11,6 +11,7 @@ LLMSchedKnown-v1    the default with output lengths known at arrival            
 LLMSchedTenants-v1  four tenants, of whom one sends bursts of long requests                whom to serve so that nobody pays for it
 LLMSchedPredicted-v1 LLMSchedBursty with predicted output lengths that err                 how far to trust predictions
 LLMSchedHardware-v1 the default on a real vLLM engine (needs vLLM)                         that it holds outside
+LLMSchedCluster-v0  many engines behind one door, chat sessions with common prefixes       which replica gets the call
 ==================  =====================================================================  ===================================
 
 Version 0 of each is still registered (``FORMER_ENVIRONMENTS``): the same, where the engine is vLLM's with the iteration times of the
@@ -231,3 +232,16 @@ FORMER_ENVIRONMENTS = (
     NamedEnvironment("LLMSchedHardware-v0", LLMSchedHardware, {**_HARDWARE, **_FORMULA}, simulated=False),
 )
 """Former versions, registered for results that name them; Gymnasium warns that they are out of date."""
+
+CLUSTER_ID = "LLMSchedCluster-v0"
+"""The routing environment, whose steps are calls and whose actions are replicas (``llmsched_env.cluster``)."""
+
+
+def register_cluster() -> None:
+    """Enter the routing environment in Gymnasium's registry; once. Nothing of it is imported before somebody makes one."""
+    if CLUSTER_ID not in gym.registry:
+        gym.register(
+            id=CLUSTER_ID,
+            entry_point="llmsched_env.cluster.env:LLMSchedCluster",
+            vector_entry_point="llmsched_env.cluster.vector:LLMSchedClusterVectorEnv",
+        )

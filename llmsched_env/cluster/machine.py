@@ -110,6 +110,15 @@ class Machine:
         rule = self.rule
         return self.record.handle, rule.policy.handle, rule.decision.handle, 0 if rule.is_constant else rule.address
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "record"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if hasattr(self, "_memory"):  # addresses do not outlive their arrays
+            self._connect()
+            link(self.record.code, self.engine, self.layout, in_parts=True)
+
     @property
     def nbytes(self) -> int:
         """Memory of its tables; the cluster's nodes are not among them."""

@@ -140,6 +140,29 @@ class ClusterSim:
             record.next_base += int(blocks[a])
             record.free_nodes -= 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name not in ("record", "handles")}
+        if hasattr(self, "_tables"):  # the numbers of a heap stand before its rows
+            state["_counts"] = {name: Heap(self._tables[name]).count for name in ("dues", "pending")}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy goes on where the original stands, but for its chunks: those not yet read must be in a sequence."""
+        counts = state.pop("_counts", None)
+        vars(self).update(state)
+        if counts is None:
+            self.record = cs.Cluster()
+            return
+        for name, count in counts.items():
+            rows = Heap.empty(self._tables[name].shape[0])
+            rows[:] = self._tables[name]
+            Heap(rows).count = count
+            self._tables[name] = rows
+        self.record = cs.Cluster(self._memory, **self._tables)
+        for machine in self.machines:
+            machine.move_nodes(self._tables["nodes"])
+        self._bind()
+
     # --- room -------------------------------------------------------------------------------------
     def _make_room(self, *, calls: int = 0, programs: int = 0, nodes: int = 0, starts: int = 0) -> None:
         """Have at least so many rows free."""

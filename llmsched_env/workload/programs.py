@@ -20,6 +20,8 @@ from llmsched_env.workload.lengths import grouped_statistics
 
 CHUNK_CALLS = 50_000
 """Calls of a chunk, more or less."""
+FIRST_CALLS = 1_000
+"""Calls of the first one, more or less: a short episode then draws little that it does not use."""
 MOST_CALLS = 65_536
 """Calls that one program may have."""
 _PROBE = (64, 4_096)
@@ -178,7 +180,7 @@ class ProgramSource(ABC):
         return float(self.arrivals.rate) * self.calls_per_program
 
     def chunks(self, seed: int, *, rate: float | None = None, num_calls: int | None = None) -> Iterator[CallChunk]:
-        """The programs of an episode, in chunks of about 50,000 calls; see ``CallSource``.
+        """The programs of an episode, in chunks of about 1,000 calls, 4,000, and so on up to 50,000; see ``CallSource``.
 
         Raises:
             ConfigError: a value out of range.
@@ -191,10 +193,10 @@ class ProgramSource(ABC):
 
     def _chunks(self, seed: int, process: ArrivalProcess, num_calls: int | None) -> Iterator[CallChunk]:
         times = ArrivalStream(process, np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_TIMES,))))
-        programs = max(1, round(CHUNK_CALLS / self.calls_per_program))
         block, left = 0, num_calls
         while left is None or left > 0:
-            start = times.take(programs)
+            calls = min(FIRST_CALLS * 4**block, CHUNK_CALLS)
+            start = times.take(max(1, round(calls / self.calls_per_program)))
             if not start.size:
                 return
             chunk = self.draw(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PROGRAMS, block))), start)
