@@ -34,7 +34,8 @@ class ParquetSink(Sink):
     """Writes every row.
 
     An error or Ctrl-C inside the ``with`` block leaves whole parts with every batch that was written, and no ``_run.json``. A process
-    that is killed loses the part it was writing, at most ``part_rows`` rows and a batch; a file whose name begins with a dot remains of it.
+    that is killed, or a disk that is full, loses the part being written, at most ``part_rows`` rows and a batch; a file whose name begins
+    with a dot remains of it.
 
     Args:
         folder: made here; its parents, too.
@@ -74,9 +75,13 @@ class ParquetSink(Sink):
         if not len(rows):
             return
         if self._writer is None:
-            self._writer = self._parquet.ParquetWriter(self._unfinished, self._schema, compression="zstd")
+            self._writer = self._parquet.ParquetWriter(self._unfinished, self._schema, compression="zstd", **_encodings())
         columns = [self._arrow.array(np.ascontiguousarray(rows[name])) for name in self._schema.names]
-        self._writer.write_table(self._arrow.table(columns, schema=self._schema), row_group_size=len(rows))
+        try:
+            self._writer.write_table(self._arrow.table(columns, schema=self._schema), row_group_size=len(rows))
+        except Exception:  # a full disk, say: nobody knows what stands in this part, so it never gets its name
+            self._closed, self._writer = True, None
+            raise
         self.rows += len(rows)
         self._rows_in_part += len(rows)
         if self._rows_in_part >= self._part_rows:
@@ -108,6 +113,14 @@ class ParquetSink(Sink):
         elif not self._closed:
             self._closed = True
             self._end_part()
+
+
+def _encodings() -> dict[str, Any]:
+    """How columns are encoded before they are compressed: no two times are equal, so a dictionary of them only takes time and room."""
+    names = FINISHED_DTYPE.names or ()
+    times = [name for name in names if FINISHED_DTYPE[name].kind == "f"]
+    encoded = dict.fromkeys(times, "BYTE_STREAM_SPLIT") | dict.fromkeys(("number", "program"), "DELTA_BINARY_PACKED")
+    return {"column_encoding": encoded, "use_dictionary": [name for name in names if name not in encoded]}
 
 
 def read_calls(folder: Path, *, broken: bool = False) -> Rows:

@@ -137,6 +137,22 @@ def test_a_killed_run_loses_the_part_it_was_writing(tmp_path: Path, parquet: obj
     assert same(read_calls(folder, broken=True), rows[:400])
 
 
+def test_a_part_that_could_not_be_written_never_gets_its_name(tmp_path: Path, parquet: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, folder = drawn(300, 9), tmp_path / "run"
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), ParquetSink(folder, seed=0, part_rows=100) as sink:
+        sink.write(rows[:100])
+        sink.write(rows[100:150])
+        monkeypatch.setattr(parquet.ParquetWriter, "write_table", full)  # type: ignore[attr-defined]
+        sink.write(rows[150:])
+    assert [path.name for path in sorted(folder.glob("[!.]*"))] == ["part-00000.parquet"]
+    sink.close()
+    assert not (folder / RUN_FILE).exists() and same(read_calls(folder, broken=True), rows[:100])
+
+
 def test_a_run_without_calls(tmp_path: Path, parquet: object) -> None:
     with ParquetSink(tmp_path / "run", seed=0):
         pass

@@ -18,6 +18,7 @@ from hypothesis import strategies as hs
 
 from llmsched_env.cluster.metrics import METRICS, ClusterSummary, Terms, call_metrics, summarize_calls
 from llmsched_env.errors import ConfigError, MissingExtraError, install_command
+from llmsched_env.parallel import unordered
 from llmsched_env.types import FloatArray
 
 pytest.importorskip("datasketches", reason="datasketches is not installed (extra: cluster)")
@@ -118,6 +119,18 @@ def test_seeds_are_merged() -> None:
     assert second.summary() == two, "the other one is as it was"
     first.write(drawn(100, 9))
     assert first.summary().sim_seconds == seconds
+
+
+def test_worker_processes_hand_sketches_back() -> None:
+    pytest.importorskip("joblib", reason="joblib is not installed (extra: cli)")
+    merged = SketchSink(TERMS)
+    for sink in unordered("loky", 2, sketched, [(2000, seed) for seed in range(4)]):
+        merged.merge(sink)
+    here = SketchSink(TERMS)
+    for seed in range(4):
+        here.merge(sketched(2000, seed))
+    same_but_quantiles(merged.summary(), here.summary())
+    assert merged.summary().requests > 4000
 
 
 def test_only_like_is_merged_with_like() -> None:
