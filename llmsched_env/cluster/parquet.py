@@ -1,6 +1,6 @@
 """Finished calls in Parquet files: a folder of parts, each of which has its name only once it is whole.
 
-    part-00000.parquet, part-00001.parquet, ...   rows in the order in which the calls ended, a row group a batch
+    part-00000.parquet, part-00001.parquet, ...   rows in the order in which replicas reported them, a row group a batch
     _run.json                                     seed, settings, rows and parts of a run that ended; missing where it broke off
 
 Readers of Parquet folders pass over names that begin with ``_`` or ``.``: ``pyarrow.parquet.read_table(folder)`` reads such a folder as

@@ -20,7 +20,9 @@ class Sink(Protocol):
     """What a cluster writes its finished calls to. Used with ``with``: leaving the block closes it, an error included."""
 
     def write(self, rows: Rows) -> None:
-        """Take a batch of ``FINISHED_DTYPE`` in the order in which the calls ended. The caller uses the array again: copy what is kept.
+        """Take a batch of ``FINISHED_DTYPE``, in the order in which replicas report calls.
+
+        The caller uses the array again: copy what is kept.
 
         Raises:
             ConfigError: another type or shape.
