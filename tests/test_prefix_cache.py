@@ -5,6 +5,7 @@ And the pool by itself, as several engines on common nodes use it: the index aga
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from typing import Any
 
@@ -202,7 +203,7 @@ def test_heads_are_shared_through_the_request_they_come_from() -> None:
     ("prompt", "output", "common", "hit"),
     [
         (17, 9, 26, 24),
-        (16, 8, 24, 20),  # nobody has computed the last token of an answer: the block that it would fill has no contents
+        (16, 8, 24, 20),  # the block that the last token of the answer would fill never has contents
         (16, 9, 25, 24),
         (16, 1, 17, 16),
         (15, 1, 16, 12),
@@ -366,6 +367,17 @@ def test_pools_on_common_nodes_hold_each_its_own() -> None:
     assert (one.free, other.free) == (12 - 5, 12 - 5)
     for pool in (one, other):
         check_index(pool)
+
+
+def test_copies_of_pools_share_their_nodes_with_each_other_alone() -> None:
+    nodes = nodes_of((0, -1, 0), (50, 0, 2))
+    pools = empty(nodes), empty(nodes)
+    enter(pools[0], 0, node=0, blocks=4)
+    one, other = pickle.loads(pickle.dumps(pools))
+    assert [cached_blocks_of(pool, 1, 8) for pool in (one, other)] == [2, 0]
+    one.nodes.base[0] = 10**12
+    assert other.nodes.base[0] == 10**12 and nodes["base"][0] == 0
+    assert [contents_of(pool, 1, 1) for pool in (one, other, *pools)] == [10**12 + 1, 10**12 + 1, 1, 1]
 
 
 def test_rows_of_requests_and_of_nodes_are_used_again_without_end() -> None:

@@ -7,15 +7,16 @@ computes the rest. Rules of vLLM's ``v1/core/block_pool.py`` and ``v1/core/kv_ca
 * freed blocks join the end of the free queue, the last block of a request first, so that heads live
   longest; new blocks come from its front. From some version after 0.19 on (0.28 does), blocks
   without contents go to the front instead: ``uncached_first``.
-* a full block has contents from the moment it is allocated. Blocks are not merged: two may have the
-  same contents, the older one is found first.
+* a full block has contents from the moment it is allocated for its last token. The block that the last
+  output token of a request would fill never has: the request leaves when it has that token. Blocks are
+  not merged: two may have the same contents, the older one is found first.
 * a hit covers whole blocks and at most all tokens but one.
 * a hit on a free block takes it off the free queue, so it counts as taken in the memory tests.
 
 What a block holds is a number. A *node* is a sequence of tokens that a request's prompt and answer are the beginning of; its blocks
 are numbered from ``nodes.base`` on, and those at its beginning that are its parent's carry the parent's numbers. In an episode every
-request has a node of its own. Which block holds given contents is found in a hash table as long as the pool (``Index``), so
-its cost does not depend on how many requests there have been.
+request has a node of its own. Which block holds given contents is found in a hash table (``Index``) whose length depends on
+the number of blocks alone, however many requests go through the pool.
 """
 
 from __future__ import annotations
