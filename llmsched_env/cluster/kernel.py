@@ -157,8 +157,8 @@ def take_next(cluster: Cluster, time: float) -> bool:
         return False
     c = pop(pending)
     cluster.row, cluster.clock, cluster.chosen = c, time, -1
+    settle_until(cluster, time)
     if calls.arrived[c] == 0:
-        settle_until(cluster, time)
         calls.arrived[c] = 1
         calls.arrival[c] = time
         cluster.in_system += 1
