@@ -7,7 +7,7 @@ A package offers a thing by an entry point in its ``pyproject.toml``::
 
 and a program by ``register_policy("my-policy", MyPolicy)``, which holds for its own process: worker processes find entry points and
 ``module:attribute``, but no registration of their parent. The groups are ``llmsched_env.policies``, ``.scenarios``,
-``.calibrations``, ``.backends`` and ``.rewards``.
+``.calibrations``, ``.backends``, ``.rewards`` and ``.routers``.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ SCENARIOS = Registry("scenario", "llmsched_env.scenarios")
 CALIBRATIONS = Registry("calibration", "llmsched_env.calibrations")
 BACKENDS = Registry("backend", "llmsched_env.backends")
 REWARDS = Registry("reward", "llmsched_env.rewards")
+ROUTERS = Registry("router", "llmsched_env.routers")
 
 
 def _callable(kind: str, name: str, factory: Any) -> Any:
@@ -171,3 +172,8 @@ def register_reward(name: str, factory: Callable[..., Any]) -> None:
     Raises as ``Registry.register``.
     """
     REWARDS.register(name, factory)
+
+
+def register_router(name: str, factory: Callable[..., Any]) -> None:
+    """``factory(door, **options)`` gives a ``llmsched_baselines.routers.Router``; mostly its class. Raises as ``Registry.register``."""
+    ROUTERS.register(name, _callable("router", name, factory))

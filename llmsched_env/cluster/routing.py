@@ -57,7 +57,7 @@ def first_legal(cluster: Cluster) -> int:
 
 
 @compiled
-def chance(own: Numbers, place: int, count: int) -> int:
+def chance(own: Any, place: int, count: int) -> int:
     """A number from 0 to ``count`` - 1 (at most 2^31 - 2), all about equally likely; the generator's state is ``own.memory[place]``."""
     state = own.memory[place]
     if state <= 0:
@@ -77,7 +77,8 @@ class RouterRule:
 
     Args:
         function: as described above.
-        parameters: (P,) numbers for ``own.parameters``, or a record of the router's own; its ``Counts`` and ``Memory`` are what it remembers.
+        parameters: (P,) numbers for ``own.parameters``, or a record of the router's own; its ``Counts`` and ``Memory`` are what it remembers,
+            and it may draw by ``chance`` if it has ``memory: Counts``.
         memory: length of ``own.memory``.
         reads_cache: it reads ``cluster.replicas.cached``, which costs a search in every replica's prefix cache.
     """
@@ -114,8 +115,9 @@ class RouterRule:
     def reset(self, seed: int = 0) -> None:
         """Forget the last episode; ``seed`` starts the generator of a rule that draws by ``chance`` from place 0."""
         self.own.forget()
-        if isinstance(self.own, Numbers) and len(self.own.memory):
-            self.own.memory[0] = 1 + seed % (_MODULUS - 1)
+        memory = getattr(self.own, "memory", ())
+        if len(memory):
+            memory[0] = 1 + seed % (_MODULUS - 1)
 
     def choose(self, sim: ClusterSim) -> int:
         """The replica for the call that ``sim`` has stopped at."""
