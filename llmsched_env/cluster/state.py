@@ -156,6 +156,7 @@ class Cluster(Record):
     clock: float  # seconds, at which the call is to be routed
     num_replicas: int
     in_system: int  # calls that have arrived and have not ended
+    block_size: int  # tokens, the same in all replicas
     # what routers do not see
     calls: Annotated[Calls, Level.HIDDEN]
     programs: Annotated[Programs, Level.HIDDEN]
@@ -179,7 +180,6 @@ class Cluster(Record):
     next_number: Annotated[int, Level.HIDDEN]  # of the next call that the workload makes
     next_program: Annotated[int, Level.HIDDEN]
     next_base: Annotated[int, Level.HIDDEN]  # contents of the first block of the next node
-    block_size: Annotated[int, Level.HIDDEN]  # tokens, the same in all replicas
     next_start: Annotated[int, Level.HIDDEN]  # row of ``starts``
     num_starts: Annotated[int, Level.HIDDEN]
     stream_ended: Annotated[bool, Level.HIDDEN]  # no further programs come than those in ``starts``

@@ -16,7 +16,6 @@ from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.records import Counts, Memory, Record
 from llmsched_env.types import LengthStatistics
-from llmsched_env.work import LinearBatch, linear_batch
 
 TRIES = 4
 """Draws of a replica before the next one that can take the call is taken instead."""
@@ -63,11 +62,6 @@ class Door:
     def block_size(self) -> int:
         """Tokens of a KV block."""
         return self.engines[0].block_size
-
-    def time_models(self) -> list[LinearBatch]:
-        """Each replica's calibration as seconds that are linear in the batch (``llmsched_env.work.linear_batch``)."""
-        known: dict[EngineConfig, LinearBatch] = {}
-        return [known.setdefault(engine, known.get(engine) or linear_batch(engine, self.statistics)) for engine in self.engines]
 
 
 class Router(ABC):

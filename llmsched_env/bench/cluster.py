@@ -1,0 +1,243 @@
+"""Routers on scenarios of a cluster: runs, paired intervals over seeds, boundaries.
+
+An episode is a scenario's calls of one seed on its cluster of that seed, the same for every router. Seeds of tuning, evaluation and boundaries
+never share a stream (``llmsched_env.bench.seeds``).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmsched_baselines.routers import Door, make_router
+from llmsched_env.bench.evaluation import sources_digest
+from llmsched_env.bench.seeds import Purpose, seed_of
+from llmsched_env.cluster.metrics import ClusterSummary, summarize_calls
+from llmsched_env.cluster.routing import run_cluster
+from llmsched_env.cluster.scenario import ClusterScenario
+from llmsched_env.cluster.scenarios import REPLICAS, load_cluster_scenario
+from llmsched_env.cluster.simulator import ClusterSim
+from llmsched_env.cluster.sinks import KeepAll
+from llmsched_env.errors import ConfigError
+from llmsched_env.metrics import Interval, mean_interval
+from llmsched_env.parallel import start_workers, unordered
+from llmsched_env.row_file import RowFile
+
+FIRST_EVALUATION_SEED, EVALUATION_SEEDS = 60, 20
+"""Seeds 60 to 79 are those of published tables."""
+WARMUP = 120.0
+"""Seconds at the beginning of an episode in which nothing counts: sessions take about as long to become as many as they will be."""
+ATTAINMENT = 0.9
+"""Share of the calls that meet both limits at the boundary."""
+
+
+def episode_seed(purpose: Purpose, number: int) -> int:
+    """The seed of episode ``number`` of a purpose, as sources of calls and scenarios take it."""
+    return int(seed_of(purpose, number).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def run_router(
+    scenario: ClusterScenario,
+    router: str,
+    options: Mapping[str, Any],
+    seed: int,
+    *,
+    replicas: int = REPLICAS,
+    rate: float | None = None,
+) -> ClusterSummary:
+    """The figures of one episode: of the calls that arrive after the warm-up and while sessions begin.
+
+    Args:
+        router, options: see ``make_router``.
+        seed: ``episode_seed``.
+        rate: calls per second; None: the scenario's.
+
+    Raises:
+        ConfigError: a router, an option or a number that is refused.
+    """
+    total, source = scenario.total_rate(replicas), scenario.source
+    seconds = scenario.num_calls * replicas / scenario.replicas / total
+    rate = total if rate is None else rate
+    num_calls = max(1, round(rate * seconds))
+    spec = scenario.cluster(seed, replicas=replicas, rate=rate, num_calls=num_calls)
+    chosen = make_router(router, Door.of(spec, source, rate), **options)
+    sim, sink = ClusterSim(spec), KeepAll()
+    run_cluster(sim, chosen.rule, source.chunks(seed, rate=rate, num_calls=num_calls), source.app_tokens, sink, seed)
+    rows = sink.rows()
+    return summarize_calls(
+        rows[rows["arrival"] < seconds],
+        replicas=replicas,
+        warmup=min(WARMUP, seconds / 4),
+        ttft_limit=spec.ttft_limit,
+        tpot_limit=spec.tpot_limit,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One run of ``run_router``."""
+
+    scenario: str
+    router: str
+    options: str  # as JSON
+    purpose: Purpose
+    seed: int
+    replicas: int = REPLICAS
+
+    @classmethod
+    def of(cls, scenario: str, router: str, options: Mapping[str, Any], purpose: Purpose, seed: int, replicas: int = REPLICAS) -> Task:
+        return cls(scenario, router, json.dumps(dict(options), sort_keys=True), purpose, seed, replicas)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRow:
+    """One run: a line of the CSV file. Seconds and shares, as in ``ClusterSummary``; ``slo_misses`` is 1 - ``slo_goodput``."""
+
+    scenario: str
+    router: str
+    options: str
+    purpose: str
+    seed: int
+    replicas: int
+    requests: int
+    completed: int
+    rejected: int
+    latency_mean: float
+    latency_p99: float
+    program_latency_mean: float
+    ttft_mean: float
+    ttft_p99: float
+    tpot_mean: float
+    tpot_p99: float
+    slo_misses: float
+    cached_share: float
+    rerouted: int
+    evictions: int
+    replica_jain: float
+    wall_seconds: float
+    sources: str
+
+    @property
+    def task(self) -> tuple[str, str, str, str, int, int]:
+        return self.scenario, self.router, self.options, self.purpose, self.seed, self.replicas
+
+
+def run_task(task: Task) -> ClusterRow:
+    """The row of a task; raises as ``run_router``."""
+    started = time.perf_counter()
+    figures = run_router(
+        load_cluster_scenario(task.scenario),
+        task.router,
+        json.loads(task.options),
+        episode_seed(task.purpose, task.seed),
+        replicas=task.replicas,
+    )
+    same = {name: getattr(figures, name) for name in ClusterRow.__dataclass_fields__ if hasattr(figures, name)}
+    return ClusterRow(
+        scenario=task.scenario,
+        router=task.router,
+        options=task.options,
+        purpose=task.purpose,
+        seed=task.seed,
+        replicas=task.replicas,
+        slo_misses=1.0 - figures.slo_goodput,
+        wall_seconds=round(time.perf_counter() - started, 6),
+        sources=sources_digest(),
+        **same,
+    )
+
+
+def missing(tasks: Iterable[Task], rows: Iterable[ClusterRow]) -> list[Task]:
+    """Tasks that have no row yet."""
+    done = {row.task for row in rows}
+    return [t for t in tasks if (t.scenario, t.router, t.options, t.purpose, t.seed, t.replicas) not in done]
+
+
+def run_all(tasks: Sequence[Task], file: RowFile[ClusterRow], *, backend: str = "loky", jobs: int | None = None) -> Iterator[ClusterRow]:
+    """Run what the file has no row of, each written down as it is ready.
+
+    Args:
+        backend, jobs: see ``llmsched_env.parallel``; one job runs in this process.
+
+    Raises:
+        ConfigError: as ``run_router``, or as ``start_workers``.
+    """
+    open_ = missing(tasks, file.rows)
+    if backend == "loky" and jobs == 1:
+        results: Iterator[ClusterRow] = map(run_task, open_)
+    else:
+        results = unordered(backend, start_workers(backend, jobs), run_task, [(task,) for task in open_])
+    for row in results:
+        file.append(row)
+        yield row
+
+
+def run_to_file(
+    tasks: Sequence[Task], path: Path, *, resume: bool = True, backend: str = "loky", jobs: int | None = None
+) -> list[ClusterRow]:
+    """All rows of these tasks, in their order; those that ``path`` has are not run again."""
+    with RowFile(path, ClusterRow, resume=resume) as file:
+        for _ in run_all(tasks, file, backend=backend, jobs=jobs):
+            pass
+        found = {row.task: row for row in file.rows}
+    return [found[t.scenario, t.router, t.options, t.purpose, t.seed, t.replicas] for t in tasks]
+
+
+# --- figures of several seeds ----------------------------------------------------------------------------
+def values(rows: Iterable[ClusterRow], scenario: str, router: str, metric: str) -> dict[int, float]:
+    """A figure by seed."""
+    return {row.seed: float(getattr(row, metric)) for row in rows if (row.scenario, row.router) == (scenario, router)}
+
+
+def mean_of(rows: Iterable[ClusterRow], scenario: str, router: str, metric: str) -> Interval:
+    """Mean over the seeds with its 95 % interval (Student's t).
+
+    Raises:
+        ConfigError: no such row.
+    """
+    return mean_interval(list(values(rows, scenario, router, metric).values()))
+
+
+def change(rows: Sequence[ClusterRow], scenario: str, router: str, than: str, metric: str) -> Interval:
+    """By how much a router's figure differs from another's, as a share of the mean of the other's, paired seed by seed: 95 %, Student's t.
+
+    Raises:
+        ConfigError: routers that did not run on the same seeds.
+    """
+    own, other = values(rows, scenario, router, metric), values(rows, scenario, than, metric)
+    if not own or own.keys() != other.keys():
+        raise ConfigError(f"{scenario}: {router} has seeds {sorted(own)}, {than} has {sorted(other)}, must be the same and at least one")
+    level = float(np.mean(list(other.values())))
+    return mean_interval([(own[seed] - other[seed]) / level for seed in sorted(own)])
+
+
+# --- the boundary ------------------------------------------------------------------------------------------
+def boundary(
+    scenario: ClusterScenario, router: str, options: Mapping[str, Any], *, seeds: int = 3, low: float = 4.0, high: float = 64.0
+) -> float:
+    """Calls per second at which ``ATTAINMENT`` of the calls meet both limits, by bisection to a twentieth of a call per second.
+
+    Args:
+        seeds: of ``boundary``; the share is the mean over them.
+        low, high: a rate at which it is met, and one at which it is not.
+
+    Raises:
+        ConfigError: a rate range that does not hold the boundary.
+    """
+
+    def met(rate: float) -> bool:
+        shares = [run_router(scenario, router, options, episode_seed("boundary", s), rate=rate).slo_goodput for s in range(seeds)]
+        return float(np.mean(shares)) >= ATTAINMENT
+
+    if not met(low) or met(high):
+        raise ConfigError(f"rates: {low} to {high}, must be one at which {ATTAINMENT:.0%} of the calls meet their limits, and one at which not")
+    while high - low > 0.05:
+        middle = (low + high) / 2
+        low, high = (middle, high) if met(middle) else (low, middle)
+    return low
