@@ -93,6 +93,14 @@ def test_rllib_ppo(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_rllib_cluster(tmp_path: Path) -> None:
+    need("ray ray.rllib torch tree", "-r requirements/tools-rllib.txt")
+    found = example("rllib_cluster", tmp_path, 1)
+    assert re.search(SAME, found) and "every choice can take the call: True" in found
+    assert (tmp_path / "rllib_cluster" / "rllib_checkpoint.json").is_file()
+
+
+@pytest.mark.slow
 def test_torchrl_gym(tmp_path: Path) -> None:
     need("torchrl", "-r requirements/tools-torchrl.txt")
     found = example("torchrl_gym", tmp_path, 2)
