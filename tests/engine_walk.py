@@ -62,13 +62,21 @@ class Columns:
         raise AttributeError(name)
 
 
-def check_engine(backend: RecordBackend) -> None:
-    """Everything that must hold of the record between two steps (an iteration that the horizon cuts short aside)."""
+def check_engine(backend: RecordBackend, gone: set[int] | None = None, within: bool = False) -> None:
+    """Everything that must hold of the record between two steps (an iteration that the horizon cuts short aside).
+
+    Args:
+        gone: of an engine that requests are handed in to one by one, the rows that hold none, or one that it has not received.
+        within: a step has begun: residents have the blocks for its tokens, but not the tokens.
+    """
     e = backend.record
     s = SimpleNamespace(**{name: getattr(e.settings, name) for name in st.Settings.FIELDS})
     requests, queues, hidden = Columns(e.requests), Columns(e.queues), Columns(e.hidden)
-    n, alone = e.num_requests, s.num_queues
+    n, alone = e.num_requests if gone is None else len(e.requests), s.num_queues
     status = requests.status[:n]
+    if gone is not None:
+        status[sorted(gone)] = st.FUTURE
+        hidden.completed[sorted(gone)] = np.nan
     residents = chain(e.oldest, requests.next, n)
     outside = {q: chain(queues.head[q], requests.next, n) for q in range(0, alone, s.num_segments)}
     peers = {row: chain(queues.first_peer[row], requests.next_peer, n) for row in range(alone + 1)}
@@ -78,14 +86,18 @@ def check_engine(backend: RecordBackend) -> None:
     assert sorted(residents) == np.flatnonzero(np.isin(status, RESIDENT)).tolist()
     assert sorted(waiting) == np.flatnonzero(status == st.WAITING).tolist()
     assert (status == st.PREFILLED).sum() == 0
-    assert np.array_equal(status == st.FUTURE, np.arange(n) >= e.next_arrival)
     assert np.array_equal(status == st.FINISHED, ~np.isnan(hidden.completed[:n]))
-    assert not requests.prompt[e.next_arrival : n].any()
-    assert np.array_equal(requests.prompt[: e.next_arrival], hidden.prompt[: e.next_arrival])
     finished, rejected = int((status == st.FINISHED).sum()), int((status == st.REJECTED).sum())
-    assert (finished, rejected) == (e.finished, e.rejected)
-    assert e.next_arrival == e.num_waiting + e.num_residents + finished + rejected
+    if gone is None:
+        assert np.array_equal(status == st.FUTURE, np.arange(n) >= e.next_arrival)
+        assert not requests.prompt[e.next_arrival : n].any()
+        assert np.array_equal(requests.prompt[: e.next_arrival], hidden.prompt[: e.next_arrival])
+        assert (finished, rejected) == (e.finished, e.rejected)
+        assert e.next_arrival == e.num_waiting + e.num_residents + finished + rejected
+    else:
+        assert finished == rejected == 0 and (status != st.FUTURE).sum() == e.num_waiting + e.num_residents
     assert e.num_waiting == len(waiting) and e.num_residents == len(residents)
+    assert e.waiting_tokens == int((requests.prompt[waiting] + requests.base_generated[waiting]).sum() if waiting else 0)
 
     # the list by admission goes both ways and is sorted
     assert e.newest == (residents[-1] if residents else -1)
@@ -110,9 +122,10 @@ def check_engine(backend: RecordBackend) -> None:
     generated = dict(zip(residents, requests.base_generated[residents] + steps[group], strict=True)) if residents else {}
     computed = dict(zip(residents, requests.base_computed[residents] + steps[group], strict=True)) if residents else {}
     members = {q: [r for r in residents if requests.group[r] == q] for q in range(alone)}
-    kv = {r: int(computed[r]) if s.paper else -(-int(computed[r]) // s.block_size) for r in residents}
+    taken = {r: int(computed[r]) + (tokens_of(e, r) if within else 0) for r in residents}
+    kv = {r: held if s.paper else -(-held // s.block_size) for r, held in taken.items()}
     ending = set(e.events.last_tokens[: e.num_last_tokens].tolist())  # whose last token is in flight
-    assert ending <= set(residents)
+    assert ending <= set(residents) | (set(waiting) if within else set())  # evicted by the batch that has just been scheduled
     for r in residents:
         assert 0 <= generated[r] < hidden.output[r] or (r in ending and generated[r] == hidden.output[r])
         # tokens come out of computed ones; in the paper preset the prefill gives none
@@ -160,8 +173,9 @@ def check_engine(backend: RecordBackend) -> None:
     if s.paper == 0 and s.prefix_caching == 0:
         assert e.kv_blocks == sum(kv.values())
     if s.prefix_caching:
-        check_pool(backend, residents, kv)
-    assert (e.kv_tokens if s.paper else e.kv_blocks) <= s.capacity
+        check_pool(backend, residents, kv, within)
+    if not (within and s.prefix_caching):
+        assert (e.kv_tokens if s.paper else e.kv_blocks) <= s.capacity
     if s.paper == 0:
         assert e.num_residents <= s.max_num_seqs
 
@@ -188,7 +202,15 @@ def check_engine(backend: RecordBackend) -> None:
             assert hidden.due[r] == stop - requests.base_generated[r] >= steps[q] + (r not in ending)
 
 
-def check_pool(backend: RecordBackend, residents: list[int], kv: dict[int, int]) -> None:
+def tokens_of(engine: st.Engine, r: int) -> int:
+    """Tokens of resident r in the batch that has been scheduled."""
+    requests = engine.requests
+    if requests.group[r] != engine.settings.num_queues:
+        return int(engine.queues.runs[requests.queue[r]])
+    return 0 if requests.status[r] == st.BOUNDARY else int(requests.tokens[r])
+
+
+def check_pool(backend: RecordBackend, residents: list[int], kv: dict[int, int], within: bool = False) -> None:
     """Blocks held by residents are counted once each; the rest is free."""
     pool = backend.record.pool
     seats = [int(pool.files.seat[r]) for r in residents]
@@ -200,4 +222,5 @@ def check_pool(backend: RecordBackend, residents: list[int], kv: dict[int, int])
         assert len(set(table)) == len(table)
         used |= set(table)
     assert pool.free == pool.num_blocks - len(used)
-    assert backend.record.kv_blocks == len(used)
+    if not within:
+        assert backend.record.kv_blocks == len(used)

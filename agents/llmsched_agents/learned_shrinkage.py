@@ -150,6 +150,7 @@ class LearnedShrinkage(PredictedWork):
     """
 
     name: ClassVar[str] = "learned-shrinkage"
+    reads_arrivals: ClassVar[bool] = True  # ``note_arrivals`` walks requests 0 .. predictions.arrived - 1, in the order of their rows
 
     def __init__(self, setting: Setting, level: float = 0.99, spare: float = 1.0, prompts: int = 32, buckets: int = 8) -> None:
         super().__init__(with_fluid_budget(setting), 0.0, level, spare, prompts, buckets)

@@ -50,6 +50,8 @@ class Policy(ABC):
     Attributes:
         name: as it stands in tables.
         known_lengths: needs output lengths at arrival; marked so in every table.
+        reads_arrivals: its rule walks requests by their number (``engine.predictions.arrived``), which is good where a row holds one
+            request for the whole episode; an engine of a cluster uses rows again.
         layout: the queues it wants the engine to keep; one, unless it says otherwise.
         engine: the engine it runs on (a token budget is part of what ``sarathi`` means).
         notes: what a reader of a table must know, such as overload mode; empty if nothing.
@@ -59,6 +61,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     known_lengths: ClassVar[bool] = False
+    reads_arrivals: ClassVar[bool] = False
     layout: QueueLayout = QueueLayout()
     engine: EngineConfig
     notes: str = ""

@@ -115,12 +115,36 @@ class CallChunk:
             ("output_tokens", self.output_tokens < 1, ">= 1"),
             ("predicted_tokens", self.predicted_tokens < 0, ">= 0"),
             ("node", (self.node < 0) | (self.node >= nodes), f"a row of {nodes} nodes"),
+            ("node_program", _falls(self.node_program) | (self.node_program < 0) | (self.node_program >= self.start.size), "as program"),
             ("node_shared", self.node_shared < 0, ">= 0"),
             ("node_parent", self.node_parent >= np.arange(nodes), "an earlier row, -1, or an application"),
         ):
             if wrong.any():
                 row = int(np.flatnonzero(wrong)[0])
                 raise ConfigError(f"calls.{name}: {getattr(self, name)[row]} in row {row}, must be {allowed}")
+        self._check_programs()
+
+    def _check_programs(self) -> None:
+        """Refuse rows that belong to different programs, and programs without a call. All rows are there."""
+        child, node = np.flatnonzero(self.parent >= 0), np.flatnonzero(self.node_parent >= 0)
+        for name, wrong, allowed in (
+            ("parent", child[self.program[self.parent[child]] != self.program[child]], "a call of the same program"),
+            ("node", np.flatnonzero(~self._own(self.node_program[self.node], self.program)), "a node of the call's program"),
+            (
+                "node_parent",
+                node[~self._own(self.node_program[self.node_parent[node]], self.node_program[node])],
+                "a node of the same program",
+            ),
+        ):
+            if wrong.size:
+                raise ConfigError(f"calls.{name}: {getattr(self, name)[wrong[0]]} in row {wrong[0]}, must be {allowed}")
+        empty = np.flatnonzero(np.bincount(self.program, minlength=self.start.size) == 0)
+        if empty.size:
+            raise ConfigError(f"calls.program: no call of program {empty[0]}, must be at least one")
+
+    def _own(self, owner: IntArray, program: IntArray) -> npt.NDArray[np.bool_]:
+        """Where a node outlives a program that names it."""
+        return np.asarray((owner == program) | self.lasting)
 
 
 def _falls(values: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:

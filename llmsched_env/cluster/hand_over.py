@@ -217,8 +217,8 @@ def end_call(cluster: Cluster, c: int, time: float, rejected: bool) -> None:
     out.number[k] = calls.number[c]
     out.program[k] = programs.number[p]
     out.arrival[k] = calls.arrival[c]
-    out.admitted[k] = calls.admitted[c]
-    out.first_token[k] = calls.first_token[c]
+    out.admitted[k] = math.nan if rejected else calls.admitted[c]  # it may have been with a replica that failed
+    out.first_token[k] = math.nan if rejected else calls.first_token[c]
     out.completed[k] = time
     out.program_start[k] = programs.start[p]
     out.prompt[k] = calls.prompt[c]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmsched_env.compiled import compiled
-from llmsched_env.records import Floats, Ints, Rows
+from llmsched_env.records import Floats, Ints, Longs, Rows
 
 
 class Heap(Rows):
@@ -11,7 +11,7 @@ class Heap(Rows):
 
     count: int  # items in the heap
     key: Floats
-    tie: Ints
+    tie: Longs
     item: Ints
     place: Ints  # of each item, -1 where it is not in the heap
 

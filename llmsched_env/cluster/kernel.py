@@ -19,7 +19,7 @@ from llmsched_env.cluster.heap import change, pop
 from llmsched_env.cluster.replicas import fail, find_cached, find_legal, may_take, open_again, show, stop_taking
 from llmsched_env.cluster.state import BEGUN, OVER, READY, Cluster
 from llmsched_env.compiled import compiled
-from llmsched_env.engine.parts import close_door, drain_now, open_door
+from llmsched_env.engine.parts import close_door, drain_now, open_door, stop_at_horizon, wait_until
 from llmsched_env.engine.state import END_STUCK, RUNNING, Engine
 from llmsched_env.engine.step import decision_at, engine_at
 from llmsched_env.pointers import call, call_int
@@ -45,27 +45,33 @@ def begin_on(cluster: Cluster, handles: Any, i: int, engine: Engine) -> None:
     open_rows(cluster, i, engine)  # of those who ended with the last step: until now the policy could read them
     call(engine.code.begin, engine, decision)
     cluster.machines.state[i] = BEGUN
+    if cluster.replicas.accepts[i] == 0:  # nobody is to come to a replica that is drained
+        drain_now(engine, decision)
 
 
 @compiled
 def finish_on(cluster: Cluster, i: int, engine: Engine) -> None:
     """The step of replica i ends: completions are written down, and calls that follow from them released."""
+    executed = engine.iterations
     call(engine.code.finish, engine)
     cluster.events += 1
     report, replicas = engine.report, cluster.replicas
     if engine.inbox < 0:
         cluster.machines.inbox_tokens[i] = 0
-    if report.idle == 0:
+    if engine.iterations > executed:  # with asynchronous scheduling not in every step that schedules
         before = replicas.iteration_seconds[i]
         weight = cs.ITERATION_MEMORY if before > 0.0 else 1.0
-        replicas.iteration_seconds[i] = before + weight * (report.duration - before)
+        replicas.iteration_seconds[i] = before + weight * (engine.last_iteration - before)
     if report.first_tokens > 0 and replicas.role[i] != cs.PREFILLS:
         before = replicas.ttft_seconds[i]
         weight = 1.0 - (1.0 - cs.TTFT_MEMORY) ** report.first_tokens if before > 0.0 else 1.0
         replicas.ttft_seconds[i] = before + weight * (report.ttft_seconds / report.first_tokens - before)
     for k in range(report.completed):
         release_call(cluster, i, engine, engine.events.finished[k])
-    cluster.machines.state[i] = READY if engine.end == RUNNING else OVER
+    cluster.machines.state[i] = READY
+    if engine.end != RUNNING:
+        cluster.machines.state[i] = OVER
+        open_rows(cluster, i, engine)  # no policy reads them any more
 
 
 @compiled
@@ -141,6 +147,8 @@ def happen(cluster: Cluster, handles: Any) -> None:
     elif state != OVER:
         if kind == cs.DRAIN and state != cs.DOWN:
             stop_taking(cluster, i, engine, time)
+            if state == BEGUN:  # one that holds somebody back need not wait for others any more
+                wait_until(engine, time)
         elif kind == cs.FAIL and state != cs.DOWN:
             fail(cluster, i, engine, time)
         elif kind == cs.COME_BACK:
@@ -205,19 +213,61 @@ def close_doors(cluster: Cluster, handles: Any) -> None:
             close_door(engine, decision_at(handles[i, DECISION]), cluster.machines.state[i] == BEGUN)
             if engine.end != RUNNING:
                 cluster.machines.state[i] = OVER
+                open_rows(cluster, i, engine)
             place(cluster, i, engine)
 
 
 @compiled
+def latest_time(cluster: Cluster, handles: Any) -> float:
+    """The time of the latest thing that has happened."""
+    time = cluster.clock
+    for i in range(cluster.num_replicas):
+        time = max(time, engine_at(handles[i, ENGINE]).clock)
+    if cluster.next_event > 0:
+        time = max(time, cluster.timeline.time[cluster.next_event - 1])
+    return time
+
+
+@compiled
 def drain_all(cluster: Cluster, handles: Any) -> bool:
-    """The calls to come wait for others that engines hold back: each such engine runs one greedy iteration. Whether there is one."""
+    """The calls to come wait for others that engines hold back: each such engine runs one greedy iteration. Whether there is one.
+
+    One that has waited for some time decides once more first, so that its iteration begins now.
+    """
     any_drained = False
+    now = latest_time(cluster, handles)
     for i in range(cluster.num_replicas):
         engine = engine_at(handles[i, ENGINE])
-        if cluster.machines.state[i] == BEGUN and drain_now(engine, decision_at(handles[i, DECISION])):
-            place(cluster, i, engine)
+        if cluster.machines.state[i] != BEGUN or engine.due < math.inf or engine.num_waiting + engine.num_residents == 0:
+            continue
+        if engine.report.start < now:
+            wait_until(engine, now)
             any_drained = True
+        elif drain_now(engine, decision_at(handles[i, DECISION])):
+            any_drained = True
+        place(cluster, i, engine)
+        show(cluster, i, engine)
     return any_drained
+
+
+@compiled
+def comes_too_late(cluster: Cluster) -> bool:
+    """Whether calls are known that would have to be routed after the horizon."""
+    return cluster.pending.count > 0 or cluster.next_start < cluster.num_starts
+
+
+@compiled
+def stop_all(cluster: Cluster, handles: Any) -> bool:
+    """The calls to come will not come before the horizon: engines that wait wait until then. Whether there is one."""
+    any_stopped = False
+    if cluster.horizon < math.inf:
+        for i in range(cluster.num_replicas):
+            engine = engine_at(handles[i, ENGINE])
+            if cluster.machines.state[i] == BEGUN and engine.due == math.inf:
+                stop_at_horizon(engine)
+                place(cluster, i, engine)
+                any_stopped = True
+    return any_stopped
 
 
 @compiled
@@ -230,8 +280,10 @@ def advance(cluster: Cluster, handles: Any, events: int) -> int:
             return cs.REFILL
         coming = next_call_time(cluster)
         event = cluster.timeline.time[cluster.next_event] if cluster.next_event < cluster.num_events else math.inf
+        if event > cluster.horizon:
+            event = math.inf
         bound = min(coming, event)
-        if bound == math.inf and cluster.doors_closed == 0 and cluster.unreleased == 0:
+        if bound == math.inf and cluster.doors_closed == 0 and cluster.unreleased == 0 and not comes_too_late(cluster):
             close_doors(cluster, handles)
         first = dues.key[0]
         if first < bound or (first == bound and first < math.inf and machines.state[dues.item[0]] == BEGUN):
@@ -243,15 +295,20 @@ def advance(cluster: Cluster, handles: Any, events: int) -> int:
         elif event <= coming and event < math.inf:
             if coming == math.inf and cluster.in_system == 0 and cluster.unreleased == 0:
                 cluster.next_event = cluster.num_events  # there is nobody left to whom it would matter
-            else:
+            elif coming < math.inf or (first < math.inf and cluster.unreleased > 0) or not drain_all(cluster, handles):
                 happen(cluster, handles)
         elif coming < math.inf:
             if cluster.num_finished > cluster.finished_room:
                 return cs.FLUSH
             if take_next(cluster, coming) and can_be_routed(cluster, handles):
                 return cs.DECIDE
-        elif cluster.doors_closed != 0 or not drain_all(cluster, handles):
-            settle_until(cluster, max(cluster.last_end, cluster.settled))
+        elif cluster.doors_closed != 0 or comes_too_late(cluster) or not drain_all(cluster, handles):
+            if cluster.doors_closed == 0 and stop_all(cluster, handles):
+                continue
+            end = max(cluster.last_end, cluster.settled)
+            if cluster.in_system > 0 and cluster.horizon < math.inf:  # which has stopped them
+                end = cluster.horizon
+            settle_until(cluster, end)
             return cs.ENDED
 
 
@@ -279,7 +336,7 @@ def give_at(cluster: Any, handles: Any, i: int) -> int:
 
 @compiled
 def play_at(cluster: Any, handles: Any, router: int, own: Any, events: int) -> int:
-    """Route by a compiled rule until something has to be done in Python. Returns why it stops; ``DECIDE``: the rule's choice is not allowed.
+    """Route by a compiled rule until something has to be done in Python. Returns why; ``DECIDE``: the rule's choice is not allowed.
 
     Args:
         router: address of the rule, ``(cluster, own) -> replica``; own: handle of its record.

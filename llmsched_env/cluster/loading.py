@@ -106,6 +106,10 @@ def load_nodes(cluster: Cluster, chunk: ChunkRecord) -> None:
         blocks = (chunk.prompt[i] + chunk.output[i] + size - 1) // size
         chunk.node_blocks[chunk.node[i]] = max(chunk.node_blocks[chunk.node[i]], blocks)
     count = chunk.node_program.shape[0]
+    for i in range(count):  # and for what others have in common with them, should no call of theirs be so long
+        parent = chunk.node_parent[i]
+        if parent >= 0:
+            chunk.node_blocks[parent] = max(chunk.node_blocks[parent], chunk.node_shared[i] // size)
     for i in range(count):
         n = cluster.free_node
         cluster.free_node = cluster.owners.next[n]

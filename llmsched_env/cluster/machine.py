@@ -18,6 +18,7 @@ from llmsched_env.engine.rules import Rule
 from llmsched_env.engine.step import reset_at
 from llmsched_env.engine_config import EpisodeLimits
 from llmsched_env.perf.base import memory_of, packed_of
+from llmsched_env.runner import rule_of
 from llmsched_env.types import Decision, QueueLayout
 
 FIRST_ROWS = 512
@@ -38,7 +39,7 @@ class Machine:
     def __init__(self, spec: ReplicaSpec) -> None:
         self.engine = spec.engine
         self.layout = QueueLayout() if spec.policy is None else spec.policy.layout
-        rule = None if spec.policy is None else spec.policy.rule
+        rule = None if spec.policy is None else rule_of(spec.policy)
         self.rule = Rule.constant(Decision.greedy(1)) if rule is None else copy.deepcopy(rule)
         self.most_residents = self.engine.max_num_seqs
         self.speed = Speed.of(self.engine)

@@ -10,7 +10,7 @@ from llmsched_env.engine.prefix_cache import cached_blocks_of, forget
 from llmsched_env.engine.queues import refresh_heads, remove
 from llmsched_env.engine.residents import release
 from llmsched_env.engine.state import PREFILL, Engine
-from llmsched_env.engine.step import clear_queues, clear_report
+from llmsched_env.engine.step import clear_predictions, clear_queues, clear_report
 
 
 @compiled
@@ -20,7 +20,8 @@ def show(cluster: Cluster, i: int, engine: Engine) -> None:
     replicas.waiting[i] = machines.handed[i] - engine.num_residents
     replicas.running[i] = engine.num_residents
     replicas.waiting_tokens[i] = engine.waiting_tokens + machines.inbox_tokens[i]
-    replicas.kv_used[i] = engine.report.kv_reserved if engine.batch.batch_size > 0.0 else engine.kv_blocks
+    # Within a step what its batch has reserved: with prefix caching ``kv_blocks`` counts a shared block once a user until the step ends.
+    replicas.kv_used[i] = engine.report.kv_reserved if machines.state[i] == cs.BEGUN else engine.kv_blocks
     tokens = 0
     if engine.num_prefilling > 0:
         r = engine.queues.first_peer[engine.settings.num_queues]
@@ -150,7 +151,15 @@ def fail(cluster: Cluster, i: int, engine: Engine, time: float) -> None:
     engine.pending_seconds = 0.0
     engine.num_first_tokens = 0
     engine.num_last_tokens = 0
+    engine.last_iteration = 0.0
+    engine.rate_seconds = 0.0
+    engine.cadence.since_prefill = settings.prefill_interval
+    engine.cadence.capacity_bound = 0
+    clear_predictions(engine)
     engine.batch.batch_size = 0.0
+    engine.batch.finished = 0.0
+    for k in range(engine.batch.memory.shape[0]):
+        engine.batch.memory[k] = 0.0
     cluster.machines.state[i] = cs.DOWN
     cluster.replicas.iteration_seconds[i] = 0.0
     cluster.replicas.ttft_seconds[i] = 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numba
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmsched_env.cluster import state as cs
-from llmsched_env.cluster.calls import CallChunk
+from llmsched_env.cluster.calls import NO_PARENT, CallChunk
 from llmsched_env.cluster.finished import Finished
 from llmsched_env.cluster.heap import Heap
 from llmsched_env.cluster.kernel import advance_at, give_at, play_at
@@ -52,6 +52,7 @@ class ClusterSim:
         self._chunks: Iterator[CallChunk] = iter(())
         self._sink: Sink | None = None
         self.record = cs.Cluster()
+        self.handles = np.empty((0, 4))
 
     # --- an episode -------------------------------------------------------------------------------
     def reset(self, chunks: Iterable[CallChunk], app_tokens: npt.ArrayLike = (), sink: Sink | None = None) -> None:
@@ -63,15 +64,18 @@ class ClusterSim:
             sink: gets the calls that have ended; None: they are forgotten.
         """
         apps = np.asarray(app_tokens, dtype=np.int64)
+        self._app_tokens = apps
         spec, count = self.spec, len(self.machines)
-        self._chunks, self._sink = iter(chunks), sink
+        self._chunks, self._sink, self._latest_start = iter(chunks), sink, 0.0
+        most = max(machine.most_residents for machine in self.machines) + 2  # calls that may end in one step
+        self.handles = self.handles[:0]
         self._tables: dict[str, npt.NDArray[Any]] = {
             "replicas": np.zeros(count, cs.Replicas.DTYPE),
             "machines": np.zeros(count, cs.Machines.DTYPE),
             "timeline": np.zeros(len(spec.events), cs.Timeline.DTYPE),
             "dues": Heap.empty(count),
             "edges": np.array([edge for m in self.machines for edge in m.layout.edges], dtype=np.int64),
-            "finished": np.zeros(FINISHED_ROWS, Finished.DTYPE),
+            "finished": np.zeros(max(FINISHED_ROWS, 2 * most), Finished.DTYPE),
             "calls": np.zeros(0, cs.Calls.DTYPE),
             "programs": np.zeros(0, cs.Programs.DTYPE),
             "nodes": np.zeros(0, Nodes.DTYPE),
@@ -88,7 +92,7 @@ class ClusterSim:
         record.separated = spec.separated
         record.transfer_latency, record.transfer_seconds = spec.transfer.latency, spec.transfer.seconds_per_token
         record.horizon, record.ttft_limit, record.tpot_limit = spec.horizon, spec.ttft_limit, spec.tpot_limit
-        record.finished_room = FINISHED_ROWS - max(machine.most_residents for machine in self.machines) - 2
+        record.finished_room = len(record.finished) - most
         self._make_room(calls=FIRST_ROWS, programs=FIRST_ROWS, nodes=FIRST_ROWS + apps.size)
         self._reserve_apps(apps)
         self._start_machines()
@@ -127,6 +131,8 @@ class ClusterSim:
         for k, event in enumerate(self.spec.events):
             rows[k]["time"], rows[k]["replica"], rows[k]["value"] = event.time, event.replica, event.value
             rows[k]["kind"] = event.code
+            if event.kind == "slow_down":
+                rows[k]["value"] *= self.spec.replicas[event.replica].slowdown
         self.record.num_events = len(rows)
 
     def _reserve_apps(self, tokens: npt.NDArray[np.int64]) -> None:
@@ -194,6 +200,8 @@ class ClusterSim:
             self.record = cs.Cluster(self._memory, **tables)
             for machine in self.machines:
                 machine.move_nodes(tables["nodes"])
+            if len(self.handles):
+                self._bind()
 
     def _load(self) -> None:
         """The next chunk, or the end of the stream."""
@@ -202,9 +210,31 @@ class ClusterSim:
             self.record.stream_ended = True
             return
         chunk.check()
+        self._check_order(chunk)
         self._make_room(calls=len(chunk), programs=chunk.start.size, nodes=chunk.node_program.size, starts=chunk.start.size)
         loaded = ChunkRecord.of(chunk)  # a handle keeps nothing alive
         load_at(self.record.handle, loaded.handle)
+
+    def _check_order(self, chunk: CallChunk) -> None:
+        """Refuse what ``CallChunk.check`` cannot know: programs before those of the last chunk, heads that no application has.
+
+        Raises:
+            ConfigError: the field, the row and what is allowed.
+        """
+        if chunk.start.size:
+            if chunk.start[0] < self._latest_start:
+                raise ConfigError(
+                    f"calls.start: {chunk.start[0]} in row 0, must be >= {self._latest_start}, the last start of the chunk before"
+                )
+            self._latest_start = float(chunk.start[-1])
+        for row in np.flatnonzero(chunk.node_parent < NO_PARENT).tolist():
+            app = -2 - int(chunk.node_parent[row])
+            if app >= self._app_tokens.size:
+                raise ConfigError(f"calls.node_parent: application {app} in row {row}, must be one of {self._app_tokens.size}")
+            if chunk.node_shared[row] > self._app_tokens[app]:
+                raise ConfigError(
+                    f"calls.node_shared: {chunk.node_shared[row]} in row {row}, must be <= {self._app_tokens[app]}, its application's"
+                )
 
     def _flush(self) -> None:
         record = self.record

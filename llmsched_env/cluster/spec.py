@@ -10,7 +10,7 @@ from llmsched_env import checks
 from llmsched_env.cluster import state as cs
 from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
-from llmsched_env.runner import Policy
+from llmsched_env.runner import Policy, rule_of
 
 Role = Literal["whole", "prefill", "decode"]
 EventKind = Literal["slow_down", "drain", "fail", "come_back"]
@@ -62,8 +62,8 @@ class ReplicaSpec:
 
 def _check_policy(policy: Any) -> None:
     name = getattr(policy, "name", type(policy).__name__)
-    if getattr(policy, "rule", None) is None:
-        raise ConfigError(f"replica.policy: {name!r} has no compiled rule, must have one (Policy.rule) in a cluster")
+    if rule_of(policy) is None:
+        raise ConfigError(f"replica.policy: {name!r} has no compiled rule, must have one (Policy.rule or Policy.constant) in a cluster")
     if policy.known_lengths:
         raise ConfigError(f"replica.policy: {name!r} is told output lengths, which nobody knows in a cluster")
     if policy.layout.by not in ("single", "prompt"):
@@ -79,8 +79,8 @@ class ReplicaEvent:
     Attributes:
         time: seconds.
         replica: which.
-        kind: ``slow_down``: iterations take ``value`` times what the time model says from then on (1: as before); ``drain``: takes no more
-            calls, those it has not admitted are routed again, the others go on to their end; ``fail``: takes no more calls, and
+        kind: ``slow_down``: iterations take ``value`` times as long as the replica's own from then on (1: as before); ``drain``: takes no
+            more calls, those it has not admitted are routed again, the others go on to their end; ``fail``: takes no more calls, and
             all it has is routed again, without its KV and the tokens generated so far; ``come_back``: takes calls again.
     """
 

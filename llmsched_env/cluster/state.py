@@ -1,7 +1,7 @@
 """A cluster as a named record: replicas behind one door, the calls that are alive, what has finished.
 
-``cluster.replicas.waiting[i]``, ``cluster.call.prompt``: the same names in compiled code and in Python (``llmsched_env.records``). Each replica
-is an ``Engine`` of its own; a router reads what ``Replicas`` and ``Call`` show. Calls, programs and nodes
+``cluster.replicas.waiting[i]``, ``cluster.call.prompt``: the same names in compiled code and in Python (``llmsched_env.records``). Each
+replica is an ``Engine`` of its own; a router reads what ``Replicas`` and ``Call`` show. Calls, programs and nodes
 (``llmsched_env.cluster.calls``) are rows that are used again once nobody needs them: memory follows what is alive, not how much there was.
 """
 

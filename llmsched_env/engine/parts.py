@@ -17,7 +17,7 @@ import math
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.async_step import finish_async_step
 from llmsched_env.engine.queues import receive_inbox, refresh_heads
-from llmsched_env.engine.state import END_FINISHED, Engine
+from llmsched_env.engine.state import END_FINISHED, END_HORIZON, RUNNING, Engine
 from llmsched_env.engine.step import begin_step, drain_if_needed, finish_step, model_seconds
 from llmsched_env.types import Decision
 
@@ -31,7 +31,7 @@ def set_due(engine: Engine) -> None:
         engine.due = report.start + engine.flight_seconds
     elif engine.batch.batch_size > 0.0:
         engine.due = report.start if engine.code.overlaps != 0 else report.start + engine.pending_seconds
-    elif report.evicted + report.preempted > 0:
+    elif report.evicted + report.preempted > 0 or engine.end != RUNNING:  # stuck: whoever advances the engine sees it at once
         engine.due = report.start
     else:
         engine.due = math.inf
@@ -92,6 +92,21 @@ def close_door(engine: Engine, decision: Decision, begun: bool) -> None:
         set_due(engine)
         if engine.due == math.inf:  # drain is off: the step ends where it began, stranded
             engine.due = engine.report.start
+
+
+@compiled
+def wait_until(engine: Engine, time: float) -> None:
+    """An engine that waits for the next request looks again at ``time``: its idle step ends there."""
+    if engine.due == math.inf:
+        engine.due = time
+
+
+@compiled
+def stop_at_horizon(engine: Engine) -> None:
+    """An engine that waits has nobody to expect before the horizon: its idle step ends there, and its episode (rule 15)."""
+    if engine.due == math.inf:
+        engine.due = engine.settings.horizon
+        engine.end = END_HORIZON
 
 
 @compiled

@@ -507,6 +507,8 @@ def idle_until(engine: Engine) -> float:
         return engine.settings.horizon
     if engine.inbox >= 0:
         return engine.hidden.arrival[engine.inbox]
+    if engine.more != 0:  # somebody else says until when it waits
+        return engine.due
     if engine.end == RUNNING:
         engine.end = END_STRANDED
     return report.start
