@@ -1,6 +1,6 @@
 """Hyper-parameters that rl_zoo3 itself runs, read, checked and trained by stable-baselines3 on the native vector environment.
 
-``hyperparams/rl_zoo3/ppo.yml`` holds an entry for each named environment, ``ppo-operate.yml`` those for ``action_set="operate"``: the zoo
+``hyperparams/rl_zoo3/ppo.yml`` holds entries by environment, ``ppo-operate.yml`` those for ``action_set="operate"``: the zoo
 looks an entry up by the environment's id alone (``rl_zoo3/exp_manager.py`` of rl_zoo3 2.9.2, ``read_hyperparameters``), so one file
 cannot hold two for the same id. Unlike the entries of ``hyperparameters.py`` they have no key that the zoo does not know.
 
