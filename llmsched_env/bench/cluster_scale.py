@@ -8,9 +8,11 @@ they are needed; those that have ended are folded into quantile sketches, and wr
 from __future__ import annotations
 
 import dataclasses
+import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -27,6 +29,8 @@ from llmsched_env.cluster.simulator import ClusterSim
 from llmsched_env.cluster.sinks import Several, Sink
 from llmsched_env.cluster.sketches import SketchSink
 from llmsched_env.cluster.spec import ClusterSpec, ReplicaSpec
+from llmsched_env.errors import ConfigError
+from llmsched_env.files import replacing
 from llmsched_env.workload import load_scenario
 from llmsched_env.workload.single_calls import SingleCalls
 
@@ -143,11 +147,25 @@ def _measure(replicas: int, calls: int, load: float, router: str, folder: Path |
     return measure(replicas, calls, load=load, router=router, folder=folder)
 
 
-def measure_sizes(sizes: tuple[int, ...] = SIZES, *, events: int = EVENTS, router: str = ROUTER) -> list[ScaleRow]:
-    """A row for each size, all with about as many events."""
-    return [measure_apart(size, max(events // EVENTS_PER_CALL, 1_000), router=router) for size in sizes]
+def usual_calls() -> int:
+    """Calls of a measurement of about ``EVENTS`` events."""
+    return EVENTS // EVENTS_PER_CALL
 
 
-def as_numbers(row: ScaleRow) -> dict[str, float | str]:
-    """A row as plain values."""
-    return dataclasses.asdict(row)
+def write_scale(path: Path, rows: Sequence[ScaleRow]) -> None:
+    """Measurements as JSON, in one step."""
+    with replacing(path) as file:
+        json.dump({"rows": [dataclasses.asdict(row) for row in rows]}, file, indent=1)
+        file.write("\n")
+
+
+def read_scale(path: Path) -> list[ScaleRow]:
+    """Measurements of a file.
+
+    Raises:
+        ConfigError: a file that cannot be read or holds something else.
+    """
+    try:
+        return [ScaleRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"scale: {path} is no file of measurements ({type(error).__name__}: {error})") from error

@@ -227,14 +227,13 @@ class ClusterSim:
                     f"calls.start: {chunk.start[0]} in row 0, must be >= {self._latest_start}, the last start of the chunk before"
                 )
             self._latest_start = float(chunk.start[-1])
-        for row in np.flatnonzero(chunk.node_parent < NO_PARENT).tolist():
-            app = -2 - int(chunk.node_parent[row])
-            if app >= self._app_tokens.size:
-                raise ConfigError(f"calls.node_parent: application {app} in row {row}, must be one of {self._app_tokens.size}")
-            if chunk.node_shared[row] > self._app_tokens[app]:
-                raise ConfigError(
-                    f"calls.node_shared: {chunk.node_shared[row]} in row {row}, must be <= {self._app_tokens[app]}, its application's"
-                )
+        rows = np.flatnonzero(chunk.node_parent < NO_PARENT)
+        apps = -2 - chunk.node_parent[rows]
+        for k in np.flatnonzero(apps >= self._app_tokens.size)[:1]:
+            raise ConfigError(f"calls.node_parent: application {apps[k]} in row {rows[k]}, must be one of {self._app_tokens.size}")
+        heads = self._app_tokens[apps]
+        for k in np.flatnonzero(chunk.node_shared[rows] > heads)[:1]:
+            raise ConfigError(f"calls.node_shared: {chunk.node_shared[rows[k]]} in row {rows[k]}, must be <= {heads[k]}, its application's")
 
     def _flush(self) -> None:
         record = self.record

@@ -1,0 +1,74 @@
+"""Queues and KV of all replicas over time, with where the calls went."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmsched_env.bench.cluster_course import Course
+from llmsched_env.bench.plots import COLOURS, load_pyplot, save_figure
+
+BINS = 300
+"""Spans of time in which calls are counted."""
+SLOW, AWAY = "#F4D7A6", "#D9D9D9"
+
+
+def spans(course: Course, replica: int) -> Iterator[tuple[float, float, str]]:
+    """(start, end, colour) of the times at which a replica was slow or took no calls."""
+    end = float(course.clock[-1])
+    since: dict[str, float] = {}
+    for event in (e for e in course.events if e.replica == replica):
+        kind = SLOW if event.kind == "slow_down" else AWAY
+        begins = event.value != 1.0 if kind == SLOW else event.kind != "come_back"
+        if kind in since:
+            yield since.pop(kind), min(event.time, end), kind
+        if begins:
+            since[kind] = event.time
+    for kind, start in since.items():
+        yield start, end, kind
+
+
+def draw(courses: Sequence[Course], path: Path) -> None:
+    """Two rows of axes a course, KV above calls, a colour a replica; below them a lane a replica, dark where it gets many calls.
+
+    Replicas' slow times and times away are shaded in their lanes.
+    """
+    pyplot = load_pyplot()
+    figure, grid = pyplot.subplots(
+        3, len(courses), figsize=(7.0 * len(courses), 7.2), squeeze=False, sharex="col", gridspec_kw={"height_ratios": (2, 2, 1.5)}
+    )
+    most = max(int(course.outstanding.max()) for course in courses)
+    for column, course in enumerate(courses):
+        above, middle, below = grid[:, column]
+        for i in range(course.kv_share.shape[1]):
+            colour = COLOURS[i % len(COLOURS)]
+            above.plot(course.clock, course.kv_share[:, i], color=colour, linewidth=0.8, label=f"replica {i}")
+            middle.plot(course.clock, course.outstanding[:, i], color=colour, linewidth=0.8)
+        above.set_title(f"{course.router}, scenario {course.scenario}")
+        above.set_ylim(0.0, 1.02)
+        middle.set_ylim(0, 1.05 * most)
+        _lanes(below, course)
+        below.set_xlabel("time (s)")
+        above.legend(loc="lower right", fontsize=8, ncols=2)
+    grid[0][0].set_ylabel("KV in use")
+    grid[1][0].set_ylabel("calls (waiting and running)")
+    grid[2][0].set_ylabel("calls routed there")
+    figure.tight_layout()
+    save_figure(pyplot, figure, path)
+
+
+def _lanes(axes: Any, course: Course) -> None:
+    replicas = course.kv_share.shape[1]
+    edges = np.linspace(0.0, float(course.clock[-1]), BINS + 1)
+    for i in range(replicas):
+        for start, end, colour in spans(course, i):
+            axes.axvspan(start, end, ymin=1.0 - (i + 1) / replicas, ymax=1.0 - i / replicas, color=colour, linewidth=0)
+        counts, _ = np.histogram(course.clock[course.chosen == i], edges)
+        axes.bar(edges[:-1], 0.85 * counts / max(counts.max(), 1), np.diff(edges), bottom=replicas - 1 - i, align="edge",
+                 color=COLOURS[i % len(COLOURS)], linewidth=0)  # fmt: skip
+    axes.set_ylim(0, replicas)
+    axes.set_yticks([replicas - 0.5 - i for i in range(replicas)], [f"{i}" for i in range(replicas)])
+    axes.grid(False)
