@@ -15,6 +15,7 @@ from gymnasium.utils.env_match import check_environments_match
 from gymnasium.vector import AutoresetMode
 
 import llmsched_env
+from llmsched_agents.lookup import replica_policy
 from llmsched_env.cluster.calls import CallChunk
 from llmsched_env.cluster.env import LLMSchedCluster
 from llmsched_env.cluster.reward import Outcome
@@ -224,6 +225,35 @@ def test_the_vector_form_is_equal_step_by_step(mode: AutoresetMode, settings: di
                 assert infos["seconds"][k] == info["seconds"] and infos["discount"][k] == info["discount"]
                 np.testing.assert_array_equal(infos["action_mask"][k], info["action_mask"])
     vector.close()
+
+
+@pytest.mark.parametrize("name", ["sarathi", "adaptive", "nested-wait", "generalist"])
+def test_replicas_run_under_policies_of_the_house(name: str) -> None:
+    env = LLMSchedCluster(num_calls=120, policy=replica_policy(name))
+    env.reset(seed=1)
+    twin = LLMSchedCluster(num_calls=120)
+    twin.reset(seed=1)
+    ended, differ = False, False
+    k = 0
+    while not ended:
+        action = k % 4
+        k += 1
+        observation, _, ended, _, info = env.step(action)
+        if not twin._row:
+            differ = True
+        else:
+            differ |= not np.array_equal(observation["replicas"], twin.step(action)[0]["replicas"])
+    assert info["summary"]["completed"] == info["summary"]["requests"] and differ
+
+
+def test_policies_that_a_cluster_cannot_have_are_refused() -> None:
+    for name, match in (("wait", "output lengths"), ("vtc", "tenant")):
+        with pytest.raises(ConfigError, match=match):
+            LLMSchedCluster(num_calls=20, policy=replica_policy(name))
+    with pytest.raises(ConfigError, match="did you mean 'sarathi'"):
+        replica_policy("saratti")
+    with pytest.raises(ConfigError, match="both decide"):
+        LLMSchedCluster(policy=replica_policy("sarathi"), levels=LEVELS)
 
 
 def test_make_vec_and_its_errors() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, did_you_mean
 from llmsched_env.registry import POLICIES, is_reference
 from llmsched_env.runner import Policy
-from llmsched_env.types import QueueLayout
+from llmsched_env.types import LengthStatistics, QueueLayout
 
 POLICIES.built_in({policy.name: policy for policy in (Adaptive, AdaptiveAged, LearnedShrinkage)})
 
@@ -103,6 +103,20 @@ class NamedPolicy:
             return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
         except (OSError, TypeError):  # made in an interactive session, or of no source
             return ""
+
+
+def replica_policy(text: str, **options: Any) -> Callable[[EngineConfig, LengthStatistics, float], Policy]:
+    """Who decides about admissions on each replica of a cluster, by name, for ``LLMSchedCluster`` (``policy``).
+
+    Raises:
+        ConfigError: as ``named_policy``; when it is called, an option or a setting that the policy refuses.
+    """
+    named = named_policy(text)
+
+    def build(engine: EngineConfig, statistics: LengthStatistics, rate: float) -> Policy:
+        return named.build(Setting(statistics, rate, engine), **options)
+
+    return build
 
 
 def check_policy(owner: str, made: Any) -> None:

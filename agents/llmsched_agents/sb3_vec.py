@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import AutoresetMode
 
+from llmsched_env.autoreset import Observations
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.vector import LLMSchedVectorEnv, Observations
+from llmsched_env.vector import LLMSchedVectorEnv
 
 require("torch", "agents")  # before stable-baselines3, whose own message would not say which extra is missing
 require("stable_baselines3", "agents")

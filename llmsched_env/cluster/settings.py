@@ -168,7 +168,7 @@ class ClusterSettings:
         replicas = spec.replicas
         if self.levels or self.policy is not None:
             replicas = tuple(self._with_policy(replica, rate / len(replicas)) for replica in replicas)
-        changes = {**self.limits, "replicas": replicas, "horizon": min(self.horizon, spec.horizon)}
+        changes: dict[str, Any] = {**self.limits, "replicas": replicas, "horizon": min(self.horizon, spec.horizon)}
         return dataclasses.replace(spec, **changes)
 
     def _with_policy(self, replica: ReplicaSpec, rate: float) -> ReplicaSpec:
