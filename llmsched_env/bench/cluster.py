@@ -236,9 +236,7 @@ def boundary(
         return float(np.mean(shares)) >= ATTAINMENT
 
     if not met(low) or met(high):
-        raise ConfigError(
-            f"rates: {low} to {high}, must be one at which {ATTAINMENT:.0%} of the calls meet their limits, and one at which not"
-        )
+        raise ConfigError(f"rates: {low} to {high}, must be one at which {ATTAINMENT:.0%} of the calls meet their limits, and one at which not")
     while high - low > 0.05:
         middle = (low + high) / 2
         low, high = (middle, high) if met(middle) else (low, middle)
