@@ -150,10 +150,10 @@ class Load:
 
 
 LOADS = {
-    "equal": Load(16.0, 1.0),
-    "heterogeneous": Load(12.4, 1.0),
-    "drifting": Load(12.0, 1.0),
-    "failing": Load(15.0, 1.0),
+    "equal": Load(15.4, 0.9),
+    "heterogeneous": Load(12.7, 0.9),
+    "drifting": Load(12.2, 0.9),
+    "failing": Load(14.1, 0.9),
 }
 SECONDS = 900.0
 """Sessions begin for so long, about."""
