@@ -219,7 +219,7 @@ def change(rows: Sequence[ClusterRow], scenario: str, router: str, than: str, me
 
 # --- the boundary ------------------------------------------------------------------------------------------
 def boundary(
-    scenario: ClusterScenario, router: str, options: Mapping[str, Any], *, seeds: int = 3, low: float = 4.0, high: float = 64.0
+    scenario: ClusterScenario, router: str, options: Mapping[str, Any], *, seeds: int = 10, low: float = 4.0, high: float = 64.0
 ) -> float:
     """Calls per second at which ``ATTAINMENT`` of the calls meet both limits, by bisection to a twentieth of a call per second.
 

@@ -72,7 +72,7 @@ class PowerOfTwo(Router):
 class JoinShortestQueue(Router):
     """The replica with the fewest calls that have not ended, waiting and running; of equal ones the first."""
 
-    name: ClassVar[str] = "shortest-queue"
+    name: ClassVar[str] = "join-shortest-queue"
 
     def __init__(self, door: Door) -> None:
         super().__init__(door)
