@@ -1,7 +1,7 @@
 """Routers on scenarios of a cluster: runs, paired intervals over seeds, boundaries.
 
-An episode is a scenario's calls of one seed on its cluster of that seed, the same for every router. Seeds of tuning, evaluation and boundaries
-never share a stream (``llmsched_env.bench.seeds``).
+An episode is a scenario's calls of one seed on its cluster of that seed, the same for every router. Seeds of tuning, evaluation and
+boundaries never share a stream (``llmsched_env.bench.seeds``).
 """
 
 from __future__ import annotations
@@ -236,7 +236,9 @@ def boundary(
         return float(np.mean(shares)) >= ATTAINMENT
 
     if not met(low) or met(high):
-        raise ConfigError(f"rates: {low} to {high}, must be one at which {ATTAINMENT:.0%} of the calls meet their limits, and one at which not")
+        raise ConfigError(
+            f"rates: {low} to {high}, must be one at which {ATTAINMENT:.0%} of the calls meet their limits, and one at which not"
+        )
     while high - low > 0.05:
         middle = (low + high) / 2
         low, high = (middle, high) if met(middle) else (low, middle)

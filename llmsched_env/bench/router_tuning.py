@@ -24,6 +24,7 @@ from llmsched_env.bench.tuning import Grid, Point, nearest, search
 from llmsched_env.cluster.scenarios import load_cluster_scenario
 from llmsched_env.errors import ConfigError
 from llmsched_env.files import replacing
+from llmsched_env.types import FloatArray
 
 SHIPPED = Path(__file__).parent / "suites" / "tuned_routers.json"
 TOGETHER = "all"
@@ -109,8 +110,9 @@ def tune_router(
     names = list(points)
     numbers = [episode_seed("tuning", seed) for seed in range(seeds)]
 
-    def latencies(options: Mapping[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array([[run_router(s, router, options, n).latency_mean for n in numbers] for s in chosen]).mean(axis=1)
+    def latencies(options: Mapping[str, Any]) -> FloatArray:
+        found = [[run_router(s, router, options, n).latency_mean for n in numbers] for s in chosen]
+        return np.asarray(np.mean(found, axis=1), dtype=np.float64)
 
     shipped = latencies({})
     scale = shipped if len(chosen) > 1 else np.ones(1)

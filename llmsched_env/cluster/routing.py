@@ -13,9 +13,9 @@ A rule is a function decorated with ``llmsched_env.compiled.compiled``::
     router = RouterRule(shortest)
 
 ``cluster`` is ``llmsched_env.cluster.state.Cluster`` as a router sees it: ``cluster.call`` is the call to be routed, ``cluster.replicas``
-has one row a replica, ``cluster.clock`` the time. It has no answer's length, no call to come and nothing of an engine but what its
-server tells. ``own`` is a record of the router's own: its parameters and what it remembers within an episode. A rule that looks at two
-replicas costs the same in a cluster of two and of a thousand.
+has one row a replica, ``cluster.clock`` the time. It has no answer's length, no call to come and nothing of an engine but what its server
+tells. ``own`` is a record of the router's own: its parameters and what it remembers within an episode. A rule that looks at two replicas
+costs the same in a cluster of two and of a thousand.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class RouterRule:
 
     Args:
         function: as described above.
-        parameters: (P,) numbers for ``own.parameters``, or a record of the router's own; its ``Counts`` and ``Memory`` are what it remembers,
-            and it may draw by ``chance`` if it has ``memory: Counts``.
+        parameters: (P,) numbers for ``own.parameters``, or a record of the router's own; its ``Counts`` and ``Memory`` are what it
+            remembers, and it may draw by ``chance`` if it has ``memory: Counts``.
         memory: length of ``own.memory``.
         reads_cache: it reads ``cluster.replicas.cached``, which costs a search in every replica's prefix cache.
     """

@@ -37,8 +37,8 @@ CONTEXT = 8_192
 TTFT_LIMIT, TPOT_LIMIT = 1.0, 0.05
 """Seconds.
 
-An idle A100 takes 0.4 s for the longest prompt if nothing of it is cached (5.2e-5 s a token), and 0.011 s for a token of the answer: a first
-token may come twice as late as the longest prompt takes, and the others at a fourth of the idle engine's pace.
+An idle A100 takes 0.4 s for the longest prompt if nothing of it is cached (5.2e-5 s a token), and 0.011 s for a token of the answer: a
+first token may come twice as late as the longest prompt takes, and the others at a fourth of the idle engine's pace.
 """
 _EVENTS = 7  # key of the stream from which events are drawn: calls have their own
 
@@ -52,7 +52,10 @@ def engine(calibration: str, num_blocks: int) -> EngineConfig:
 
 @functools.cache
 def gpu(name: str) -> ReplicaSpec:
-    """A replica by its GPU. Calibrations and blocks are those of ``llmsched_env.bench.suite.ENGINES``, where the blocks' source is given."""
+    """A replica by its GPU.
+
+    Calibrations and blocks are those of ``llmsched_env.bench.suite.ENGINES``, which says where the blocks come from.
+    """
     calibration, num_blocks = {
         "a100-80GB": ("a100-llama3-8b-vllm", 27_413),
         "a100-40GB": ("a100-llama3-8b-vllm", 8_981),
@@ -69,9 +72,9 @@ MIXED = ("a100-80GB", "a100-40GB", "rtx4090", "rtx4090")
 def chat_sessions() -> ChatSessions:
     """Chat with long heads and short answers, after Mooncake's conversation trace.
 
-    First messages are a tenth of the trace's length, later messages and answers two fifths, think times a tenth; six turns are drawn on average,
-    geometric, of which the context leaves fewer; 16 applications have heads of 500 to 1,250 tokens. Sessions begin by an MMPP-2: quiet
-    spells of 30 s and bursts of 15 s, seven times as dense. All these factors are our own.
+    First messages are a tenth of the trace's length, later messages and answers two fifths, think times a tenth; six turns are drawn on
+    average, geometric, of which the context leaves fewer; 16 applications have heads of 500 to 1,250 tokens. Sessions begin by an MMPP-2:
+    quiet spells of 30 s and bursts of 15 s, seven times as dense. All these factors are our own.
     """
     return ChatSessions(
         Apps(16, tuple(500 + 50 * i for i in range(16)), 1.0),
@@ -140,8 +143,8 @@ class Load:
     """How much a scenario has to bear.
 
     Attributes:
-        boundary: calls per second that ``REPLICAS`` of its replicas bear: the largest rate at which prefix affinity, tuned, meets both limits for
-            nine calls in ten (goodput as in DistServe, OSDI 2024); ``llmsched_env.bench.cluster.boundary`` measures it.
+        boundary: calls per second that ``REPLICAS`` of its replicas bear: the largest rate at which prefix affinity, tuned, meets both
+            limits for nine calls in ten (goodput as in DistServe, OSDI 2024); ``llmsched_env.bench.cluster.boundary`` measures it.
         share: of the boundary, the mean rate of the scenario.
     """
 
@@ -150,10 +153,10 @@ class Load:
 
 
 LOADS = {
-    "equal": Load(15.4, 0.9),
-    "heterogeneous": Load(12.7, 0.9),
-    "drifting": Load(12.2, 0.9),
-    "failing": Load(14.1, 0.9),
+    "equal": Load(14.9, 0.9),
+    "heterogeneous": Load(11.9, 0.9),
+    "drifting": Load(11.5, 0.9),
+    "failing": Load(12.9, 0.9),
 }
 SECONDS = 900.0
 """Sessions begin for so long, about."""

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,11 @@ import pytest
 from llmsched_baselines.routers import Door, Router, make_router, router_names, router_options
 from llmsched_env import ConfigError, EngineConfig, registry
 from llmsched_env.cluster import state as cs
+from llmsched_env.cluster.routing import run_cluster
 from llmsched_env.cluster.scenarios import chat_sessions, gpu
 from llmsched_env.cluster.simulator import ClusterSim
 from llmsched_env.cluster.sinks import KeepAll
 from llmsched_env.cluster.spec import ClusterSpec, ReplicaEvent, ReplicaSpec
-from llmsched_env.cluster.routing import run_cluster
 
 NAMES = router_names()
 
@@ -36,7 +37,7 @@ def table(count: int = 4, prompt: int = 1_000, **call: int) -> ClusterSim:
     return sim
 
 
-def put(sim: ClusterSim, **columns: list[float]) -> ClusterSim:
+def put(sim: ClusterSim, **columns: Sequence[float]) -> ClusterSim:
     for name, column in columns.items():
         sim.record.replicas.rows[name] = column
     return sim
@@ -164,7 +165,8 @@ def test_cost_goes_to_the_cache_and_not_into_a_long_queue() -> None:
 def test_only_one_replica_that_can_be_chosen_is_chosen(name: str) -> None:
     for only in range(5):
         legal = [int(i == only) for i in range(5)]
-        sim = put(table(5, home=(only + 1) % 5), legal=legal, cached=[16, 900, 32, 0, 800], waiting=[0, 9, 1, 2, 40], running=[0, 1, 0, 3, 0])
+        sim = put(table(5, home=(only + 1) % 5), legal=legal, cached=[16, 900, 32, 0, 800])
+        put(sim, waiting=[0, 9, 1, 2, 40], running=[0, 1, 0, 3, 0])
         assert set(choices(name, sim, 12)) == {only}
 
 
@@ -194,7 +196,12 @@ def test_masks_on_random_tables_and_the_same_seed_gives_the_same_choices(name: s
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_whole_episode_with_a_replica_that_fails_loses_nothing_and_repeats_itself(name: str) -> None:
-    events = (ReplicaEvent(10.0, 0, "fail"), ReplicaEvent(20.0, 1, "drain"), ReplicaEvent(25.0, 0, "come_back"), ReplicaEvent(30.0, 1, "come_back"))
+    events = (
+        ReplicaEvent(10.0, 0, "fail"),
+        ReplicaEvent(20.0, 1, "drain"),
+        ReplicaEvent(25.0, 0, "come_back"),
+        ReplicaEvent(30.0, 1, "come_back"),
+    )
     spec, source = ClusterSpec((gpu("rtx4090"),) * 2 + (gpu("a100-40GB"),), events), chat_sessions()
     rows = []
     for _ in range(2):
@@ -263,9 +270,9 @@ def test_options_out_of_range_are_refused(name: str, option: str, value: Any) ->
 def test_a_door_is_checked() -> None:
     statistics = chat_sessions().statistics
     for wrong, field in (((), "engines"), (("x",), "engines")):
-        with pytest.raises(ConfigError, match=f"door.{field}: "):
+        with pytest.raises(ConfigError, match=rf"door\.{field}: "):
             Door(wrong, statistics, 1.0)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="door.rate: "):
+    with pytest.raises(ConfigError, match=r"door\.rate: "):
         Door((EngineConfig.vllm(),), statistics, 0.0)
 
 

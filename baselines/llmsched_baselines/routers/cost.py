@@ -51,7 +51,7 @@ def pace_of(cluster: Cluster, own: CostRecord, i: int, modelled: float) -> float
     pace = 1.0 + own.pace[i] / MICRO
     pace += weight * (ratio - pace)
     own.pace[i] = int((pace - 1.0) * MICRO)
-    return pace
+    return float(pace)
 
 
 @compiled
@@ -66,7 +66,7 @@ def seconds_on(cluster: Cluster, own: CostRecord, i: int) -> float:
     others = replicas.waiting[i] + replicas.running[i]
     longer = replicas.running_seconds[i] + replicas.kv_seconds[i] * (call.prompt + 0.5 * output)
     seconds = own.pending * pending + own.uncached * fresh + (output + own.waiting * replicas.waiting[i]) * modelled
-    return (seconds + own.hinder * others * (fresh + output * longer)) * pace**own.trust
+    return float((seconds + own.hinder * others * (fresh + output * longer)) * pace**own.trust)
 
 
 @compiled
@@ -83,12 +83,12 @@ def least_cost(cluster: Cluster, own: CostRecord) -> int:
 class Cost(Router):
     """The replica where the call costs the fewest seconds, its own and those of the others there, at the pace that is measured.
 
-    seconds = pace^trust x (pending x prefill of the prompt tokens that are pending there + uncached x prefill of what of the call is not cached there
-    + (output to expect + waiting x calls that wait there) x an iteration of the present residents
+    seconds = pace^trust x (pending x prefill of the prompt tokens that are pending there + uncached x prefill of what of the call is not
+    cached there + (output to expect + waiting x calls that wait there) x an iteration of the present residents
     + hinder x calls there x (prefill of what is not cached + output to expect x by how much the call makes an iteration longer)).
 
-    Seconds of prefill and of iterations are those of the replica's calibration, linear in the batch (``llmsched_env.cluster.speed``). The pace
-    is what iterations take as measured over what they would take by the calibration, with as much prefill as was sent there lately: it
+    Seconds of prefill and of iterations are those of the replica's calibration, linear in the batch (``llmsched_env.cluster.speed``). The
+    pace is what iterations take as measured over what they would take by the calibration, with as much prefill as was sent there lately: it
     tells a slow replica from a busy one, and every number in it is one that an operator has.
 
     Args:

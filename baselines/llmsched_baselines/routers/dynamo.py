@@ -31,7 +31,7 @@ def block_cost(cluster: Cluster, own: DynamoRecord, i: int) -> float:
     replicas, prompt = cluster.replicas, cluster.call.prompt
     prefill = replicas.waiting_tokens[i] + replicas.prefill_tokens[i] + prompt - replicas.cached[i]
     held = replicas.kv_used[i] + (replicas.waiting_tokens[i] + prompt) / own.block_size
-    return own.overlap_weight * prefill / own.block_size + held
+    return float(own.overlap_weight * prefill / own.block_size + held)
 
 
 @compiled
@@ -81,10 +81,10 @@ def dynamo(cluster: Cluster, own: DynamoRecord) -> int:
 class Dynamo(Router):
     """The cost of NVIDIA Dynamo's KV router: ``overlap_weight`` x blocks to prefill + blocks held, the least of all.
 
-    To prefill are the prompt tokens that are pending on the replica and those of the call that are not cached there; held are the blocks in use
-    there, those of calls that wait, and those of the call. At a temperature T above 0 a replica is drawn with a probability proportional to
-    exp(-cost / (largest - least cost) / T). (``lib/llm/src/kv_router/scheduler.rs``, ``DefaultWorkerSelector`` and ``softmax_sample``,
-    commit db19bd2; defaults of weight and temperature, 1 and 0, from Dynamo's documentation of its router.)
+    To prefill are the prompt tokens that are pending on the replica and those of the call that are not cached there; held are the blocks
+    in use there, those of calls that wait, and those of the call. At a temperature T above 0 a replica is drawn with a probability
+    proportional to exp(-cost / (largest - least cost) / T). (``lib/llm/src/kv_router/scheduler.rs``, ``DefaultWorkerSelector`` and
+    ``softmax_sample``, commit db19bd2; defaults of weight and temperature, 1 and 0, from Dynamo's documentation of its router.)
 
     Dynamo counts the uncached part of what is pending, and a block that several calls share once; here the whole prompts of those who wait
     count. Of equal ones Dynamo takes the one with the smaller tree of cached blocks before it draws.

@@ -47,16 +47,18 @@ def scorers(cluster: Cluster, own: ScorerRecord) -> int:
 
 
 class LlmD(Router):
-    """The scorers of llm-d and of Kubernetes' Gateway API inference extension, on which it builds: the largest weighted sum, drawn among equal ones.
+    """The largest weighted sum of three scores, drawn among equal ones.
 
-    Three scores from 0 to 1. Queue: (longest - own) / (longest - shortest) of calls that wait, 1 where all queues are alike. KV: share of the
-    blocks that is not in use. Prefix: share of the prompt's whole blocks that is cached. Weights 2, 2 and 3 are those of the extension's chart.
-    (``pkg/epp/scheduling/framework/plugins/``: ``scorer/queue.go``, commit 02308be; ``kvcacheutilizationscorer/kvcache_utilization.go``,
-    commit a172f54; ``multi/prefix/plugin.go``, commit 00913f9; ``config/charts/inferencepool/templates/epp-config.yaml``,
-    commit 0ae94df.)
+    They are the scorers of llm-d and of Kubernetes' Gateway API inference extension, on which it builds.
 
-    There the prefix score comes from an index of what was sent, in blocks of 64 characters, at most 256 of them, unless llm-d's precise scorer
-    reads the caches by events; this router sees the caches themselves.
+    Three scores from 0 to 1. Queue: (longest - own) / (longest - shortest) of calls that wait, 1 where all queues are alike. KV: share of
+    the blocks that is not in use. Prefix: share of the prompt's whole blocks that is cached. Weights 2, 2 and 3 are those of the
+    extension's chart. (``pkg/epp/scheduling/framework/plugins/``: ``scorer/queue.go``, commit 02308be;
+    ``kvcacheutilizationscorer/kvcache_utilization.go``, commit a172f54; ``multi/prefix/plugin.go``, commit 00913f9;
+    ``config/charts/inferencepool/templates/epp-config.yaml``, commit 0ae94df.)
+
+    There the prefix score comes from an index of what was sent, in blocks of 64 characters, at most 256 of them, unless llm-d's precise
+    scorer reads the caches by events; this router sees the caches themselves.
 
     Args:
         queue, kv, prefix: weights.

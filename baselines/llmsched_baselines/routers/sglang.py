@@ -51,8 +51,9 @@ class Sglang(Router):
     and by more than a factor; then the call goes to the shortest one, whatever is cached. (``sgl-router/src/policies/cache_aware.rs``,
     commit 026f853; defaults in ``sgl-router/src/policies/mod.rs``, commit 08fc574.)
 
-    SGLang matches characters in a tree of what it has sent, cut back every so many seconds; this router sees tokens in the caches themselves,
-    and what it has sent is a sum of tokens that is never cut back. Replicas that refuse count nowhere, while SGLang counts their load.
+    SGLang matches characters in a tree of what it has sent, cut back every so many seconds; this router sees tokens in the caches
+    themselves, and what it has sent is a sum of tokens that is never cut back. Replicas that refuse count nowhere, while SGLang counts
+    their load.
 
     Args:
         cache_threshold: share of the prompt, 0 to 1.
