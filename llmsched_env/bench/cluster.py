@@ -50,21 +50,24 @@ def run_router(
     *,
     replicas: int = REPLICAS,
     rate: float | None = None,
+    num_calls: int | None = None,
 ) -> ClusterSummary:
     """The figures of one episode: of the calls that arrive after the warm-up and while sessions begin.
 
     Args:
         router, options: see ``make_router``.
         seed: ``episode_seed``.
-        rate: calls per second; None: the scenario's.
+        rate: calls per second; num_calls: of the episode. None: the scenario's, as many more as there are more replicas; at another rate
+            sessions begin for as long as at the scenario's own.
 
     Raises:
         ConfigError: a router, an option or a number that is refused.
     """
     total, source = scenario.total_rate(replicas), scenario.source
-    seconds = scenario.num_calls * replicas / scenario.replicas / total
     rate = total if rate is None else rate
-    num_calls = max(1, round(rate * seconds))
+    if num_calls is None:
+        num_calls = max(1, round(scenario.num_calls * replicas / scenario.replicas * rate / total))
+    seconds = num_calls / rate
     spec = scenario.cluster(seed, replicas=replicas, rate=rate, num_calls=num_calls)
     chosen = make_router(router, Door.of(spec, source, rate), **options)
     sim, sink = ClusterSim(spec), KeepAll()
@@ -89,10 +92,20 @@ class Task:
     purpose: Purpose
     seed: int
     replicas: int = REPLICAS
+    num_calls: int = 0  # 0: the scenario's own
 
     @classmethod
-    def of(cls, scenario: str, router: str, options: Mapping[str, Any], purpose: Purpose, seed: int, replicas: int = REPLICAS) -> Task:
-        return cls(scenario, router, json.dumps(dict(options), sort_keys=True), purpose, seed, replicas)
+    def of(
+        cls,
+        scenario: str,
+        router: str,
+        options: Mapping[str, Any],
+        purpose: Purpose,
+        seed: int,
+        replicas: int = REPLICAS,
+        num_calls: int = 0,
+    ) -> Task:
+        return cls(scenario, router, json.dumps(dict(options), sort_keys=True), purpose, seed, replicas, num_calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +118,7 @@ class ClusterRow:
     purpose: str
     seed: int
     replicas: int
+    num_calls: int
     requests: int
     completed: int
     rejected: int
@@ -124,8 +138,8 @@ class ClusterRow:
     sources: str
 
     @property
-    def task(self) -> tuple[str, str, str, str, int, int]:
-        return self.scenario, self.router, self.options, self.purpose, self.seed, self.replicas
+    def task(self) -> Task:
+        return Task(self.scenario, self.router, self.options, self.purpose, self.seed, self.replicas, self.num_calls)  # type: ignore[arg-type]
 
 
 def run_task(task: Task) -> ClusterRow:
@@ -137,6 +151,7 @@ def run_task(task: Task) -> ClusterRow:
         json.loads(task.options),
         episode_seed(task.purpose, task.seed),
         replicas=task.replicas,
+        num_calls=task.num_calls or None,
     )
     same = {name: getattr(figures, name) for name in ClusterRow.__dataclass_fields__ if hasattr(figures, name)}
     return ClusterRow(
@@ -146,6 +161,7 @@ def run_task(task: Task) -> ClusterRow:
         purpose=task.purpose,
         seed=task.seed,
         replicas=task.replicas,
+        num_calls=task.num_calls,
         slo_misses=1.0 - figures.slo_goodput,
         wall_seconds=round(time.perf_counter() - started, 6),
         sources=sources_digest(),
@@ -156,7 +172,7 @@ def run_task(task: Task) -> ClusterRow:
 def missing(tasks: Iterable[Task], rows: Iterable[ClusterRow]) -> list[Task]:
     """Tasks that have no row yet."""
     done = {row.task for row in rows}
-    return [t for t in tasks if (t.scenario, t.router, t.options, t.purpose, t.seed, t.replicas) not in done]
+    return [task for task in tasks if task not in done]
 
 
 def run_all(tasks: Sequence[Task], file: RowFile[ClusterRow], *, backend: str = "loky", jobs: int | None = None) -> Iterator[ClusterRow]:
@@ -186,7 +202,7 @@ def run_to_file(
         for _ in run_all(tasks, file, backend=backend, jobs=jobs):
             pass
         found = {row.task: row for row in file.rows}
-    return [found[t.scenario, t.router, t.options, t.purpose, t.seed, t.replicas] for t in tasks]
+    return [found[task] for task in tasks]
 
 
 # --- figures of several seeds ----------------------------------------------------------------------------
@@ -232,7 +248,7 @@ def boundary(
     """
 
     def met(rate: float) -> bool:
-        shares = [run_router(scenario, router, options, episode_seed("boundary", s), rate=rate).slo_goodput for s in range(seeds)]
+        shares = [run_router(scenario, router, options, episode_seed("boundary", k), rate=rate).slo_goodput for k in range(seeds)]
         return float(np.mean(shares)) >= ATTAINMENT
 
     if not met(low) or met(high):

@@ -42,10 +42,11 @@ def prefix_affinity(cluster: Cluster, own: AffinityRecord) -> int:
 class PrefixAffinity(Router):
     """The replica whose prefix cache holds most of the prompt, unless its queue is too long or what it holds too little; else the shortest.
 
-    Operators' routers weigh the two in ways of their own; ``sglang``, ``llm-d`` and ``dynamo`` are three of them. Without a threshold (``excess`` infinite, ``share`` 0) it is that of vLLM's production stack,
-    ``prefixaware`` (``src/vllm_router/routers/routing_logic.py``, ``PrefixAwareRouter``, commit 008a23b), which goes to the longest match,
-    drawing among equal ones. That router matches the texts it has sent, in pieces of 128 characters (``prefix/hashtrie.py``, commit
-    35e4ad3), and assumes that nothing leaves a cache; this one sees the caches themselves.
+    Operators' routers weigh the two in ways of their own; ``sglang``, ``llm-d`` and ``dynamo`` are three of them. Without a threshold
+    (``excess`` infinite, ``share`` 0) it is the rule of vLLM's production stack, ``prefixaware``
+    (``src/vllm_router/routers/routing_logic.py``, ``PrefixAwareRouter``, commit 008a23b), which goes to the longest match, drawing among
+    equal ones. That router matches the texts it has sent, in pieces of 128 characters (``prefix/hashtrie.py``, commit 35e4ad3), and
+    assumes that nothing leaves a cache; this one sees the caches themselves.
 
     Args:
         share: of the prompt that must be cached there, 0 to 1.
