@@ -43,7 +43,7 @@ def logits(algorithm, seen):
 def main(iterations: int = 10) -> None:
     masking = RLModuleSpec(module_class=ActionMaskingTorchRLModule)
     config = PPOConfig().environment("cluster", env_config={}).rl_module(rl_module_spec=masking).debugging(seed=0)
-    config.env_runners(num_env_runners=2, num_envs_per_env_runner=4)
+    config.env_runners(num_env_runners=2, num_envs_per_env_runner=4, sample_timeout_s=600.0)  # the first call compiles
     config.training(train_batch_size_per_learner=2048, minibatch_size=256, num_epochs=4, gamma=0.999, lr=3e-4)
     algorithm = config.build_algo()
     for i in range(iterations):

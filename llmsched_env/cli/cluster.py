@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llmsched_agents import routers as _learned  # noqa: F401 - registers the router that ships
+import llmsched_agents.lookup  # noqa: F401 - registers the router that ships
 from llmsched_baselines.routers import router_names
 from llmsched_env.bench.cluster import (
     EVALUATION_SEEDS,
@@ -133,7 +133,7 @@ def run(options: ClusterOptions, screen: Screen) -> Outcome:
         with screen.progress(len(left)) as bar:
             for row in run_all(tasks, file, backend=options.backend, jobs=options.jobs):
                 bar.advance(description=f"{row.scenario}, {row.router}, seed {row.seed}")
-        wanted = {(t.scenario, t.router, t.options, t.purpose, t.seed, t.replicas) for t in tasks}
+        wanted = set(tasks)
         rows = [row for row in file.rows if row.task in wanted]
     if not screen.quiet:
         screen.print("\n".join(line for scenario in scenarios for line in shown(rows, scenario, routers, options.reference)))
