@@ -26,7 +26,7 @@ from llmsched_env.engine_config import EpisodeLimits
 from llmsched_env.runner import rule_of
 from llmsched_env.types import Decision, QueueLayout, Workload
 
-ENGINE_FIELDS = [
+ENGINE_FIELDS = (
     "clock",
     "last_iteration",
     "busy_seconds",
@@ -49,7 +49,7 @@ ENGINE_FIELDS = [
     "num_waiting",
     "num_residents",
     "waiting_tokens",
-]
+)
 
 
 class Kept:
@@ -389,11 +389,9 @@ def check_end(sim: ClusterSim, rows: npt.NDArray[Any], calls: int) -> None:
             assert e.pool.spare == len(e.pool.seats)
 
 
-def system_integral(rows: npt.NDArray[Any], rejected_at: dict[int, float]) -> float:
-    """The latencies of all calls, summed; of rejected ones until they were."""
-    done = rows["rejected"] == 0
-    total = math.fsum((rows["completed"] - rows["arrival"])[done].tolist())
-    return total + math.fsum(rejected_at[int(n)] - a for n, a in zip(rows["number"][~done], rows["arrival"][~done], strict=True))
+def system_integral(rows: npt.NDArray[Any]) -> float:
+    """The latencies of all calls, none of them rejected, summed."""
+    return math.fsum((rows["completed"] - rows["arrival"]).tolist())
 
 
 def equal_replicas(count: int, replica: ReplicaSpec, **settings: Any) -> ClusterSim:

@@ -117,7 +117,7 @@ def place(cluster: Cluster, i: int, engine: Engine) -> None:
         change(cluster.dues, i, engine.clock, cluster.num_replicas + i)
     else:
         cluster.replicas.accepts[i] = 0
-        cluster.legal_known = 0
+        cluster.legal_known = False
         change(cluster.dues, i, math.inf, i)
 
 
@@ -206,7 +206,7 @@ def can_be_routed(cluster: Cluster, handles: Any) -> bool:
 @compiled
 def close_doors(cluster: Cluster, handles: Any) -> None:
     """No call is to come any more: engines whose policy holds somebody back are drained, and then end."""
-    cluster.doors_closed = 1
+    cluster.doors_closed = True
     for i in range(cluster.num_replicas):
         engine = engine_at(handles[i, ENGINE])
         if cluster.machines.state[i] == READY or cluster.machines.state[i] == BEGUN:

@@ -62,7 +62,7 @@ def find_legal(cluster: Cluster, tokens: int) -> None:
         replicas.legal[i] = bit
         parts |= bit
     cluster.legal_parts = parts
-    cluster.legal_known = 1 if whole else 0
+    cluster.legal_known = whole
 
 
 @compiled
@@ -105,7 +105,7 @@ def empty_inbox(cluster: Cluster, i: int, engine: Engine, time: float) -> None:
 def stop_taking(cluster: Cluster, i: int, engine: Engine, time: float) -> None:
     """Replica i is drained: who has not been admitted yet is routed again."""
     cluster.replicas.accepts[i] = 0
-    cluster.legal_known = 0
+    cluster.legal_known = False
     queues, settings = engine.queues, engine.settings
     for q in range(0, settings.num_queues, settings.num_segments):
         r = queues.head[q]
@@ -124,7 +124,7 @@ def stop_taking(cluster: Cluster, i: int, engine: Engine, time: float) -> None:
 def fail(cluster: Cluster, i: int, engine: Engine, time: float) -> None:
     """Replica i is gone with its KV and its cache; all it has is routed again."""
     cluster.replicas.accepts[i] = 0
-    cluster.legal_known = 0
+    cluster.legal_known = False
     queues, settings, requests = engine.queues, engine.settings, engine.requests
     open_rows(cluster, i, engine)
     engine.report.completed = 0
@@ -170,7 +170,7 @@ def fail(cluster: Cluster, i: int, engine: Engine, time: float) -> None:
 def open_again(cluster: Cluster, i: int, engine: Engine, time: float) -> None:
     """Replica i takes calls again; one that had failed begins anew, with nothing in its cache."""
     cluster.replicas.accepts[i] = 1
-    cluster.legal_known = 0
+    cluster.legal_known = False
     if cluster.machines.state[i] == cs.DOWN:
         engine.clock = time
         engine.report.start = time

@@ -83,7 +83,7 @@ def open_door(engine: Engine) -> None:
 @compiled
 def close_door(engine: Engine, decision: Decision, begun: bool) -> None:
     """Nobody is to come any more. An engine that waits with nobody in it has finished; one that holds somebody back is drained."""
-    engine.more = 0
+    engine.more = False
     waits = engine.due == math.inf or not begun
     if waits and engine.num_waiting + engine.num_residents == 0 and engine.inbox < 0 and engine.flight_seconds == 0.0:
         engine.end = END_FINISHED
@@ -114,8 +114,8 @@ def drain_now(engine: Engine, decision: Decision) -> bool:
     """An engine that waits for the next request runs one greedy iteration instead, if it drains and has anybody. Whether it does."""
     if engine.due < math.inf or engine.num_waiting + engine.num_residents == 0:
         return False
-    engine.more = 0
+    engine.more = False
     drain_if_needed(engine, decision)
-    engine.more = 1
+    engine.more = True
     set_due(engine)
     return engine.due < math.inf
