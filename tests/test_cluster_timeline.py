@@ -6,10 +6,10 @@ import math
 import os
 
 import numpy as np
+from cluster_policies import POLICIES, engine_of, replica_of
 from cluster_walk import check_cluster, check_end, drive, open_stream, programs, system_integral
 from hypothesis import given, settings
 from hypothesis import strategies as hs
-from test_cluster_equality import POLICIES, engine_of, replica_of
 
 from llmsched_env.cluster.simulator import ClusterSim
 from llmsched_env.cluster.spec import ClusterSpec, ReplicaEvent, ReplicaSpec, Transfer
