@@ -48,13 +48,13 @@ def episode(seed: int, replicas: int, policies: tuple[str, ...], caching: bool, 
     return compared, evictions, hits, len(run.rows)
 
 
-@settings(max_examples=int(os.environ.get("LLMSCHED_CLUSTER_EXAMPLES", "60")))
+@settings(max_examples=int(os.environ.get("LLMSCHED_CLUSTER_EXAMPLES", "40")))
 @given(hs.integers(0, 2**32), hs.booleans(), hs.booleans(), hs.booleans(), hs.booleans())
 def test_one_replica_is_the_single_engine(seed: int, caching: bool, overlaps: bool, closed: bool, cut: bool) -> None:
     episode(seed, 1, POLICIES, caching, overlaps, closed, cut)
 
 
-@settings(max_examples=int(os.environ.get("LLMSCHED_CLUSTER_EXAMPLES", "60")))
+@settings(max_examples=int(os.environ.get("LLMSCHED_CLUSTER_EXAMPLES", "40")))
 @given(hs.integers(0, 2**32), hs.booleans(), hs.booleans(), hs.booleans(), hs.integers(2, 4))
 def test_replicas_are_single_engines_on_what_they_were_handed(
     seed: int, caching: bool, overlaps: bool, closed: bool, replicas: int

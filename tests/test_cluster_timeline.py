@@ -70,7 +70,7 @@ def lossy(seed: int, caching: bool, overlaps: bool, closed: bool, separated: boo
     }
 
 
-EXAMPLES = int(os.environ.get("LLMSCHED_CLUSTER_EXAMPLES", "80"))
+EXAMPLES = int(os.environ.get("LLMSCHED_CLUSTER_EXAMPLES", "50"))
 
 
 @settings(max_examples=EXAMPLES)
