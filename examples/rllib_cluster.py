@@ -16,7 +16,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.examples.rl_modules.classes.action_masking_rlm import ActionMaskingTorchRLModule
 from ray.tune.registry import register_env
 
-SETTINGS = {"num_calls": 300}
+SETTINGS = {"num_calls": 100}
 
 
 def make(config):
