@@ -1,8 +1,8 @@
 """How fast a fleet is simulated, and in how much memory: one core, each measurement in a process of its own.
 
 The fleet is of equal A100s of 80 GB with Llama-2-7B (scenario ``azure-conv``) at a share of greedy FIFO's boundary
-(``llmsched_env.bench.boundary``), its router draws two replicas and takes the less busy one (``power-of-two``). Calls are drawn in chunks as
-they are needed; those that have ended are folded into quantile sketches, and written to Parquet files where a folder is given.
+(``llmsched_env.bench.boundary``), its router draws two replicas and takes the less busy one (``power-of-two``). Calls are drawn in chunks
+as they are needed; those that have ended are folded into quantile sketches, and written to Parquet files where a folder is given.
 """
 
 from __future__ import annotations

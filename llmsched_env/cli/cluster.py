@@ -157,8 +157,8 @@ def write_picture(options: ClusterOptions, path: Path) -> tuple[str, str]:
     ]
     draw(courses, path)
     said = (
-        f"Scenario {scenario}, seed {number}, under {options.reference} and under {SHIPPED}: KV in use and calls of every replica, and below, a "
-        "lane a replica, how many calls are routed to it. Shaded: a replica is slow."
+        f"Scenario {scenario}, seed {number}, under {options.reference} and under {SHIPPED}: KV in use and calls of every replica, and "
+        "below, a lane a replica, how many calls are routed to it. Shaded: a replica is slow."
     )
     return path.name, said
 

@@ -19,7 +19,7 @@ from llmsched_env.records import Counts, Record, Vector, reader
 from llmsched_env.types import Decision
 
 TOTALS = ("duration", "system_seconds", "completed", "completed_tokens", "met", "rejected")
-"""What a cluster adds up from the start of an episode; their differences are the ``Outcome`` of a step (``llmsched_env.cluster.reward``)."""
+"""What a cluster adds up from the start of an episode; the differences are a step's ``Outcome`` (``llmsched_env.cluster.reward``)."""
 
 
 class LevelRecord(Record):

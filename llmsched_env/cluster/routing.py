@@ -115,8 +115,8 @@ class RouterRule:
     def reset(self, seed: int = 0) -> None:
         """Forget the last episode; ``seed`` starts the generator of a rule that draws by ``chance`` from place 0."""
         self.own.forget()
-        memory = getattr(self.own, "memory", ())
-        if len(memory):
+        memory: Any = getattr(self.own, "memory", None)
+        if memory is not None and len(memory):
             memory[0] = 1 + seed % (_MODULUS - 1)
 
     def choose(self, sim: ClusterSim) -> int:

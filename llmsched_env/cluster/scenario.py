@@ -1,4 +1,4 @@
-"""``ClusterScenario``: replicas, what happens to them, and the calls that come; the named ones are in ``llmsched_env.cluster.scenarios``."""
+"""``ClusterScenario``: replicas, what happens to them, and the calls that come; ``llmsched_env.cluster.scenarios`` has the named ones."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ from llmsched_env.threads import Workers
 class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
     """``num_envs`` independent ``LLMSchedCluster`` over the same kernel, equal to them step by step.
 
-    ``gym.make_vec("llmsched_env:LLMSchedCluster-v0", num_envs=64)``. Spaces, observations, masks and rewards are those of ``LLMSchedCluster``.
+    ``gym.make_vec("llmsched_env:LLMSchedCluster-v0", num_envs=64)``. Spaces, observations, masks and rewards are those of
+    ``LLMSchedCluster``.
 
     Args:
         num_envs: number of clusters.
