@@ -110,9 +110,11 @@ def test_masks_say_who_takes_the_call() -> None:
         if not legal[1]:
             closed.append(info["clock"])
             assert 5.0 <= info["clock"] < 8.0
-            with pytest.raises(ConfigError, match=r"action: replica 1, must be one of \[2\]"):
-                env.step(1)
-        _, _, ended, _, info = env.step(1 + info["action_mask"][1:].argmax())
+        chosen = 0 if len(closed) % 2 else 1 + int(info["action_mask"][1:].argmax())
+        expected = chosen if legal[chosen] else 1 if legal[1] else 2
+        before = env.sim.record.machines.handed.copy()
+        _, _, ended, _, info = env.step(chosen)
+        assert info["redirected"] == (chosen == 0) and (before[0] == 0 or expected != 0)
         if ended:
             break
     assert closed and info["summary"]["completed"] == info["summary"]["requests"] >= 200
@@ -204,7 +206,7 @@ def test_the_vector_form_is_equal_step_by_step(mode: AutoresetMode, settings: di
         for k in range(count):
             np.testing.assert_equal({name: rows[k] for name, rows in seen.items()}, own[k])
         replicas = vector.num_replicas
-        actions = np.array([[g.choice(np.flatnonzero(m)) if m.any() else 0] for m in vector.action_masks()[:, :replicas]])
+        actions = g.integers(replicas, size=(count, 1))  # some of them masked out
         if vector.levels:
             actions = np.hstack([actions, g.integers(len(LEVELS), size=(count, 1))])
         seen, rewards, ended, _, infos = vector.step(actions if vector.levels else actions[:, 0])
@@ -224,6 +226,7 @@ def test_the_vector_form_is_equal_step_by_step(mode: AutoresetMode, settings: di
             else:
                 assert infos["seconds"][k] == info["seconds"] and infos["discount"][k] == info["discount"]
                 np.testing.assert_array_equal(infos["action_mask"][k], info["action_mask"])
+                assert infos["redirected"][k] == info["redirected"]
     vector.close()
 
 
@@ -259,7 +262,7 @@ def test_policies_that_a_cluster_cannot_have_are_refused() -> None:
 def test_make_vec_and_its_errors() -> None:
     vector = gym.make_vec(ID, num_envs=2, num_calls=20, rate=[10.0, 20.0])
     vector.reset(seed=1)
-    with pytest.raises(ConfigError, match="environment 1, replica 9"):
+    with pytest.raises(ConfigError, match="environment 1, replica 9, must be from 0 to 3"):
         vector.step(np.array([0, 9]))
     with pytest.raises(ConfigError, match="replicas"):
         gym.make_vec(ID, num_envs=2, replicas=0)

@@ -40,7 +40,8 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
     ## Action Space
     ``Discrete(R)``: the replica that gets the call. With ``levels`` ``MultiDiscrete([R, L])``: the replica, and the level of predicted KV
     memory up to which it admits from now on (``llmsched_env.peak``). ``action_masks()`` and ``info["action_mask"]`` say which replicas
-    take the call: not one that has failed, is being drained, is for the other part of a call, or cannot hold a call so long.
+    take the call: not one that has failed, is being drained, is for the other part of a call, or cannot hold a call so long. A call
+    for such a one goes to the next that takes it, all round, and ``info["redirected"]`` says so.
 
     ## Observation Space
     ``Dict(call=(8,), replicas=(R, 14))``, float32 in [0, 1]; the table is in ``llmsched_env.cluster.observation``.
@@ -108,11 +109,13 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         values = as_integers(action, self._width, lambda: self.action_space)
         reason = entry(hand_on_at)(sim.record.handle, sim.handles, values, len(self.levels), EVENTS_PER_CALL)
         if reason < 0:
-            refuse(values, self._legal, self.num_replicas)
+            refuse(values, self.num_replicas, len(self.levels))
+        redirected = not self._legal[values[0]]
         self._row = sim.go_on(reason)
         before, self._totals = self._totals, self._read()
         outcome = Outcome.of(self._num_calls, self._totals - before)
         observation, info = self._observe(outcome.duration)
+        info["redirected"] = bool(redirected)
         reward = checks.number("reward", self.settings.reward(outcome), low=-math.inf, high=math.inf)
         ended = not self._row
         if ended:
@@ -146,6 +149,7 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
             "seconds": seconds,
             "discount": self.settings.discount(seconds),
             "action_mask": legal,
+            "redirected": False,
             "summary": {},
         }
         return {"call": call, "replicas": replicas}, info
@@ -172,12 +176,11 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         self.sim = None
 
 
-def refuse(values: npt.NDArray[np.int64], legal: npt.NDArray[np.bool_], num_replicas: int, who: str = "") -> NoReturn:
-    """Raise the error of an action that cannot be done; ``legal`` is the mask."""
-    allowed = np.flatnonzero(legal[:num_replicas])
-    if values[0] not in allowed:
-        raise ConfigError(f"action: {who}replica {values[0]}, must be one of {allowed.tolist()} for this call (action_masks())")
-    raise ConfigError(f"action: {who}component 1 is {values[1]}, must be from 0 to {legal.size - num_replicas - 1}")
+def refuse(values: npt.NDArray[np.int64], num_replicas: int, levels: int, who: str = "") -> NoReturn:
+    """Raise the error of an action outside its space."""
+    if not 0 <= values[0] < num_replicas:
+        raise ConfigError(f"action: {who}replica {values[0]}, must be from 0 to {num_replicas - 1}")
+    raise ConfigError(f"action: {who}level {values[1]}, must be from 0 to {levels - 1}")
 
 
 def action_space(num_replicas: int, levels: int) -> gym.Space[Any]:

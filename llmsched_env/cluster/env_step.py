@@ -66,22 +66,25 @@ def look(cluster: Any, handles: Any, call_row: Any, replica_rows: Any, legal: An
 
 
 @compiled
-def is_legal(cluster: Cluster, action: Any, levels: int) -> bool:
-    """Whether an action (1 or 2,) int64 can be done: a replica that takes the call, and a level."""
-    if not (0 <= action[0] < cluster.num_replicas and may_take(cluster, action[0])):
-        return False
-    return levels == 0 or 0 <= action[1] < levels
+def is_inside(cluster: Cluster, action: Any, levels: int) -> bool:
+    """Whether an action (1 or 2,) int64 lies in its space."""
+    return 0 <= action[0] < cluster.num_replicas and (levels == 0 or 0 <= action[1] < levels)
 
 
 @compiled
 def hand_on(cluster: Cluster, handles: Any, action: Any, levels: int, events: int) -> int:
     """One step. Returns why it stops: ``DECIDE``, ``ENDED``, or what has to be done in Python before it goes on.
 
+    Where the chosen replica does not take the call it goes to the next one that does, all round, as a proxy tries another server when one
+    refuses.
+
     Args:
-        action: (1 or 2,) int64, legal; levels: how many there are, 0 for none.
+        action: (1 or 2,) int64, inside its space; levels: how many there are, 0 for none.
         events: at most so many.
     """
     i = action[0]
+    while not may_take(cluster, i):
+        i = i + 1 if i + 1 < cluster.num_replicas else 0
     if levels > 0:
         level_at(handles[i, POLICY]).chosen[0] = action[1]
     reason = give(cluster, handles, i)
@@ -90,9 +93,9 @@ def hand_on(cluster: Cluster, handles: Any, action: Any, levels: int, events: in
 
 @compiled
 def hand_on_at(cluster: Any, handles: Any, action: Any, levels: int, events: int) -> int:
-    """``hand_on`` of a handle; -1, with nothing done, where the action is not legal."""
+    """``hand_on`` of a handle; -1, with nothing done, where the action is outside its space."""
     record = cluster_at(cluster)
-    if not is_legal(record, action, levels):
+    if not is_inside(record, action, levels):
         return -1
     return hand_on(record, handles, action, levels, events)
 
@@ -103,7 +106,7 @@ def step_range(first, last, clusters, handles, actions, levels, ends, outputs): 
 
     Args:
         clusters: (E,) handles; handles: (E, R, 4).
-        actions: (E, 1 or 2) int64, all legal where a cluster runs.
+        actions: (E, 1 or 2) int64, inside their space where a cluster runs.
         ends: (E,) int64: on entry ``DECIDE`` where a cluster runs; then why each of those stopped.
         outputs: (E, 8) and (E, R, 14) float32, (E, R + levels) bool, (E, 6) float64 (``TOTALS``): written.
 

@@ -98,7 +98,7 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         self._calls = np.empty((e, len(CALL_COLUMNS)), dtype=np.float32)
         self._replicas = np.empty((e, r, len(REPLICA_COLUMNS)), dtype=np.float32)
         self._masks = np.empty((e, r + len(self.levels)), dtype=np.bool_)
-        self._seconds = np.zeros(e)
+        self._seconds, self._redirected = np.zeros(e), np.zeros(e, dtype=np.bool_)
 
     # --- Gymnasium API ----------------------------------------------------------------------------
     def reset(
@@ -130,7 +130,9 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         self._check(chosen)
         runs = ~self._ended
         ends = np.where(runs, cs.DECIDE, cs.ENDED)
+        redirected = self._redirected
         self._new_outputs()
+        self._redirected = redirected
         before, self._totals = self._totals, np.empty_like(self._totals)
         outputs = (self._calls, self._replicas, self._masks, self._totals)
         self._workers.run(entry(step_range), self._clusters, self._handles, chosen, len(self.levels), ends, outputs)
@@ -170,16 +172,16 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         return rewards
 
     def _check(self, chosen: npt.NDArray[np.int64]) -> None:
-        """Refuse actions that cannot be done, before anything is."""
-        rows = np.arange(self.num_envs)
+        """Refuse actions outside their space, before anything is done, and note which calls go elsewhere."""
         inside = (chosen[:, 0] >= 0) & (chosen[:, 0] < self.num_replicas)
-        legal = inside & self._legal[rows, np.where(inside, chosen[:, 0], 0)]
         if self.levels:
-            legal &= (chosen[:, 1] >= 0) & (chosen[:, 1] < len(self.levels))
-        wrong = np.flatnonzero(~legal & ~self._ended)
+            inside &= (chosen[:, 1] >= 0) & (chosen[:, 1] < len(self.levels))
+        wrong = np.flatnonzero(~inside & ~self._ended)
         if wrong.size:
             i = int(wrong[0])
-            refuse(chosen[i], self._legal[i], self.num_replicas, f"environment {i}, ")
+            refuse(chosen[i], self.num_replicas, len(self.levels), f"environment {i}, ")
+        rows = np.arange(self.num_envs)
+        self._redirected = ~self._ended & ~self._legal[rows, np.where(inside, chosen[:, 0], 0)]
 
     def _sim(self, i: int) -> ClusterSim:
         sim = self.sims[i]
@@ -193,6 +195,7 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
             "seconds": float(self._seconds[i]),
             "discount": self.settings_of(i).discount(float(self._seconds[i])),
             "action_mask": self._masks[i].copy(),
+            "redirected": bool(self._redirected[i]),
             "episode_return": float(self._returns[i]),
             "episode_length": int(self._lengths[i]),
         }
@@ -217,6 +220,7 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
             "seconds": self._seconds,
             "discount": np.array([self._settings[0].discount(s) for s in self._seconds.tolist()]),
             "action_mask": self._masks,
+            "redirected": self._redirected,
         }
 
     def close_extras(self, **kwargs: Any) -> None:
