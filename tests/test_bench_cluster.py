@@ -55,6 +55,8 @@ def test_changes_are_paired() -> None:
     assert mean_of(rows, "equal", "a", "latency_mean").mean == 4.0
     with pytest.raises(ConfigError, match="must be the same and at least one"):
         change(rows[:-1], "equal", "b", "a", "latency_mean")
+    with pytest.raises(ConfigError, match="has several of seed 2, must be one"):
+        mean_of([*rows, rows[-1]], "equal", "b", "latency_mean")
 
 
 def test_more_replicas_bear_more_calls() -> None:

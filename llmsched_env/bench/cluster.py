@@ -207,8 +207,18 @@ def run_to_file(
 
 # --- figures of several seeds ----------------------------------------------------------------------------
 def values(rows: Iterable[ClusterRow], scenario: str, router: str, metric: str) -> dict[int, float]:
-    """A figure by seed."""
-    return {row.seed: float(getattr(row, metric)) for row in rows if (row.scenario, row.router) == (scenario, router)}
+    """A figure by seed.
+
+    Raises:
+        ConfigError: several rows of one seed, for example with different options.
+    """
+    found: dict[int, float] = {}
+    for row in rows:
+        if (row.scenario, row.router) == (scenario, router):
+            if row.seed in found:
+                raise ConfigError(f"rows: {router} in {scenario} has several of seed {row.seed}, must be one")
+            found[row.seed] = float(getattr(row, metric))
+    return found
 
 
 def mean_of(rows: Iterable[ClusterRow], scenario: str, router: str, metric: str) -> Interval:
