@@ -5,7 +5,8 @@ name           cluster
 =============  ==================================================================================================================
 equal          replicas alike
 heterogeneous  different GPUs: a fourth is an A100 of 80 GB, a fourth an A100 of 40 GB, the rest are RTX 4090
-drifting       alike, each of them slow now and then: for one to three minutes its iterations take two to four times as long
+drifting       alike, one of them slow now and then: for one to three minutes its iterations take two to four times as long
+drifting-all   the same, each of them by itself, so that often several are slow at once
 failing        alike; one fails and comes back two minutes later, another is drained and comes back after two minutes
 =============  ==================================================================================================================
 
@@ -101,13 +102,28 @@ def heterogeneous(replicas: int, seed: int, seconds: float) -> ClusterSpec:
     return _cluster(tuple(gpu(MIXED[i % len(MIXED)]) for i in range(replicas)))
 
 
-def slow_periods(replicas: int, seed: int, seconds: float, mean_normal: float = 480.0) -> tuple[ReplicaEvent, ...]:
+def slow_periods(replicas: int, seed: int, seconds: float, mean_normal: float = 120.0) -> tuple[ReplicaEvent, ...]:
+    """One replica after another: all as calibrated for an exponential time, then one, drawn, slow by a factor of 2 to 4 for 60 to 180 s.
+
+    With 120 s of the first some replica is slow for half of the time.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_EVENTS,)))
+    events: list[ReplicaEvent] = []
+    time = float(rng.exponential(mean_normal))
+    while time < seconds:
+        i, length, factor = int(rng.integers(replicas)), float(rng.uniform(60.0, 180.0)), float(rng.uniform(2.0, 4.0))
+        events += [ReplicaEvent(time, i, "slow_down", factor), ReplicaEvent(time + length, i, "slow_down", 1.0)]
+        time += length + float(rng.exponential(mean_normal))
+    return tuple(events)
+
+
+def slow_periods_of_each(replicas: int, seed: int, seconds: float, mean_normal: float = 480.0) -> tuple[ReplicaEvent, ...]:
     """Each replica by itself: as calibrated for an exponential time, then slow by a factor of 2 to 4 for 60 to 180 s, and again.
 
     With 480 s of the first a replica is slow for a fifth of the time.
     """
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_EVENTS,)))
-    events = []
+    events: list[ReplicaEvent] = []
     for i in range(replicas):
         time = float(rng.exponential(mean_normal))
         while time < seconds:
@@ -117,8 +133,13 @@ def slow_periods(replicas: int, seed: int, seconds: float, mean_normal: float = 
     return tuple(events)
 
 
-def drifting(replicas: int, seed: int, seconds: float) -> ClusterSpec:
+def drifting_all(replicas: int, seed: int, seconds: float) -> ClusterSpec:
     """A100s of 40 GB, each slow now and then."""
+    return _cluster((gpu("a100-40GB"),) * replicas, slow_periods_of_each(replicas, seed, seconds))
+
+
+def drifting(replicas: int, seed: int, seconds: float) -> ClusterSpec:
+    """A100s of 40 GB, one of which is slow now and then."""
     return _cluster((gpu("a100-40GB"),) * replicas, slow_periods(replicas, seed, seconds))
 
 
@@ -156,6 +177,7 @@ LOADS = {
     "equal": Load(14.9, 0.9),
     "heterogeneous": Load(11.9, 0.9),
     "drifting": Load(11.5, 0.9),
+    "drifting-all": Load(11.5, 0.9),
     "failing": Load(12.9, 0.9),
 }
 SECONDS = 900.0
@@ -164,7 +186,8 @@ SECONDS = 900.0
 _MADE: dict[str, tuple[str, MakeCluster]] = {
     "equal": ("four A100 of 40 GB", equal),
     "heterogeneous": ("an A100 of 80 GB, one of 40 GB and two RTX 4090", heterogeneous),
-    "drifting": ("four A100 of 40 GB, each of them slow now and then", drifting),
+    "drifting": ("four A100 of 40 GB, one of them slow now and then", drifting),
+    "drifting-all": ("four A100 of 40 GB, each of them slow now and then, often several at once", drifting_all),
     "failing": ("four A100 of 40 GB, one of which fails and one is drained", failing),
 }
 

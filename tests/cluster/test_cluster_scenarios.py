@@ -18,13 +18,14 @@ from llmsched_env.cluster.scenarios import (
     gpu,
     load_cluster_scenario,
     slow_periods,
+    slow_periods_of_each,
 )
 
 NAMES = cluster_scenario_names()
 
 
 def test_names() -> None:
-    assert NAMES == ["equal", "heterogeneous", "drifting", "failing"]
+    assert NAMES == ["equal", "heterogeneous", "drifting", "drifting-all", "failing"]
     assert set(LOADS) == set(NAMES)
     with pytest.raises(ConfigError, match=r"scenario: 'drift' is unknown; did you mean 'drifting'\?"):
         load_cluster_scenario("drift")
@@ -57,8 +58,8 @@ def test_gpus_are_engines_of_the_suite() -> None:
     ]
 
 
-def test_slow_periods_are_a_fifth_of_the_time_and_do_not_overlap() -> None:
-    events = slow_periods(50, 7, 20_000.0)
+def test_slow_periods_of_each_are_a_fifth_of_its_time() -> None:
+    events = slow_periods_of_each(50, 7, 20_000.0)
     slow = 0.0
     for i in range(50):
         own = [event for event in events if event.replica == i]
@@ -67,6 +68,18 @@ def test_slow_periods_are_a_fifth_of_the_time_and_do_not_overlap() -> None:
             assert 2.0 <= begins.value <= 4.0 and ends.value == 1.0 and 60.0 <= ends.time - begins.time <= 180.0
             slow += ends.time - begins.time
     assert slow / (50 * 20_000.0) == pytest.approx(0.2, abs=0.02)
+
+
+def test_one_replica_at_a_time_is_slow_for_half_of_the_time() -> None:
+    events = slow_periods(50, 7, 40_000.0)
+    starts, ends = events[::2], events[1::2]
+    assert all(start.replica == end.replica and end.value == 1.0 and 2.0 <= start.value <= 4.0 for start, end in zip(starts, ends, strict=True))
+    lengths = [end.time - start.time for start, end in zip(starts, ends, strict=True)]
+    assert min(lengths) >= 60.0 and max(lengths) <= 180.0
+    assert all(end.time < start.time for end, start in zip(ends, starts[1:], strict=False))
+    assert 0.45 < sum(lengths) / 40_000.0 < 0.55
+    assert len({start.replica for start in starts}) > 30
+    assert slow_periods(50, 7, 40_000.0) == events != slow_periods(50, 8, 40_000.0)
 
 
 def test_who_fails_and_who_is_drained_come_back() -> None:
