@@ -73,7 +73,8 @@ def test_slow_periods_of_each_are_a_fifth_of_its_time() -> None:
 def test_one_replica_at_a_time_is_slow_for_half_of_the_time() -> None:
     events = slow_periods(50, 7, 40_000.0)
     starts, ends = events[::2], events[1::2]
-    assert all(start.replica == end.replica and end.value == 1.0 and 2.0 <= start.value <= 4.0 for start, end in zip(starts, ends, strict=True))
+    for start, end in zip(starts, ends, strict=True):
+        assert start.replica == end.replica and end.value == 1.0 and 2.0 <= start.value <= 4.0
     lengths = [end.time - start.time for start, end in zip(starts, ends, strict=True)]
     assert min(lengths) >= 60.0 and max(lengths) <= 180.0
     assert all(end.time < start.time for end, start in zip(ends, starts[1:], strict=False))

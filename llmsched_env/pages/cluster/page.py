@@ -155,7 +155,8 @@ class ClusterPage:
             "",
             f"One core, a process each; A100s of 80 GB with Llama-2-7B at {first.load:g} of greedy FIFO's boundary, router "
             f"`{first.router}`. An event is an iteration of an engine or a hand-over. Calls are drawn in chunks and folded into quantile "
-            "sketches as they end; where it says so they are written to Parquet files besides. Wall time holds all of that, but no compilation.",
+            "sketches as they end; where it says so they are written to Parquet files besides. Wall time holds all of that, but no "
+            "compilation.",
             "",
             *table(headings, rows, "r"),
             "",
