@@ -155,14 +155,17 @@ def test_completions_come_before_events_and_events_before_calls() -> None:
     node = made.node(p)
     made.call(p, node, 10, 2)
     made.call(p, node, 20, 1, parent=0)
+    for start in (1.25, 1.75):  # while the last iteration runs
+        p = made.program(start)
+        made.call(p, made.node(p), 10, 1)
     sim = cluster(ReplicaEvent(2.0, 0, "fail"))
     seen: list[list[bool]] = []
 
     def choose(sim: ClusterSim) -> int:
         seen.append(sim.legal().tolist())
-        return first_legal(sim)
+        return 0 if sim.record.clock < 1.0 else 1
 
     run = drive(sim, [made.chunk()], choose, watch=check_cluster)
-    check_end(sim, run.rows, 2)
-    assert seen == [[True, True], [False, True]]
-    assert run.rows["completed"].tolist() == [2.0, 3.0] and run.rows["routed"].tolist() == [1, 1]
+    check_end(sim, run.rows, 4)
+    assert seen == [[True, True]] * 3 + [[False, True]]
+    assert run.rows["completed"].tolist() == [2.0, 3.25, 2.25, 3.25] and run.rows["routed"].tolist() == [1] * 4

@@ -3,7 +3,8 @@
 Run by ``make test-vllm`` in an environment with vLLM; skipped elsewhere. Sessions and trees of calls go to the replicas in turn, or each
 session to its own. Each replica's policy is a rule that admits everybody and writes down what every iteration did. Then a scheduler
 of vLLM's is given what the replica was handed, and in every iteration the tokens scheduled per request, the preemptions in order and
-the free blocks must be equal, and the tokens that each call found in the cache when it was admitted first.
+the free blocks must be equal, and the tokens that each call found in the cache when it was admitted first. So where a replica only
+decodes: vLLM's scheduler is then told by a KV connector that all tokens of the prompt but the last are there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from test_prefix_caching_equality import STOP, VllmScheduler, answer_token
 
 from llmsched_env.cluster.calls import NO_PARENT, CallChunk
 from llmsched_env.cluster.simulator import ClusterSim
-from llmsched_env.cluster.spec import ClusterSpec, ReplicaSpec
+from llmsched_env.cluster.spec import ClusterSpec, ReplicaSpec, Transfer
 from llmsched_env.compiled import compiled
 from llmsched_env.engine.rules import Rule
 from llmsched_env.engine_config import EngineConfig
@@ -118,9 +119,17 @@ def prompts_of(chunk: CallChunk) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, wholes
 
 
-def check_against_vllm(run: Run, i: int, engine: EngineConfig, prompts: list[list[int]], folder: Any) -> tuple[int, int, int]:
-    """Replica i against vLLM's scheduler. Returns iterations, preemptions and cached tokens."""
+def check_against_vllm(
+    run: Run, i: int, engine: EngineConfig, prompts: list[list[int]], folder: Any, carried: bool = False
+) -> tuple[int, int, int]:
+    """Replica i against vLLM's scheduler. Returns iterations, preemptions and cached tokens.
+
+    Args:
+        carried: the KV of prompts is handed over.
+    """
     vllm = VllmScheduler(engine, folder)
+    if carried:
+        vllm.scheduler.connector = Carried()
     routed, added, iterations, preemptions = run.routed[i], 0, 0, 0
     found: dict[int, int] = {}
     hits = 0
@@ -138,9 +147,13 @@ def check_against_vllm(run: Run, i: int, engine: EngineConfig, prompts: list[lis
         iterations += bool(tokens)
         preemptions += len(gone)
     assert added == len(routed.number)
-    rows = {int(row["number"]): int(row["cached"]) for row in run.rows if row["replica"] == i}
-    assert found == rows
-    assert hits == run.sim.machines[i].record.pool.hit_tokens
+    pool = run.sim.machines[i].record.pool
+    if carried:  # ``hits`` are what was there, from wherever
+        assert all(tokens == len(prompts[number]) - 1 for number, tokens in found.items())
+        hits = pool.hit_tokens
+    else:
+        assert found == {int(row["number"]): int(row["cached"]) for row in run.rows if row["replica"] == i}
+        assert hits == pool.hit_tokens
     return iterations, preemptions, hits
 
 
@@ -175,6 +188,26 @@ def random_engine(g: np.random.Generator, overlaps: bool) -> EngineConfig:
     )
 
 
+def traced(sim: ClusterSim) -> ClusterSim:
+    """The same, whose engines note who is scheduled."""
+    start = sim._start_machines
+
+    def start_traced() -> None:
+        start()
+        for machine in sim.machines:
+            machine.record.settings.trace = True
+
+    sim._start_machines = start_traced  # type: ignore[method-assign]
+    return sim
+
+
+def workload_of(g: np.random.Generator, engine: EngineConfig) -> tuple[CallChunk, int, list[list[int]]]:
+    """Sessions, the tokens of their common head, and those of each call's prompt."""
+    app = int(g.integers(1, engine.max_model_len // 4))
+    chunk = numbered(programs(g, int(g.integers(20, 60)), float(g.choice([0.002, 0.02])), engine.max_model_len, app))
+    return chunk, app, prompts_of(chunk)[0]
+
+
 @pytest.mark.parametrize("choose", [in_turn, sticky], ids=["round-robin", "sticky"])
 @pytest.mark.parametrize("overlaps", [False, True], ids=["sync", "async"])
 def test_replicas_equal_vllm_schedulers(tmp_path: Any, overlaps: bool, choose: Callable[[ClusterSim], int]) -> None:
@@ -182,18 +215,8 @@ def test_replicas_equal_vllm_schedulers(tmp_path: Any, overlaps: bool, choose: C
     for seed in range(CLUSTERS):
         g = np.random.default_rng(seed)
         engine = random_engine(g, overlaps)
-        app = int(g.integers(1, engine.max_model_len // 4))
-        chunk = numbered(programs(g, int(g.integers(20, 60)), float(g.choice([0.002, 0.02])), engine.max_model_len, app))
-        prompts, _ = prompts_of(chunk)
-        sim = ClusterSim(ClusterSpec.equal(int(g.integers(1, 4)), ReplicaSpec(policy=Noting(engine))))
-        original = sim._start_machines
-
-        def traced(sim: ClusterSim = sim, start: Callable[[], None] = original) -> None:
-            start()
-            for machine in sim.machines:
-                machine.record.settings.trace = True
-
-        sim._start_machines = traced  # type: ignore[method-assign]
+        chunk, app, prompts = workload_of(g, engine)
+        sim = traced(ClusterSim(ClusterSpec.equal(int(g.integers(1, 4)), ReplicaSpec(policy=Noting(engine)))))
         run = drive(sim, [chunk], choose, [app])
         check_end(sim, run.rows, len(chunk))
         for i in range(len(sim.machines)):
@@ -201,3 +224,36 @@ def test_replicas_equal_vllm_schedulers(tmp_path: Any, overlaps: bool, choose: C
     iterations, preemptions, hits = totals.tolist()
     print(f"{iterations} iterations, {preemptions} preemptions, {hits} cached tokens: no difference")
     assert preemptions > CLUSTERS and hits > 100 * CLUSTERS
+
+
+class Carried:
+    """A KV connector that has all tokens of a prompt but the last, once: what a prefill replica hands over."""
+
+    def get_num_new_matched_tokens(self, request: Any, local: int) -> tuple[int, bool]:
+        return 0 if request.num_preemptions else max(request.num_prompt_tokens - 1 - local, 0), False
+
+    def request_finished(self, *_: Any) -> tuple[bool, None]:
+        return False, None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def test_decode_replicas_equal_vllm_schedulers_with_external_tokens(tmp_path: Any) -> None:
+    totals = np.zeros(3, dtype=np.int64)
+    for seed in range(CLUSTERS):
+        g = np.random.default_rng(seed)
+        engine = random_engine(g, False)
+        chunk, app, prompts = workload_of(g, engine)
+        prefill = engine.replace(num_blocks=4 * engine.num_blocks, max_num_seqs=8)
+        members = [ReplicaSpec(prefill, role="prefill")]
+        members += [ReplicaSpec(policy=Noting(engine), role="decode") for _ in range(int(g.integers(1, 3)))]
+        transfer = Transfer(float(g.choice([0.0, 0.01])), float(g.choice([0.0, 1e-4])))
+        sim = traced(ClusterSim(ClusterSpec(tuple(members), transfer=transfer)))
+        run = drive(sim, [chunk], lambda sim, g=g: int(g.choice(np.flatnonzero(sim.legal()))), [app])  # type: ignore[misc]
+        check_end(sim, run.rows, len(chunk))
+        for i in range(1, len(members)):
+            totals += check_against_vllm(run, i, engine, prompts, tmp_path, carried=True)
+    iterations, preemptions, hits = totals.tolist()
+    print(f"{iterations} iterations, {preemptions} preemptions, {hits} cached tokens: no difference")
+    assert preemptions > CLUSTERS and hits > 20 * CLUSTERS
