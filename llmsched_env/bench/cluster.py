@@ -7,6 +7,7 @@ boundaries never share a stream (``llmsched_env.bench.seeds``).
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,6 +241,8 @@ def change(rows: Sequence[ClusterRow], scenario: str, router: str, than: str, me
     if not own or own.keys() != other.keys():
         raise ConfigError(f"{scenario}: {router} has seeds {sorted(own)}, {than} has {sorted(other)}, must be the same and at least one")
     level = float(np.mean(list(other.values())))
+    if level == 0.0:  # no misses at all: nothing to be a share of
+        return Interval(math.nan, math.nan, math.nan, len(own))
     return mean_interval([(own[seed] - other[seed]) / level for seed in sorted(own)])
 
 

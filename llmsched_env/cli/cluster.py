@@ -24,6 +24,7 @@ from llmsched_env.bench.cluster import (
 )
 from llmsched_env.bench.cluster_course import record_course
 from llmsched_env.bench.cluster_scale import read_scale
+from llmsched_env.bench.evaluation import sources_digest
 from llmsched_env.bench.router_tuning import tuned_options
 from llmsched_env.cli.frame import Command, Options, Outcome, Screen, check_counts
 from llmsched_env.cluster.scenarios import REPLICAS, cluster_scenario_names
@@ -60,12 +61,16 @@ class ClusterOptions(Options):
     """The first of them."""
     replicas: Annotated[int, tyro.conf.arg(metavar="N")] = REPLICAS
     """Replicas of every cluster; the load is that many times a replica's."""
+    num_calls: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: the scenario's)")] = None
+    """Calls of one run."""
     as_shipped: bool = False
     """Routers run with the options that they have by default."""
     rows: Annotated[Path, tyro.conf.arg(metavar="FILE.csv")] = ROWS
     """Finished runs."""
     resume: bool = False
     """Keep the runs of --rows and run what is missing."""
+    report_only: bool = False
+    """Run nothing, write tables and page from the rows there are."""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all cores, of the cluster with ray)")] = None
     """Runs side by side."""
     backend: Literal["loky", "ray"] = "loky"
@@ -91,11 +96,34 @@ def checked_names(option: str, given: Sequence[str], known: Sequence[str]) -> li
 def tasks_of(options: ClusterOptions, scenarios: Sequence[str], routers: Sequence[str]) -> list[Task]:
     """The runs that the options ask for."""
     return [
-        Task.of(scenario, router, {} if options.as_shipped else tuned_options(router, scenario), "evaluation", seed, options.replicas)
+        Task.of(
+            scenario,
+            router,
+            {} if options.as_shipped else tuned_options(router, scenario),
+            "evaluation",
+            seed,
+            options.replicas,
+            options.num_calls or 0,
+        )
         for scenario in scenarios
         for router in routers
         for seed in range(options.first_seed, options.first_seed + options.seeds)
     ]
+
+
+def check_sources(path: Path, rows: Sequence[ClusterRow], wanted: set[Task]) -> Sequence[ClusterRow]:
+    """Refuse rows of another state of the simulator beside new ones.
+
+    Raises:
+        ConfigError: the digest of their sources is not this one's.
+    """
+    for row in rows:
+        if row.task in wanted and row.sources != sources_digest():
+            raise ConfigError(
+                f"--resume: {path} has rows of the sources {row.sources}, these are {sources_digest()}: "
+                "give --rows another file, or --report-only"
+            )
+    return rows
 
 
 def shown(rows: Sequence[ClusterRow], scenario: str, routers: Sequence[str], reference: str) -> list[str]:
@@ -114,7 +142,7 @@ def shown(rows: Sequence[ClusterRow], scenario: str, routers: Sequence[str], ref
 def run(options: ClusterOptions, screen: Screen) -> Outcome:
     """Run what is missing, print the tables, write the page."""
     require("scipy", "cli")
-    check_counts(seeds=options.seeds, replicas=options.replicas, jobs=options.jobs)
+    check_counts(seeds=options.seeds, replicas=options.replicas, jobs=options.jobs, num_calls=options.num_calls)
     if options.seeds < 2:
         raise ConfigError(f"--seeds: {options.seeds}, must be at least 2: the tables give intervals")
     if options.first_seed < 0:
@@ -128,12 +156,12 @@ def run(options: ClusterOptions, screen: Screen) -> Outcome:
         check_file("--page", options.page)
         require("matplotlib", "cli")
     tasks = tasks_of(options, scenarios, routers)
-    with RowFile(options.rows, ClusterRow, resume=options.resume) as file:
-        left = missing(tasks, file.rows)
-        with screen.progress(len(left)) as bar:
-            for row in run_all(tasks, file, backend=options.backend, jobs=options.jobs):
-                bar.advance(description=f"{row.scenario}, {row.router}, seed {row.seed}")
+    with RowFile(options.rows, ClusterRow, resume=options.resume or options.report_only) as file:
         wanted = set(tasks)
+        left = [] if options.report_only else missing(tasks, check_sources(options.rows, file.rows, wanted))
+        with screen.progress(len(left)) as bar:
+            for row in run_all(left, file, backend=options.backend, jobs=options.jobs):
+                bar.advance(description=f"{row.scenario}, {row.router}, seed {row.seed}")
         rows = [row for row in file.rows if row.task in wanted]
     if not screen.quiet:
         screen.print("\n".join(line for scenario in scenarios for line in shown(rows, scenario, routers, options.reference)))
