@@ -21,6 +21,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from llmsched_env.compiled import Compiled
+from llmsched_env.errors import ConfigError
 from llmsched_env.records import Level, Record, Rows, record_type
 
 _KEPT: dict[int, Any] = {}  # an address is good as long as its function lives
@@ -67,6 +68,30 @@ def address_of(function: Callable[..., Any], arguments: tuple[Argument, ...], re
     _KEPT[address] = function
     _ADDRESSES[key] = address
     return address
+
+
+def given_address(owner: str, function: Callable[..., Any], arguments: tuple[Argument, ...], result: type | None = None) -> int:
+    """``address_of`` a function that somebody gave.
+
+    Args:
+        owner: begins the message, such as ``rule 'mine'``.
+
+    Raises:
+        ConfigError: it cannot be compiled, for example because it reads what is hidden from it.
+    """
+    try:
+        return address_of(function, arguments, result)
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{owner}: {error}") from error
+    except Exception as error:  # numba has several families of errors; all others pass
+        if type(error).__module__.startswith("numba"):
+            raise ConfigError(f"{owner} cannot be compiled: {error}") from error
+        raise
+
+
+def name_of(function: Any) -> str:
+    """A function as errors name it."""
+    return repr(getattr(function, "__name__", function))
 
 
 class Callback:

@@ -30,8 +30,7 @@ from llmsched_env.cluster.replicas import may_take
 from llmsched_env.cluster.simulator import ClusterSim, Sink
 from llmsched_env.cluster.state import Cluster
 from llmsched_env.compiled import compiled
-from llmsched_env.errors import ConfigError
-from llmsched_env.pointers import address_of, call_int
+from llmsched_env.pointers import call_int, given_address, name_of
 from llmsched_env.records import Level, Numbers, Record
 
 __all__ = ["RouterRule", "chance", "first_legal", "may_take", "outstanding"]
@@ -98,15 +97,8 @@ class RouterRule:
             ConfigError: it cannot be compiled, for example because it reads what a router is not shown.
         """
         if self._address is None:
-            name = getattr(self.function, "__name__", repr(self.function))
-            try:
-                self._address = address_of(self.function, ((Cluster, Level.VISIBLE), type(self.own)), int)
-            except (TypeError, AttributeError) as error:
-                raise ConfigError(f"router {name!r}: {error}") from error
-            except Exception as error:  # numba has several families of errors; all others pass
-                if type(error).__module__.startswith("numba"):
-                    raise ConfigError(f"router {name!r} cannot be compiled: {error}") from error
-                raise
+            arguments = ((Cluster, Level.VISIBLE), type(self.own))
+            self._address = given_address(f"router {name_of(self.function)}", self.function, arguments, int)
         return self._address
 
     def __getstate__(self) -> dict[str, Any]:

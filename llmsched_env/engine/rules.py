@@ -43,7 +43,7 @@ from llmsched_env.engine.state import RUNNING, Engine
 from llmsched_env.engine.step import decision_at, engine_at
 from llmsched_env.errors import ConfigError
 from llmsched_env.fluid.wait import _ROTATION_SHIFT
-from llmsched_env.pointers import address_of, call
+from llmsched_env.pointers import call, given_address, name_of
 from llmsched_env.records import Level, Numbers, Record, reader
 from llmsched_env.types import Decision
 
@@ -176,14 +176,8 @@ class Rule:
         """Where compiled code calls the rule; compiled at the first use."""
         if self._address is None:
             level = Level.KNOWN if self.known_lengths else Level.VISIBLE
-            try:
-                self._address = address_of(self.function, ((Engine, level), type(self.policy), Decision))
-            except (TypeError, AttributeError) as error:
-                raise ConfigError(f"rule {getattr(self.function, '__name__', self.function)!r}: {error}") from error
-            except Exception as error:  # numba has several families of errors; all others pass
-                if type(error).__module__.startswith("numba"):
-                    raise ConfigError(f"rule {self.function.__name__!r} cannot be compiled: {error}") from error
-                raise
+            arguments = ((Engine, level), type(self.policy), Decision)
+            self._address = given_address(f"rule {name_of(self.function)}", self.function, arguments)
         return self._address
 
     def __getstate__(self) -> dict[str, Any]:
