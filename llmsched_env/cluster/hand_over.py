@@ -1,4 +1,15 @@
-"""Calls on their way: released, handed to a replica, ended (compiled)."""
+"""Calls on their way: released, handed to a replica, ended (compiled).
+
+A call whose prompt and answer are computed apart is handed over twice. The replica that decodes follows vLLM 0.32.0
+``v1/core/sched/scheduler.py`` ``schedule``, waiting loop, where a KV connector has the prompt and loads it in the step that admits the
+request (``get_num_new_matched_tokens`` returns its tokens but the last, ``load_kv_async`` is False): blocks for all of it at admission
+(``allocate_slots`` with ``num_external_computed_tokens``), one token left to compute, nothing external after a preemption. That one token
+is left is vLLM's rule as well where KV is loaded beforehand (``_update_waiting_for_remote_kv``).
+
+Simplified: the replica that prefills frees its blocks at the end of the prompt, where vLLM's keeps them until they have been read
+(``_connector_finished``); a replica that decodes takes blocks when it admits the call, not for the time of the transfer as vLLM does with
+``load_kv_async``; transfers do not slow each other down.
+"""
 
 from __future__ import annotations
 

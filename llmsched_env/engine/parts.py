@@ -6,8 +6,13 @@ and those who have arrived by then). The parts are those of ``step`` and of ``as
 every request at its arrival goes through the same states, to the last bit, as one that has had them all from the start.
 
 An engine that has scheduled nothing waits for whoever is handed in next, however long that takes: ``due`` is infinite. It is only when
-nobody is to come any more (``close_door``) that one whose policy schedules nothing runs its greedy iteration (rule 14), from the time at
-which it had begun to wait, as the engine that knows the whole workload does.
+nobody is to come any more (``close_door``) that one whose policy schedules nothing runs its greedy iteration (rule 14), from the time
+at which it had begun to wait, as the engine that knows the whole workload does. Whoever advances it may also have it look again at some
+time (``wait_until``), or say that nobody comes before the horizon (``stop_at_horizon``).
+
+A request may come with KV that was computed elsewhere (``handed.carried``): ``schedule_vllm.admit_outside`` counts these tokens as
+there and takes blocks for them, as vLLM 0.32.0 ``v1/core/sched/scheduler.py`` does with the external computed tokens of a KV connector
+(``llmsched_env.cluster.hand_over`` says which lines and what is simplified).
 """
 
 from __future__ import annotations
