@@ -1,8 +1,6 @@
-"""PPO of RLlib learns to route, with two workers on a Ray cluster; replicas that cannot take a call are masked out.
+"""PPO of RLlib learns to route: two workers on a Ray cluster, each with the native vector environment; masks by RLlib's own module.
 
-    python examples/rllib_cluster.py [iterations]
-
-Leaves the checkpoint in the folder rllib_cluster.
+python examples/rllib_cluster.py [iterations] leaves the checkpoint in the folder rllib_cluster.
 """
 
 import sys
@@ -16,43 +14,44 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.examples.rl_modules.classes.action_masking_rlm import ActionMaskingTorchRLModule
 from ray.tune.registry import register_env
 
-SETTINGS = {"num_calls": 100}
+
+class Masked(gym.vector.VectorObservationWrapper):
+    """One flat array, which RLlib's masking module takes, and the mask beside it."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        parts = {"action_mask": env.single_action_space.n, "observations": gym.spaces.flatdim(env.single_observation_space)}
+        self.single_observation_space = gym.spaces.Dict({name: gym.spaces.Box(0.0, 1.0, (width,)) for name, width in parts.items()})
+        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, env.num_envs)
+
+    def observations(self, observations):
+        flat = np.concatenate([observations[name].reshape(self.num_envs, -1) for name in ("call", "replicas")], axis=1)
+        return {"action_mask": self.unwrapped.action_masks().astype(np.float32), "observations": flat}
 
 
 def make(config):
-    env = gym.make("llmsched_env:LLMSchedCluster-v0", **SETTINGS, **config)
-    # RLlib's masking module takes flat observations, and the mask beside them.
-    parts = {"action_mask": gym.spaces.Box(0, 1, (env.action_space.n,)), "observations": gym.spaces.flatten_space(env.observation_space)}
-
-    def masked(seen):
-        mask = env.unwrapped.action_masks().astype(np.float32)
-        return {"action_mask": mask, "observations": gym.spaces.flatten(env.observation_space, seen)}
-
-    return gym.wrappers.TransformObservation(env, masked, gym.spaces.Dict(parts))
-
-
-register_env("cluster", make)
+    return Masked(gym.make_vec("llmsched_env:LLMSchedCluster-v0", num_envs=config.get("num_envs", 8), num_calls=100))
 
 
 def logits(algorithm, seen):
-    batch = {"obs": {name: torch.as_tensor(np.stack([one[name] for one in seen])) for name in seen[0]}}
-    with torch.no_grad():
-        return algorithm.get_module().forward_inference(batch)["action_dist_inputs"].numpy()
+    batch = {"obs": {name: torch.as_tensor(values) for name, values in seen.items()}}
+    return algorithm.get_module().forward_inference(batch)["action_dist_inputs"].detach().numpy()
 
 
 def main(iterations: int = 10) -> None:
-    masking = RLModuleSpec(module_class=ActionMaskingTorchRLModule)
-    config = PPOConfig().environment("cluster", env_config={}).rl_module(rl_module_spec=masking).debugging(seed=0)
-    config.env_runners(num_env_runners=2, num_envs_per_env_runner=4, sample_timeout_s=600.0)  # the first call compiles
-    config.training(train_batch_size_per_learner=2048, minibatch_size=256, num_epochs=4, gamma=0.999, lr=3e-4)
+    register_env("cluster", make)
+    config = PPOConfig().environment("cluster").rl_module(rl_module_spec=RLModuleSpec(module_class=ActionMaskingTorchRLModule))
+    config.env_runners(gym_env_vectorize_mode=gym.VectorizeMode.VECTOR_ENTRY_POINT, num_env_runners=2, num_envs_per_env_runner=4)
+    config.env_runners(sample_timeout_s=600.0)  # the first call compiles
+    config.training(train_batch_size_per_learner=2048, minibatch_size=256, num_epochs=4, gamma=0.999, lr=3e-4).debugging(seed=0)
     algorithm = config.build_algo()
     for i in range(iterations):
         found = algorithm.train()["env_runners"]
         print(f"iteration {i + 1}: {found['num_episodes_lifetime']:.0f} episodes, mean return {found['episode_return_mean']:.3f}")
     folder = algorithm.save_to_path(str(Path("rllib_cluster").resolve()))
-    seen = [make({}).reset(seed=seed)[0] for seed in range(8)]
+    seen = make({}).reset(seed=0)[0]
     learned = logits(algorithm, seen)
-    print(f"every choice can take the call: {all(one['action_mask'][row.argmax()] for one, row in zip(seen, learned, strict=True))}")
+    print(f"every choice can take the call: {seen['action_mask'][np.arange(8), learned.argmax(axis=1)].all()}")
     algorithm.stop()  # its workers hold the cores that those of the loaded one need
     print(f"the loaded policy is the same: {np.array_equal(learned, logits(PPO.from_checkpoint(folder), seen))}")
 

@@ -37,21 +37,23 @@ class Course:
     events: tuple[ReplicaEvent, ...]
 
 
-def record_course(scenario: str, router: str, options: Mapping[str, Any], seed: int) -> Course:
+def record_course(scenario: str, router: str, options: Mapping[str, Any], seed: int, *, num_calls: int | None = None) -> Course:
     """Run one episode and keep what the router saw.
 
     Args:
         seed: of calls and events, ``llmsched_env.bench.cluster.episode_seed``.
+        num_calls: None: the scenario's.
 
     Raises:
         ConfigError: a name or an option that is refused.
     """
     chosen_scenario = load_cluster_scenario(scenario)
-    spec, source = chosen_scenario.cluster(seed), chosen_scenario.source
+    count = chosen_scenario.num_calls if num_calls is None else num_calls
+    spec, source = chosen_scenario.cluster(seed, num_calls=count), chosen_scenario.source
     rate = chosen_scenario.total_rate()
     rule = make_router(router, Door.of(spec, source, rate), **options).rule
     sim = ClusterSim(spec)
-    sim.reset(source.chunks(seed, rate=rate, num_calls=chosen_scenario.num_calls), source.app_tokens)
+    sim.reset(source.chunks(seed, rate=rate, num_calls=count), source.app_tokens)
     sim.record.shows_cached = rule.reads_cache
     rule.reset(seed)
     clock, went, share, calls = [], [], [], []

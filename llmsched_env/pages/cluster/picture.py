@@ -52,7 +52,7 @@ def draw(courses: Sequence[Course], path: Path) -> None:
         middle.set_ylim(0, 1.05 * most)
         _lanes(below, course)
         below.set_xlabel("time (s)")
-        above.legend(loc="lower right", fontsize=8, ncols=2)
+        above.legend(loc="upper left", fontsize=8, ncols=2)
     grid[0][0].set_ylabel("KV in use")
     grid[1][0].set_ylabel("calls (waiting and running)")
     grid[2][0].set_ylabel("calls routed there")
