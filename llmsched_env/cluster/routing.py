@@ -36,6 +36,7 @@ from llmsched_env.records import Level, Numbers, Record
 __all__ = ["RouterRule", "chance", "first_legal", "may_take", "outstanding"]
 
 _MODULUS, _FACTOR = 2**31 - 1, 48_271
+_WARM = 3
 """Of the generator ``chance``: Park, Miller and Stockmeyer, "Another test for randomness", CACM 36(7), 1993."""
 
 
@@ -109,7 +110,10 @@ class RouterRule:
         self.own.forget()
         memory: Any = getattr(self.own, "memory", None)
         if memory is not None and len(memory):
-            memory[0] = 1 + seed % (_MODULUS - 1)
+            state = 1 + seed % (_MODULUS - 1)
+            for _ in range(_WARM):  # or near seeds would draw alike at first
+                state = state * _FACTOR % _MODULUS
+            memory[0] = state
 
     def choose(self, sim: ClusterSim) -> int:
         """The replica for the call that ``sim`` has stopped at."""
