@@ -36,8 +36,9 @@ from llmsched_env.records import Level, Numbers, Record
 __all__ = ["RouterRule", "chance", "first_legal", "may_take", "outstanding"]
 
 _MODULUS, _FACTOR = 2**31 - 1, 48_271
-_WARM = 3
 """Of the generator ``chance``: Park, Miller and Stockmeyer, "Another test for randomness", CACM 36(7), 1993."""
+_WARM = 3
+"""Draws of the generator that are thrown away at the start."""
 
 
 # --- for rules ------------------------------------------------------------------------------------------
