@@ -25,7 +25,9 @@ from llmsched_env.registry import POLICIES, is_reference
 from llmsched_env.runner import Policy
 from llmsched_env.types import LengthStatistics, QueueLayout
 
-POLICIES.built_in({policy.name: policy for policy in (Adaptive, AdaptiveAged, LearnedShrinkage)})
+LEARNERS = (Adaptive, AdaptiveAged, LearnedShrinkage)
+"""Policies that learn while they serve; they have no checkpoint."""
+POLICIES.built_in({policy.name: policy for policy in LEARNERS})
 
 Kind = Literal["registered", "checkpoint", "own"]
 

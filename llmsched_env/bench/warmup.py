@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,12 +14,16 @@ import gymnasium as gym
 import numpy as np
 
 from llmsched_agents.checkpoint import shipped_agents
-from llmsched_agents.lookup import named_policies
+from llmsched_agents.lookup import LEARNERS, named_policies
 from llmsched_baselines import SHIPPED
+from llmsched_baselines.routers import router_names
 from llmsched_env import compiled
+from llmsched_env.bench.cluster import run_router
+from llmsched_env.bench.cluster_course import record_course
 from llmsched_env.bench.comparison import Comparison, Task, extrapolation_reported, finished_rows, record
+from llmsched_env.cluster.scenarios import load_cluster_scenario
 from llmsched_env.engine_config import EngineConfig
-from llmsched_env.environments import ENVIRONMENTS
+from llmsched_env.environments import CLUSTER_ID, ENVIRONMENTS
 from llmsched_env.errors import ConfigError
 from llmsched_env.perf import calibration_names, load_calibration
 from llmsched_env.perf.base import IterationTimeModel
@@ -69,8 +74,11 @@ def parts() -> list[Part]:
     for scenario in (DEFAULT_SCENARIO, PAPER_SCENARIO):
         preset = load_scenario(scenario).engine.preset
         found += [Part(f"policy {cls.name}, preset {preset}", partial(_policy, cls.name, scenario)) for cls in SHIPPED]
-    found += [Part(f"agent {name}", partial(_policy, name, DEFAULT_SCENARIO)) for name in shipped_agents()]
+    agents = [*(cls.name for cls in LEARNERS), *shipped_agents()]
+    found += [Part(f"agent {name}", partial(_policy, name, DEFAULT_SCENARIO)) for name in agents]
     found += [Part(f"calibration {name}", partial(_calibration, name)) for name in calibration_names()]
+    found += [Part(CLUSTER_ID, partial(_cluster)), Part(f"{CLUSTER_ID}, levels", partial(_cluster, levels=(0.9, math.inf)))]
+    found += [Part(f"router {name}", partial(_router, name)) for name in router_names()]
     return found
 
 
@@ -131,6 +139,18 @@ def _policy(name: str, scenario: str) -> None:
         return
     finished_rows(comparison, [task])
     record(comparison, task)
+
+
+def _cluster(**settings: Any) -> None:
+    """The routing environment alone and its vector form."""
+    _walk(gym.make(CLUSTER_ID, num_calls=REQUESTS, disable_env_checker=True, **settings))
+    _walk(gym.make_vec(CLUSTER_ID, num_envs=2, num_calls=1, **settings))
+
+
+def _router(name: str) -> None:
+    """An episode in one compiled call and one call by call."""
+    run_router(load_cluster_scenario("failing"), name, {}, 0, num_calls=REQUESTS)
+    record_course("failing", name, {}, 0, num_calls=REQUESTS)
 
 
 def _calibration(name: str) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from llmsched_env.bench.cluster import ClusterRow
 from llmsched_env.bench.cluster_scale import read_scale
-from llmsched_env.cli import cluster, cluster_scale
+from llmsched_env.cli import cluster, cluster_scale, cluster_tune
 from llmsched_env.row_file import read_rows
 
 SMALL = ("--scenarios", "failing", "--routers", "round-robin", "prefix-affinity", "--seeds", 2, "--num-calls", 300, "--jobs", 1)
@@ -102,3 +102,20 @@ def test_scale_is_measured_and_kept(tmp_path: Path, capsys: Any) -> None:
     out.write_text(json.dumps({"rows": [{"replicas": 1}]}))
     with pytest.raises(Exception, match="no file of measurements"):
         read_scale(out)
+
+
+def test_options_are_searched_and_kept(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "tuned.json"
+    words = ("--routers", "sglang", "--scenarios", "failing", "--trials", 2, "--seeds", 1, "--out", out)
+    code, text, _ = run(cluster_tune, capsys, *words)
+    assert code == 0 and "| failing | sglang |" in text
+    kept = out.read_bytes()
+    code, _, _ = run(cluster_tune, capsys, *words, "--quiet")
+    assert code == 0 and out.read_bytes() == kept
+    for wrong, named in (
+        (("--routers", "sticky"), "--routers"),
+        (("--scenarios", "equall"), "did you mean 'equal'"),
+        (("--trials", 0), "--trials"),
+    ):
+        code, _, err = run(cluster_tune, capsys, *wrong, "--out", tmp_path / "other.json")
+        assert code != 0 and named in err and not (tmp_path / "other.json").exists()
