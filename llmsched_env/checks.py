@@ -56,6 +56,13 @@ def number(name: str, value: object, low: float = 0.0, high: float = MOST_SECOND
     raise ConfigError(f"{name}: {shown(value)}, must be a number {'>' if open_low else '>='} {low:g}{most}{unit and ' ' + unit}")
 
 
+def finite(name: str, value: object) -> float:
+    """A finite number."""
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise ConfigError(f"{name}: {shown(value)}, must be a finite number")
+
+
 def flag(name: str, value: object) -> bool:
     """True or False, Python's or numpy's."""
     if not isinstance(value, bool | np.bool_):

@@ -16,12 +16,16 @@ from gymnasium.vector import AutoresetMode
 
 import llmsched_env
 from llmsched_agents.lookup import replica_policy
+from llmsched_baselines.routers import Door, make_router
 from llmsched_env.cluster.calls import CallChunk
 from llmsched_env.cluster.env import LLMSchedCluster
 from llmsched_env.cluster.reward import Outcome
+from llmsched_env.cluster.routing import run_cluster
+from llmsched_env.cluster.simulator import ClusterSim
 from llmsched_env.cluster.spec import ClusterSpec, ReplicaEvent, ReplicaSpec
 from llmsched_env.cluster.vector import LLMSchedClusterVectorEnv
 from llmsched_env.errors import ConfigError
+from llmsched_env.workload.sessions import load_source
 
 ID = f"llmsched_env:{llmsched_env.CLUSTER_ID}"
 LEVELS = (0.8, 0.95, math.inf)
@@ -271,3 +275,99 @@ def test_make_vec_and_its_errors() -> None:
     one = ReplicaSpec()
     with pytest.raises(ConfigError, match="block sizes"):
         ClusterSpec((one, ReplicaSpec(one.engine.replace(block_size=32, num_blocks=2_000))))
+
+
+@pytest.mark.parametrize("make", [lambda **s: LLMSchedCluster(**s), lambda **s: LLMSchedClusterVectorEnv(2, **s)], ids=["scalar", "vector"])
+def test_an_episode_without_a_call_to_route_is_refused(make: Any) -> None:
+    with pytest.raises(ConfigError, match=r"episode: no call in it can be routed.*horizon of 0\.01 s"):
+        make(num_calls=20, horizon=0.01).reset(seed=0)
+    gone = ClusterSpec.equal(1, events=(ReplicaEvent(0.0, 0, "fail"),))
+    with pytest.raises(ConfigError, match=r"episode: no call in it can be routed.*rejected"):
+        make(replicas=gone, source="chat", num_calls=20).reset(seed=0)
+
+
+def test_calls_too_long_for_all_replicas_are_refused_or_rejected() -> None:
+    short = ReplicaSpec(ReplicaSpec().engine.replace(max_model_len=100, max_num_batched_tokens=2048))
+    chunk = CallChunk.single([0.0, 1.0], [90, 50], [20, 20])
+    with pytest.raises(ConfigError, match=r"calls: row 0 needs 90 prompt \+ 20 output tokens, more than engine.max_model_len = 100"):
+        LLMSchedCluster(replicas=ClusterSpec((short,)), source="chat").reset(options={"chunks": [chunk]})
+    rejects = ReplicaSpec(short.engine.replace(oversize="reject"))
+    env = LLMSchedCluster(replicas=ClusterSpec((rejects,)), source="chat")
+    env.reset(options={"chunks": [chunk]})
+    _, reward, ended, _, info = env.step(0)
+    assert ended and (info["summary"]["rejected"], info["summary"]["completed"]) == (1, 1)
+    assert reward == pytest.approx(-info["summary"]["latency_mean"] / 2)
+
+
+def test_chunks_are_checked_before_the_episode_begins() -> None:
+    good, corrupt = CallChunk.single([0.0, 1.0], [5, 5], [5, 5]), CallChunk.single([3.0, 4.0], [5, 0], [5, 5])
+    env = LLMSchedCluster(source="chat")
+    with pytest.raises(ConfigError, match=r"calls\.prompt_tokens: 0 in row 1"):
+        env.reset(options={"chunks": [good, corrupt]})
+    with pytest.raises(ConfigError, match=r"options\.chunks: 3"):
+        env.reset(options={"chunks": 3})
+
+
+def test_after_a_step_that_failed_only_a_reset_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = [True]
+
+    def reward(outcome: Outcome) -> float:
+        return 0.0 if good[0] else math.nan
+
+    for make in (lambda: LLMSchedCluster(num_calls=60, reward=reward), lambda: LLMSchedClusterVectorEnv(2, num_calls=60, reward=reward)):
+        env: Any = make()
+        zero: Any = 0 if isinstance(env, LLMSchedCluster) else [0, 0]
+        good[0] = True
+        env.reset(seed=1)
+        env.step(zero)
+        good[0] = False
+        with pytest.raises(ConfigError, match="reward: nan, must be a finite number"):
+            env.step(zero)
+        good[0] = True
+        with pytest.raises(RuntimeError, match=r"interrupted or failed.*call reset\(\)"):
+            env.step(zero)
+        env.reset(seed=1)
+        env.step(zero)
+    single = LLMSchedCluster(num_calls=60)
+    single.reset(seed=1)
+
+    def interrupted(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(single.sim), "go_on", interrupted)
+        single.step(0)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        single.step(0)
+    assert play(single, 1)[2]["summary"]["completed"] >= 60
+
+
+def test_a_router_of_another_size_is_refused() -> None:
+    source = load_source("chat")
+    one, many = ClusterSpec.equal(1), ClusterSpec.equal(64)
+    for name in ("cost", "dynamo", "prefix-affinity"):
+        router = make_router(name, Door.of(one, source, 20.0))
+        with pytest.raises(ConfigError, match="router: made for 1 replicas, the cluster has 64"):
+            run_cluster(ClusterSim(many), router.rule, source.chunks(0, num_calls=20), source.app_tokens)
+
+
+def test_a_stream_that_breaks_off_stays_broken() -> None:
+    sim = ClusterSim(ClusterSpec.equal(2))
+    sim.reset([CallChunk.single([0.0], [5], [5]), CallChunk.single([3.0, 1.0], [5, 5], [5, 5])])
+    with pytest.raises(ConfigError, match=r"calls\.start"):
+        sim.advance()
+    for go_on in (sim.advance, lambda: sim.give(0)):
+        with pytest.raises(RuntimeError, match="could not be read"):
+            go_on()
+
+
+def test_the_vector_form_has_the_summary_of_an_episode() -> None:
+    vector = LLMSchedClusterVectorEnv(1, num_calls=30, autoreset_mode="SameStep")
+    vector.reset(seed=5)
+    while True:
+        _, _, ended, _, infos = vector.step([0])
+        if ended[0]:
+            break
+    env = LLMSchedCluster(num_calls=30)
+    summary = play(env, 5, lambda observation, legal: 0)[2]["summary"]
+    assert {name: values[0] for name, values in infos["final_info"]["summary"].items() if not name.startswith("_")} == summary

@@ -48,15 +48,17 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
 
     ## Rewards
     ``latency`` (default): minus the number in system integrated since the call before, over the number of calls: the return is minus
-    the mean latency. ``throughput``: output tokens of completed calls. ``slo_goodput``: share of the episode's calls that completed
-    within both limits. Or a callable, see ``llmsched_env.cluster.reward``. With ``discount_seconds`` ``info["discount"]`` is
-    exp(-seconds / discount_seconds).
+    the mean latency; a call that is rejected counts as 0 s, and so does one that never comes because of it. ``throughput``: output
+    tokens of completed calls. ``slo_goodput``: share of the episode's calls that completed within both limits. Or a callable, see
+    ``llmsched_env.cluster.reward``. With ``discount_seconds`` ``info["discount"]`` is exp(-seconds / discount_seconds).
 
     ## Starting State
     An empty cluster at time 0. Programs, and what happens to replicas, are drawn with the environment's generator.
 
     ## Episode End
-    Terminated when every call has completed. Truncated at ``horizon`` seconds: no call is routed later.
+    Terminated when every call has ended: completed, or rejected because no replica can serve it or will come back. Calls too long for all
+    replicas are refused at ``reset`` unless an engine says ``oversize="reject"``. Truncated at ``horizon`` seconds: no call is routed
+    later.
 
     ## Arguments
     | argument | default | meaning |
@@ -92,6 +94,7 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         self._width = 2 if self.levels else 1
         self.sim: ClusterSim | None = None
         self._row = False
+        self._broken = False
 
     # --- Gymnasium API ----------------------------------------------------------------------------
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Observation, dict[str, Any]]:
@@ -100,7 +103,10 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         self.sim, self._kept = ClusterSim(episode.spec), KeepAll()
         self.sim.reset(episode.chunks, episode.app_tokens, self._kept)
         self._num_calls = episode.num_calls
+        self._broken = True  # until all is there
         self._row = self.sim.advance()
+        check_any_call(self._row, self.sim)
+        self._broken = False
         self._totals = self._read()
         return self._observe(0.0)
 
@@ -111,12 +117,14 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         if reason < 0:
             refuse(values, self.num_replicas, len(self.levels))
         redirected = not self._legal[values[0]]
+        self._broken = True  # until the step is done: whatever interrupts it, the episode cannot go on
         self._row = sim.go_on(reason)
         before, self._totals = self._totals, self._read()
         outcome = Outcome.of(self._num_calls, self._totals - before)
         observation, info = self._observe(outcome.duration)
         info["redirected"] = bool(redirected)
-        reward = checks.number("reward", self.settings.reward(outcome), low=-math.inf, high=math.inf)
+        reward = checks.finite("reward", self.settings.reward(outcome))
+        self._broken = False
         ended = not self._row
         if ended:
             info["summary"] = self.summary()
@@ -133,6 +141,8 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
     def _running(self) -> ClusterSim:
         if self.sim is None:
             raise gym.error.ResetNeeded("call reset() first")
+        if self._broken:
+            raise RuntimeError("the last step was interrupted or failed, the episode cannot go on; call reset()")
         if not self._row:
             raise RuntimeError("the episode has ended; call reset()")
         return self.sim
@@ -168,12 +178,28 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
         """Figures of the calls that have ended so far, undefined ones left out."""
         if self.sim is None:
             raise gym.error.ResetNeeded("call reset() before summary()")
-        limits = {"ttft_limit": self.sim.spec.ttft_limit, "tpot_limit": self.sim.spec.tpot_limit}
-        found = summarize_calls(self._kept.rows(), replicas=self.num_replicas, **limits)
-        return {name: float(value) for name, value in found.as_dict().items() if math.isfinite(value)}
+        return summary_of(self.sim, self._kept)
 
     def close(self) -> None:
         self.sim = None
+
+
+def summary_of(sim: ClusterSim, kept: KeepAll) -> dict[str, float]:
+    """Figures of the calls that have ended, undefined ones left out."""
+    limits = {"ttft_limit": sim.spec.ttft_limit, "tpot_limit": sim.spec.tpot_limit}
+    found = summarize_calls(kept.rows(), replicas=len(sim.machines), **limits)
+    return {name: float(value) for name, value in found.as_dict().items() if math.isfinite(value)}
+
+
+def check_any_call(any_call: bool, sim: ClusterSim) -> None:
+    """Refuse an episode without a decision, in which there would be nothing to do.
+
+    Raises:
+        ConfigError: no call can be routed.
+    """
+    if not any_call:
+        why = f"{sim.record.rejected} are rejected" if sim.record.rejected else f"none comes before the horizon of {sim.spec.horizon:g} s"
+        raise ConfigError(f"episode: no call in it can be routed, must be at least one: {why}")
 
 
 def refuse(values: npt.NDArray[np.int64], num_replicas: int, levels: int, who: str = "") -> NoReturn:

@@ -93,9 +93,9 @@ def hand_on(cluster: Cluster, handles: Any, action: Any, levels: int, events: in
 
 @compiled
 def hand_on_at(cluster: Any, handles: Any, action: Any, levels: int, events: int) -> int:
-    """``hand_on`` of a handle; -1, with nothing done, where the action is outside its space."""
+    """``hand_on`` of a handle; -1, with nothing done, where the action is outside its space or no call is to be routed."""
     record = cluster_at(cluster)
-    if not is_inside(record, action, levels):
+    if record.row < 0 or not is_inside(record, action, levels):
         return -1
     return hand_on(record, handles, action, levels, events)
 
@@ -115,7 +115,7 @@ def step_range(first, last, clusters, handles, actions, levels, ends, outputs): 
     """
     count = 0
     for e in range(first, last):
-        if ends[e] == cs.DECIDE:
+        if ends[e] == cs.DECIDE and cluster_at(clusters[e]).row >= 0:
             ends[e] = hand_on(cluster_at(clusters[e]), handles[e], actions[e], levels, 1 << 40)
             count += ends[e] != cs.DECIDE
         look(clusters[e], handles[e], outputs[0][e], outputs[1][e], outputs[2][e])

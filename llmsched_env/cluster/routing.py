@@ -30,6 +30,7 @@ from llmsched_env.cluster.replicas import may_take
 from llmsched_env.cluster.simulator import ClusterSim, Sink
 from llmsched_env.cluster.state import Cluster
 from llmsched_env.compiled import compiled
+from llmsched_env.errors import ConfigError
 from llmsched_env.pointers import call_int, given_address, name_of
 from llmsched_env.records import Level, Numbers, Record
 
@@ -82,6 +83,9 @@ class RouterRule:
             remembers, and it may draw by ``chance`` if it has ``memory: Counts``.
         memory: length of ``own.memory``.
         reads_cache: it reads ``cluster.replicas.cached``, which costs a search in every replica's prefix cache.
+
+    Attributes:
+        num_replicas: for how many replicas its record has room; None: for any number.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class RouterRule:
     ) -> None:
         self.own: Record = parameters if isinstance(parameters, Record) else Numbers.of(parameters, memory)
         self.function, self.reads_cache = function, reads_cache
+        self.num_replicas: int | None = None
         self._address: int | None = None
 
     @property
@@ -116,12 +121,24 @@ class RouterRule:
                 state = state * _FACTOR % _MODULUS
             memory[0] = state
 
+    def check_size(self, sim: ClusterSim) -> None:
+        """Refuse a cluster that the rule's record has no room for: compiled code would read and write beyond its end.
+
+        Raises:
+            ConfigError: another number of replicas than the rule was made for.
+        """
+        count = len(sim.machines)
+        if self.num_replicas is not None and self.num_replicas != count:
+            raise ConfigError(f"router: made for {self.num_replicas} replicas, the cluster has {count}; make one with Door.of(the cluster)")
+
     def choose(self, sim: ClusterSim) -> int:
-        """The replica for the call that ``sim`` has stopped at."""
+        """The replica for the call that ``sim`` has stopped at; raises as ``check_size``."""
+        self.check_size(sim)
         return int(_choose(self.address, sim.record.handle, self.own.handle))
 
     def play(self, sim: ClusterSim) -> None:
-        """Route every call of ``sim``, which has been reset, to the end of the episode."""
+        """Route every call of ``sim``, which has been reset, to the end of the episode; raises as ``check_size``."""
+        self.check_size(sim)
         sim.record.shows_cached = self.reads_cache
         sim.play(self.address, self.own)
 
@@ -130,6 +147,7 @@ def run_cluster(
     sim: ClusterSim, rule: RouterRule, chunks: Any, app_tokens: npt.ArrayLike = (), sink: Sink | None = None, seed: int = 0
 ) -> None:
     """One episode of ``sim`` under a rule, from an empty cluster to the last call."""
+    rule.check_size(sim)
     sim.reset(chunks, app_tokens, sink)
     rule.reset(seed)
     rule.play(sim)

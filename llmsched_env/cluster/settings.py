@@ -192,15 +192,20 @@ class ClusterSettings:
             raise ConfigError(f"options: {sorted(chosen)} unknown (allowed: {', '.join(OPTIONS)})")
         # Drawn even for given calls: the generator's state then depends on the seed alone.
         seeds = [int(seed) for seed in rng.integers(2**63, size=2)]
+        if chunks is not None and not isinstance(chunks, list | tuple):
+            raise ConfigError(f"options.chunks: {checks.shown(chunks)}, must be a list of CallChunk")
         drawn = tuple(self.source.chunks(seeds[0], rate=rate, num_calls=count) if chunks is None else chunks)
+        spec = self.cluster(seeds[1], rate, count)
         for chunk in drawn:
             if not isinstance(chunk, CallChunk):
                 raise ConfigError(f"options.chunks: {type(chunk).__name__} among them, must be CallChunk")
+            chunk.check()  # now, not when its calls come
+            spec.check_served(chunk)
         calls = sum(map(len, drawn))
         if calls == 0:
             raise ConfigError("options.chunks: no call in them, must be at least one")
         apps = np.asarray(self.source.app_tokens, dtype=np.int32)
-        return ClusterEpisode(self.cluster(seeds[1], rate, count), drawn, apps, calls)
+        return ClusterEpisode(spec, drawn, apps, calls)
 
 
 def _checked_levels(levels: Any) -> tuple[float, ...]:

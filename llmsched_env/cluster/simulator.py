@@ -50,6 +50,7 @@ class ClusterSim:
         self.spec = spec
         self.machines = [Machine(replica) for replica in spec.replicas]
         self._chunks: Iterator[CallChunk] = iter(())
+        self._failed = False
         self._sink: Sink | None = None
         self.record = cs.Cluster()
         self.handles = np.empty((0, 4))
@@ -66,7 +67,7 @@ class ClusterSim:
         apps = np.asarray(app_tokens, dtype=np.int64)
         self._app_tokens = apps
         spec, count = self.spec, len(self.machines)
-        self._chunks, self._sink, self._latest_start = iter(chunks), sink, 0.0
+        self._chunks, self._sink, self._latest_start, self._failed = iter(chunks), sink, 0.0, False
         most = max(machine.most_residents for machine in self.machines) + 2  # calls that may end in one step
         self.handles = self.handles[:0]
         self._tables: dict[str, npt.NDArray[Any]] = {
@@ -205,15 +206,23 @@ class ClusterSim:
 
     def _load(self) -> None:
         """The next chunk, or the end of the stream."""
+        self._failed = True  # until the chunk is in
         chunk = next(self._chunks, None)
+        self._failed = chunk is not None
         if chunk is None:
             self.record.stream_ended = True
             return
         chunk.check()
         self._check_order(chunk)
+        self.spec.check_served(chunk)
         self._make_room(calls=len(chunk), programs=chunk.start.size, nodes=chunk.node_program.size, starts=chunk.start.size)
         loaded = ChunkRecord.of(chunk)  # a handle keeps nothing alive
         load_at(self.record.handle, loaded.handle)
+        self._failed = False
+
+    def _check_running(self) -> None:
+        if self._failed:
+            raise RuntimeError("a chunk of the workload could not be read, the episode cannot go on; call reset()")
 
     def _check_order(self, chunk: CallChunk) -> None:
         """Refuse what ``CallChunk.check`` cannot know: programs before those of the last chunk, heads that no application has.
@@ -235,7 +244,8 @@ class ClusterSim:
         for k in np.flatnonzero(chunk.node_shared[rows] > heads)[:1]:
             raise ConfigError(f"calls.node_shared: {chunk.node_shared[rows[k]]} in row {rows[k]}, must be <= {heads[k]}, its application's")
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Hand the sink what has ended since the last time."""
         record = self.record
         if self._sink is not None and record.num_finished:
             self._sink.write(record.finished.rows[: record.num_finished])
@@ -247,7 +257,7 @@ class ClusterSim:
         if reason == cs.REFILL:
             self._load()
         elif reason == cs.FLUSH:
-            self._flush()
+            self.flush()
         elif reason == cs.GROW:
             i = self.record.chosen
             self.record.machines.free[i] = self.machines[i].grow()
@@ -261,6 +271,7 @@ class ClusterSim:
 
     def advance(self) -> bool:
         """Go on to the next call. Whether there is one: ``record.call``, to be handed over by ``give``."""
+        self._check_running()
         return self.go_on(advance_at(self.record.handle, self.handles, EVENTS_PER_CALL))
 
     def go_on(self, reason: int) -> bool:
@@ -271,7 +282,7 @@ class ClusterSim:
             if reason == 0:
                 reason = advance_at(self.record.handle, self.handles, EVENTS_PER_CALL)
         if reason == cs.ENDED:
-            self._flush()
+            self.flush()
         return reason == cs.DECIDE
 
     @property
@@ -287,6 +298,7 @@ class ClusterSim:
             RuntimeError: no call is to be handed over.
             ConfigError: a replica that it cannot go to.
         """
+        self._check_running()
         if self.record.row < 0:
             raise RuntimeError("no call is to be routed; go on with advance()")
         self.check_choice(replica)
@@ -316,12 +328,13 @@ class ClusterSim:
         Raises:
             ConfigError: the rule chooses a replica that the call cannot go to.
         """
+        self._check_running()
         events = EVENTS_PER_CALL
         while True:
             start = time.perf_counter()
             reason = play_at(self.record.handle, self.handles, router, own.handle, events)
             if reason == cs.ENDED:
-                self._flush()
+                self.flush()
                 return
             if reason == cs.DECIDE:
                 self.check_choice(int(self.record.chosen))

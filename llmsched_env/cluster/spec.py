@@ -6,8 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from llmsched_env import checks
 from llmsched_env.cluster import state as cs
+from llmsched_env.cluster.calls import CallChunk
 from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.runner import Policy, rule_of
@@ -172,6 +175,25 @@ class ClusterSpec:
         """So many replicas of one kind."""
         checks.integer("replicas", count, low=1, high=MOST_REPLICAS)
         return cls((replica if replica is not None else ReplicaSpec(),) * count, **settings)
+
+    def check_served(self, chunk: CallChunk) -> None:
+        """Refuse calls that none of the replicas could ever serve.
+
+        Raises:
+            ConfigError: a call too long for all, where no engine says that such calls are to be rejected.
+        """
+        if any(replica.engine.oversize == "reject" for replica in self.replicas):
+            return
+        longest = [
+            max(replica.engine.longest_request for replica in self.replicas if replica.role == role)
+            for role in {replica.role for replica in self.replicas}
+        ]
+        total = chunk.prompt_tokens.astype(np.int64) + chunk.output_tokens
+        for row in np.flatnonzero(total > min(longest))[:1]:
+            raise ConfigError(
+                f"calls: row {row} needs {chunk.prompt_tokens[row]} prompt + {chunk.output_tokens[row]} output tokens, more than "
+                f"engine.max_model_len = {min(longest)} of any replica; raise it, or set engine.oversize='reject', to have them rejected"
+            )
 
     @property
     def block_size(self) -> int:

@@ -16,12 +16,13 @@ from llmsched_env import checks
 from llmsched_env.action import all_as_integers
 from llmsched_env.autoreset import AutoresetVectorEnv, Observations
 from llmsched_env.cluster import state as cs
-from llmsched_env.cluster.env import action_space, refuse, split_mask
+from llmsched_env.cluster.env import action_space, check_any_call, refuse, split_mask, summary_of
 from llmsched_env.cluster.env_step import TOTALS, look, step_range, totals_at
 from llmsched_env.cluster.observation import CALL_COLUMNS, REPLICA_COLUMNS, observation_space
 from llmsched_env.cluster.reward import Outcome, latency_reward, slo_goodput_reward, throughput_reward
 from llmsched_env.cluster.settings import ClusterSettings
 from llmsched_env.cluster.simulator import ClusterSim
+from llmsched_env.cluster.sinks import KeepAll
 from llmsched_env.compiled import entry
 from llmsched_env.errors import ConfigError
 from llmsched_env.threads import Workers
@@ -31,7 +32,7 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
     """``num_envs`` independent ``LLMSchedCluster`` over the same kernel, equal to them step by step.
 
     ``gym.make_vec("llmsched_env:LLMSchedCluster-v0", num_envs=64)``. Spaces, observations, masks and rewards are those of
-    ``LLMSchedCluster``.
+    ``LLMSchedCluster``; ``final_info`` has ``summary``, ``episode_return`` and ``episode_length``.
 
     Args:
         num_envs: number of clusters.
@@ -67,6 +68,8 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.sims: list[ClusterSim | None] = [None] * self.num_envs
+        self._kept = [KeepAll() for _ in range(self.num_envs)]
+        self._broken = False
         self._num_calls = np.ones(self.num_envs, dtype=np.int64)
         self._totals = np.zeros((self.num_envs, len(TOTALS)))
         self._returns, self._lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
@@ -105,14 +108,17 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observations, dict[str, Any]]:
         self._new_outputs()
+        self._broken = True  # until all is there
         self._start_all(seed, options)
+        self._broken = False
         return self._observed(), self._infos()
 
     def _start(self, i: int) -> None:
         episode = self.settings_of(i).episode(self._generators[i])
         sim = self.sims[i] = ClusterSim(episode.spec)
-        sim.reset(episode.chunks, episode.app_tokens)
-        sim.advance()
+        self._kept[i] = KeepAll()
+        sim.reset(episode.chunks, episode.app_tokens, self._kept[i])
+        check_any_call(sim.advance(), sim)
         self._bind(i, sim)
         self._num_calls[i] = episode.num_calls
         self._returns[i], self._lengths[i] = 0.0, 0
@@ -126,8 +132,11 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         self, actions: npt.ArrayLike
     ) -> tuple[Observations, npt.NDArray[np.float64], npt.NDArray[np.bool_], npt.NDArray[np.bool_], dict[str, Any]]:
         self._need_reset("step")
+        if self._broken:
+            raise RuntimeError("the last step was interrupted or failed, the episodes cannot go on; call reset()")
         chosen = all_as_integers(actions, self.num_envs, self._width, lambda: self.single_action_space)
         self._check(chosen)
+        self._broken = True  # until the step is done: whatever interrupts it, the episodes cannot go on
         runs = ~self._ended
         ends = np.where(runs, cs.DECIDE, cs.ENDED)
         redirected = self._redirected
@@ -146,9 +155,11 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         over = runs & (ends == cs.ENDED)
         cut = np.zeros(self.num_envs, dtype=np.bool_)
         for i in np.flatnonzero(over):
+            self._sim(int(i)).flush()
             cut[i] = self._sim(int(i)).cut
         infos = self._begin_anew(over)
         infos.update(self._infos())
+        self._broken = False
         return self._observed(), rewards, over & ~cut, cut, infos
 
     def _value(self, differences: npt.NDArray[np.float64], runs: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
@@ -165,7 +176,7 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
             rewards = np.zeros(self.num_envs)
             for i in np.flatnonzero(runs):
                 value = reward(Outcome.of(int(self._num_calls[i]), differences[i]))
-                rewards[i] = checks.number("reward", value, low=-math.inf, high=math.inf)
+                rewards[i] = checks.finite("reward", value)
         rewards[~runs] = 0.0
         self._returns[runs] += rewards[runs]
         self._lengths[runs] += 1
@@ -198,6 +209,7 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
             "redirected": bool(self._redirected[i]),
             "episode_return": float(self._returns[i]),
             "episode_length": int(self._lengths[i]),
+            "summary": summary_of(self._sim(i), self._kept[i]),
         }
         return {"final_obs": last, "final_info": info}
 

@@ -73,15 +73,25 @@ class Router(ABC):
     Attributes:
         name: as it stands in tables.
         notes: what a reader of a table must know; empty if nothing.
-        rule: what decides, compiled; whole episodes run without Python (``llmsched_env.cluster.routing.run_cluster``).
+        rule: what decides, compiled; whole episodes run without Python (``llmsched_env.cluster.routing.run_cluster``). For a cluster of
+            as many replicas as the door has.
     """
 
     name: ClassVar[str]
     notes: str = ""
-    rule: RouterRule
 
     def __init__(self, door: Door) -> None:
         self.door = door
+
+    @property
+    def rule(self) -> RouterRule:
+        """What decides, compiled."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: RouterRule) -> None:
+        rule.num_replicas = len(self.door.engines)
+        self._rule = rule
 
     def reset(self, seed: int = 0) -> None:
         """Forget the last episode; ``seed`` is that of a router that draws."""
