@@ -16,18 +16,20 @@ from typing import Any, Literal
 from llmsched_agents.adaptive import Adaptive, AdaptiveAged
 from llmsched_agents.checkpoint import CONFIG, WEIGHTS, checkpoint_folder, load_checkpoint, shipped_agents
 from llmsched_agents.learned_shrinkage import LearnedShrinkage
+from llmsched_agents.router_agent import LearnedRouter
 from llmsched_baselines import SHIPPED as SHIPPED_POLICIES
 from llmsched_baselines import Setting, make_policy, policy_class, policy_names
 from llmsched_env import checks
 from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError, did_you_mean
-from llmsched_env.registry import POLICIES, is_reference
+from llmsched_env.registry import POLICIES, ROUTERS, is_reference
 from llmsched_env.runner import Policy
 from llmsched_env.types import LengthStatistics, QueueLayout
 
 LEARNERS = (Adaptive, AdaptiveAged, LearnedShrinkage)
 """Policies that learn while they serve; they have no checkpoint."""
 POLICIES.built_in({policy.name: policy for policy in LEARNERS})
+ROUTERS.built_in({LearnedRouter.name: LearnedRouter})
 
 Kind = Literal["registered", "checkpoint", "own"]
 

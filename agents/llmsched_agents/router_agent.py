@@ -1,7 +1,7 @@
 """The learned router: ``make_router("learned-router", door)``, and the form in which it ships.
 
-A checkpoint is a folder: ``weights.safetensors``, ``config.json`` and ``record.json``, as those of the agents that schedule. Nothing is unpickled, torch is
-not needed.
+A checkpoint is a folder: ``weights.safetensors``, ``config.json`` and ``record.json``, as those of the agents that schedule. Nothing
+is unpickled, torch is not needed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from llmsched_baselines.routers import Door, Router
 from llmsched_env import __version__, checks
 from llmsched_env.cluster.routing import RouterRule
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.registry import ROUTERS
 
 FORMAT = 1
 ENVIRONMENT = "LLMSchedCluster-v0"
@@ -77,10 +76,10 @@ class RouterNetwork:
         """The cost of ``llmsched_baselines.routers.cost`` with weights of its own defaults, and a network that changes nothing yet.
 
         Args:
-            hidden: units; their input weights are normal, scaled by the number of inputs.
+            hidden: units; their input weights are normal with variance 4 / inputs, large enough for units that are not linear.
         """
         rng = np.random.default_rng(seed)
-        weights = rng.normal(0.0, 1.0, (hidden, len(INPUTS))) / np.sqrt(len(INPUTS))
+        weights = rng.normal(0.0, 2.0, (hidden, len(INPUTS))) / np.sqrt(len(INPUTS))
         cost = np.log([1.0, 4.0, 1.0, 0.1, 0.5, 1.0, 10.0, 10.0])
         return cls(cost, np.zeros(len(INPUTS)), np.zeros(hidden), np.zeros(hidden), weights)
 
@@ -190,7 +189,7 @@ def load_router(folder: str | Path) -> RouterNetwork:
 class LearnedRouter(Router):
     """A cost in seconds with trained weights, times a factor by a small network that sees how each replica stands to the others.
 
-    Trained by ``llmsched train-router``; see ``llmsched_agents.router_rule`` for what it computes and ``record.json`` for how it was trained.
+    Trained by ``llmsched train-router``; ``llmsched_agents.router_rule`` says what it computes, ``record.json`` how it was trained.
 
     Args:
         checkpoint: a folder that ``save_router`` wrote; empty for the one that ships.
@@ -206,6 +205,3 @@ class LearnedRouter(Router):
         super().__init__(door)
         folder = SHIPPED_ROUTER if checks.text("router.checkpoint", checkpoint) == "" else Path(checkpoint)
         self.rule = load_router(folder).rule(door, sees_pace=checks.flag("router.sees_pace", sees_pace))
-
-
-ROUTERS.built_in({LearnedRouter.name: LearnedRouter})

@@ -1,8 +1,9 @@
 """A learned rule for routers: seconds that a call costs on a replica, corrected by a small network that all replicas share.
 
-The cost is that of ``llmsched_baselines.routers.cost``, at the pace that is measured; its weights are trained, too. The network sees what the cost
-is made of, how full the replica is, and how it stands to the others, and gives the logarithm of a factor: a linear part and some hidden units. The
-lowest product wins. Every replica is scored by the same weights, so the rule runs on any number of them and does not depend on their order.
+The cost is that of ``llmsched_baselines.routers.cost``, at the pace that is measured; its weights are trained, too. The network sees
+what the cost is made of, how full the replica is, and how it stands to the others, and gives the logarithm of a factor: a linear part
+and some hidden units. The lowest product wins. Every replica is scored by the same weights, so the rule runs on any number of them and
+does not depend on their order.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from llmsched_env.compiled import compiled
 from llmsched_env.records import Counts, Memory, Record, Vector
 
 COST = ("pending", "uncached", "decoding", "waiting", "hinder", "trust", "pace_memory", "flow_memory")
-"""What the cost is made of, by its place in the tensor ``cost``: logarithms of weights, of the exponent of the pace, and of two times in seconds."""
+"""What the cost is made of, by place in the tensor ``cost``: logarithms of weights, of the exponent of the pace, and of two time
+constants in seconds.
+"""
 INPUTS = (
     "pending",  # log(1 + 4 x seconds of pending prompt tokens), at the pace
     "uncached",  # the same of what of this call is not cached there
@@ -35,6 +38,8 @@ INPUTS = (
     "turn",  # log(1 + depth in the program)
     "mean_calls",  # log(1 + calls of the average replica / 8)
     "mean_pace",  # mean logarithm of the pace
+    "decoding",  # log(seconds of an iteration in which all there decode, at the pace / 0.03)
+    "prefilling",  # share of the time that the prompt tokens sent there lately take, at the pace; at most 3
 )
 """What the network sees of a replica, in its order; the mean and the best are those of the replicas that can take the call."""
 MICRO = 1_000_000
@@ -85,7 +90,8 @@ def follow_pace(cluster: Cluster, own: LearnedRecord) -> None:
 @compiled
 def answer_tokens(cluster: Cluster, own: LearnedRecord) -> float:
     """Output tokens of the call to expect."""
-    return float(cluster.call.predicted) if cluster.call.predicted > 0 else own.output
+    predicted: float = cluster.call.predicted + 0.0  # of compiled code, where both branches must be of one type
+    return predicted if cluster.call.predicted > 0 else own.output
 
 
 @compiled
@@ -99,7 +105,8 @@ def log_seconds(cluster: Cluster, own: LearnedRecord, i: int) -> float:
     seconds = math.exp(cost[0]) * pending + math.exp(cost[1]) * fresh
     seconds += (math.exp(cost[2]) * output + math.exp(cost[3]) * replicas.waiting[i]) * modelled
     seconds += math.exp(cost[4]) * outstanding(cluster, i) * (fresh + output * longer)
-    return math.log(max(seconds, 1e-9)) + math.exp(cost[5]) * own.log_pace[i]
+    result: float = math.log(max(seconds, 1e-9)) + math.exp(cost[5]) * own.log_pace[i]
+    return result
 
 
 @compiled
@@ -122,7 +129,8 @@ def see(cluster: Cluster, own: LearnedRecord, i: int, least: float, mean: float,
     """Write down what the network sees of replica i.
 
     Args:
-        least, mean: of the logarithms of the cost; calls, pace: means of calls there and of the logarithms of the pace. Over legal replicas.
+        least, mean: of the logarithms of the cost over legal replicas; calls, pace: means of calls there and of the logarithms of the
+            pace, the same.
     """
     replicas, call, x = cluster.replicas, cluster.call, own.inputs
     at_pace = math.exp(own.log_pace[i])
@@ -145,6 +153,8 @@ def see(cluster: Cluster, own: LearnedRecord, i: int, least: float, mean: float,
     x[13] = math.log1p(float(call.turn))
     x[14] = math.log1p(calls / 8.0)
     x[15] = pace
+    x[16] = math.log(expected_seconds(cluster, i) / 0.03) + own.log_pace[i]
+    x[17] = min(own.flow[i] / MICRO * replicas.prefill_seconds[i] * at_pace, 3.0)
 
 
 @compiled

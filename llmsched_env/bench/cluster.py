@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+import llmsched_agents.lookup  # noqa: F401  # the learned router has a name only once this is imported, in worker processes too
 from llmsched_baselines.routers import Door, make_router
 from llmsched_env.bench.evaluation import sources_digest
 from llmsched_env.bench.seeds import Purpose, seed_of
