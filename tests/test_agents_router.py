@@ -204,6 +204,17 @@ def test_the_router_that_ships_has_a_name_and_a_record() -> None:
     assert {"training", "versions", "wall_seconds", "trials", "curve"} <= set(record)
 
 
+def test_programs_that_run_routers_know_its_name() -> None:
+    """Worker processes import ``llmsched_env.bench.cluster`` alone."""
+    program = """
+import llmsched_env.bench.cluster
+from llmsched_baselines.routers import router_names, router_options
+assert "learned-router" in router_names() and list(router_options("learned-router")) == ["checkpoint", "sees_pace"]
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint: .*is not one"):
         load_router(tmp_path)

@@ -73,14 +73,14 @@ class RouterNetwork:
 
     @classmethod
     def start(cls, hidden: int, seed: int) -> RouterNetwork:
-        """The cost of ``llmsched_baselines.routers.cost`` with weights of its own defaults, and a network that changes nothing yet.
+        """The cost of ``llmsched_baselines.routers.cost`` as it is tuned where replicas drift, and a network that changes nothing yet.
 
         Args:
             hidden: units; their input weights are normal with variance 4 / inputs, large enough for units that are not linear.
         """
         rng = np.random.default_rng(seed)
         weights = rng.normal(0.0, 2.0, (hidden, len(INPUTS))) / np.sqrt(len(INPUTS))
-        cost = np.log([1.0, 4.0, 1.0, 0.1, 0.5, 1.0, 10.0, 10.0])
+        cost = np.log([2.0, 4.0, 1.0, 0.01, 2.0, 1.0, 10.0, 10.0])
         return cls(cost, np.zeros(len(INPUTS)), np.zeros(hidden), np.zeros(hidden), weights)
 
     @classmethod

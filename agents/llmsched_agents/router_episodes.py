@@ -52,12 +52,12 @@ class RouterTraining:
     seconds: float = 450.0
     loads: tuple[float, float] = (0.8, 1.05)
     replicas: tuple[int, ...] = (4, 4, 4, 4, 4, 2, 8)
-    first_generations: int = 45
-    generations: int = 30
-    population: int = 14
-    sigma: float = 0.2
+    first_generations: int = 24
+    generations: int = 10
+    population: int = 12
+    sigma: float = 0.15
     hidden: int = 12
-    miss_weight: float = 0.25
+    miss_weight: float = 0.12
     worse_weight: float = 1.0
     validate_every: int = 5
     validation: int = 3

@@ -45,6 +45,8 @@ class TrainRouter(Resumable):
     """Candidates in a generation."""
     sigma: Annotated[float, tyro.conf.arg(metavar="X")] = DEFAULT.sigma
     """Standard deviation to begin with."""
+    miss_weight: Annotated[float, tyro.conf.arg(metavar="X")] = DEFAULT.miss_weight
+    """Of the logarithm of SLO misses beside that of mean latency."""
     hidden: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT.hidden
     """Hidden units of the network."""
     validation: Annotated[int, tyro.conf.arg(metavar="N")] = DEFAULT.validation
@@ -74,6 +76,7 @@ def plan(options: TrainRouter) -> tuple[RouterTraining, RouterNetwork | None]:
         generations=options.generations,
         population=options.population,
         sigma=options.sigma,
+        miss_weight=options.miss_weight,
         hidden=options.hidden if start is None else start.hidden_bias.size,
         validation=options.validation,
         seed=options.seed,
