@@ -50,7 +50,7 @@ class ClusterOptions(Options):
     """
 
     scenarios: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="(default: all four)")] = ()
-    """Names of cluster scenarios: equal, heterogeneous, drifting, failing."""
+    """Names of cluster scenarios: equal, heterogeneous, drifting, drifting-all, failing."""
     routers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROUTER [ROUTER ...]", help_behavior_hint="(default: all)")] = ()
     """Names of routers, shipped, registered or offered by a package, or module:attribute."""
     reference: Annotated[str, tyro.conf.arg(metavar="ROUTER")] = REFERENCE

@@ -85,7 +85,7 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
 
     def __init__(self, scenario: Any = "equal", *, render_mode: str | None = None, **settings: Any) -> None:
         if render_mode is not None:
-            raise ConfigError(f"render_mode: {render_mode!r}, must be None: docs/cluster.md draws what a cluster does")
+            raise ConfigError(f"render_mode: {render_mode!r}, must be None in the routing environment")
         self.render_mode = None
         self.settings = ClusterSettings.of(scenario, **settings)
         self.num_replicas, self.levels = self.settings.num_replicas, self.settings.levels
