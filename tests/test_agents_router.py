@@ -20,7 +20,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed (extra: 
 
 from llmsched_agents import lookup, router_episodes
 from llmsched_agents.checkpoint import CONFIG, RECORD, WEIGHTS, shipped_agents
-from llmsched_agents.router_agent import SHIPPED_ROUTER, RouterNetwork, load_router, save_router
+from llmsched_agents.router_agent import SHIPPED_ROUTER, RouterNetwork, load_router, read_router_record, save_router
 from llmsched_agents.router_episodes import Episode, RouterTraining, objective
 from llmsched_agents.router_rule import COST, INPUTS
 from llmsched_agents.router_training import STATE, RouterTrainer
@@ -201,7 +201,8 @@ def test_the_router_that_ships_has_a_name_and_a_record() -> None:
     made = make_router("learned-router", door(2))
     assert made.name == "learned-router" and made.rule.reads_cache
     record = json.loads((SHIPPED_ROUTER / RECORD).read_text())
-    assert {"training", "versions", "wall_seconds", "trials", "curve"} <= set(record)
+    assert {"training", "versions", "wall_seconds", "trials", "curve", "started_from"} <= set(record)
+    assert read_router_record(SHIPPED_ROUTER) == record
 
 
 def test_programs_that_run_routers_know_its_name() -> None:

@@ -186,6 +186,16 @@ def load_router(folder: str | Path) -> RouterNetwork:
     return network
 
 
+def read_router_record(folder: str | Path) -> dict[str, Any]:
+    """How a router was trained.
+
+    Raises:
+        ConfigError: there is no such file, or it holds no JSON object.
+    """
+    path = Path(folder) / RECORD
+    return checks.json_object(f"checkpoint: {path}", checks.file_bytes(f"checkpoint: {path}", path))
+
+
 class LearnedRouter(Router):
     """A cost in seconds with trained weights, times a factor by a small network that sees how each replica stands to the others.
 

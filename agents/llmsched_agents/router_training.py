@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class RouterTrainer:
         folder: gets ``state.json`` and the best router so far. Where there is a state of the same training, it goes on there.
         report: called after every generation with a line, the generations done and all of them.
         start: weights to begin with; None: ``RouterNetwork.start``. A training that goes on must be given the same.
+        start_record: how these were trained; stands in the record of this training.
 
     Raises:
         ConfigError: a state of another training.
@@ -67,10 +68,11 @@ class RouterTrainer:
         folder: Path,
         report: Callable[[str, int, int], None] = lambda line, done, total: None,
         start: RouterNetwork | None = None,
+        start_record: Mapping[str, Any] | None = None,
     ) -> None:
         require("safetensors.numpy", "agents")
         self._cmaes = require("cmaes", "agents")
-        self.training, self.folder, self._report = training, folder, report
+        self.training, self.folder, self._report, self._start_record = training, folder, report, start_record
         self.start = start or RouterNetwork.start(training.hidden, training.seed)
         self.progress = Progress()
         self.best = self.start
@@ -150,7 +152,7 @@ class RouterTrainer:
 
     # --- what is written down ----------------------------------------------------------------------------
     def record(self) -> dict[str, Any]:
-        """How the router was trained."""
+        """How the router was trained: ``trials`` as in ``Progress``, ``curve`` the best and the mean candidate of every generation."""
         numpy_version, cmaes_version = np.__version__, self._cmaes.__version__
         return {
             "training": self.training.as_dict(),
@@ -158,6 +160,7 @@ class RouterTrainer:
             "wall_seconds": round(self.progress.seconds, 1),
             "generations": len(self.progress.values),
             "trials": [list(trial) for trial in self.progress.trials],
+            "started_from": None if self._start_record is None else dict(self._start_record),
             "curve": [[float(np.min(values)), float(np.mean(values))] for values in self.progress.values],
         }
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from llmsched_agents.router_agent import RouterNetwork, load_router
+from llmsched_agents.router_agent import RouterNetwork, load_router, read_router_record
 from llmsched_agents.router_episodes import RouterTraining
 from llmsched_agents.router_training import OF_A_TRAINING, STATE, RouterTrainer
 from llmsched_env.bench.router_tuning import tuned_options
@@ -103,7 +103,8 @@ def run(options: TrainRouter, screen: Screen) -> Outcome:
             screen.say(line)
             bar.show("training", done, total)
 
-        trainer = RouterTrainer(training, options.out, report, start)
+        lineage = None if options.start is None else read_router_record(options.start)
+        trainer = RouterTrainer(training, options.out, report, start, lineage)
         trainer.run()
     trials = trainer.progress.trials
     least = min(value for _, value in trials)
