@@ -209,7 +209,7 @@ def test_a_machine_without_vllm_still_leaves_a_description(
     if versions.DISTRIBUTIONS and _installed():
         pytest.skip("vLLM is installed here")
     out = tmp_path / "m.tar.gz"
-    assert gpu_measure.main(["--model", "tiny", "--out", str(out), "--budget-seconds", "200", "--quiet"]) == 1
+    assert gpu_measure.main(["--model", "tiny", "--out", str(out), "--budget-seconds", "60", "--quiet"]) == 1
     found = members(out)
     summary = json.loads(found["m/summary.json"])
     assert [s["status"] for s in summary["steps"]][:6] == ["failed"] + ["skipped"] * 5

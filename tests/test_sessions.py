@@ -72,7 +72,7 @@ def test_chat_sessions(
     seed: int, calls: int, apps: Apps | None, max_tokens: int, scales: tuple[float, float, float], mean_turns: float | None
 ) -> None:
     source = ChatSessions(apps, Poisson(2.0), load_session_statistics(), *scales, mean_turns, max_tokens)
-    (chunk,) = source.chunks(seed, num_calls=calls)
+    chunk = CallChunk.joined(source.chunks(seed, num_calls=calls))
     check_programs(chunk, source.app_tokens, max_tokens)
     assert np.array_equal(chunk.node, chunk.program), "one node a session"
     turn = np.flatnonzero(chunk.parent >= 0)
@@ -95,7 +95,7 @@ def test_chat_draws_the_shipped_distributions() -> None:
     known = load_session_statistics()
     means = known.record["means"]
     source = ChatSessions(None, Poisson(1.0), max_tokens=2**24)
-    chunk = next(source.chunks(3, num_calls=50_000))
+    chunk = CallChunk.joined(source.chunks(3, num_calls=50_000))
     first, later = chunk.parent < 0, np.flatnonzero(chunk.parent >= 0)
     new = chunk.prompt_tokens[later] - chunk.prompt_tokens[later - 1] - chunk.output_tokens[later - 1]
     drawn = {
@@ -131,7 +131,7 @@ def test_popularity_of_applications_is_zipfs() -> None:
 )
 def test_agent_programs(seed: int, calls: int, depth: int, children: list[int], apps: Apps | None, max_tokens: int) -> None:
     source = AgentPrograms(apps, Poisson(1.0), forks=Forks(depth, *children), max_tokens=max_tokens)
-    (chunk,) = source.chunks(seed, num_calls=calls)
+    chunk = CallChunk.joined(source.chunks(seed, num_calls=calls))
     check_programs(chunk, source.app_tokens, max_tokens)
     assert np.array_equal(chunk.node, np.arange(len(chunk))), "one node a call"
     forked = chunk.parent >= 0
@@ -160,7 +160,7 @@ def test_a_whole_tree() -> None:
 
 
 def test_tool_seconds_have_their_mean() -> None:
-    chunk = next(AgentPrograms(tool_seconds=3.0, tool_sigma=1.0).chunks(5, num_calls=50_000))
+    chunk = CallChunk.joined(AgentPrograms(tool_seconds=3.0, tool_sigma=1.0).chunks(5, num_calls=50_000))
     assert chunk.think[chunk.parent >= 0].mean() == pytest.approx(3.0, rel=0.03)
 
 
@@ -233,9 +233,9 @@ def test_a_seed_is_a_seed(name: str) -> None:
 @pytest.mark.parametrize("name", ["chat", "agents"])
 def test_more_calls_begin_with_the_same_and_a_rate_changes_the_times_alone(name: str) -> None:
     source = load_source(name)
-    (few,), (many,) = source.chunks(3, num_calls=100), source.chunks(3, num_calls=1_000)
+    few, many = (CallChunk.joined(source.chunks(3, num_calls=count)) for count in (100, 3_000))
     assert digest([few]) == digest([first_programs(many, 100)])
-    (slow,) = source.chunks(3, rate=source.rate / 2, num_calls=100)
+    slow = CallChunk.joined(source.chunks(3, rate=source.rate / 2, num_calls=100))
     np.testing.assert_allclose(slow.start, 2 * few.start, rtol=1e-12)
     assert digest([dataclasses.replace(slow, start=few.start)]) == digest([few])
 
@@ -254,7 +254,7 @@ def test_the_rate_is_that_of_calls(name: str) -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_statistics_are_those_of_the_calls(name: str) -> None:
     source = load_source(name)
-    chunk = next(source.chunks(9, num_calls=CHUNK_CALLS))
+    chunk = CallChunk.joined(source.chunks(9, num_calls=CHUNK_CALLS))
     known = source.statistics
     assert known.source
     assert known.prompt @ known.weight == pytest.approx(chunk.prompt_tokens.mean(), rel=0.03)
@@ -263,10 +263,22 @@ def test_statistics_are_those_of_the_calls(name: str) -> None:
 
 def test_calls_go_on_for_ever_unless_somebody_counts() -> None:
     chunks = load_source("agents").chunks(0)
-    for _ in range(3):
+    for most in (1_000, 4_000, 16_000, CHUNK_CALLS, CHUNK_CALLS):
         chunk = next(chunks)
         chunk.check()
-        assert 0.8 * CHUNK_CALLS < len(chunk) < 1.2 * CHUNK_CALLS
+        assert 0.8 * most < len(chunk) < 1.2 * most
+
+
+def test_chunks_joined_are_one() -> None:
+    parts = list(load_source("agents").chunks(0, num_calls=9_000))
+    whole = CallChunk.joined(parts)
+    whole.check()
+    assert len(parts) == 3 and len(whole) == sum(map(len, parts)) and whole.start.size == sum(part.start.size for part in parts)
+    first = len(parts[0])
+    own = whole.parent[first:][: len(parts[1])]
+    assert np.array_equal(np.where(own >= 0, own - first, own), parts[1].parent)
+    with pytest.raises(ConfigError, match="chunks: none"):
+        CallChunk.joined([])
 
 
 def test_programs_start_as_recorded_and_only_once() -> None:

@@ -11,9 +11,9 @@ is longer. A node may itself begin like another one, its parent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,32 @@ class CallChunk:
             node_parent=none + NO_PARENT,
             node_shared=none,
         )
+
+    @classmethod
+    def joined(cls, chunks: Iterable[CallChunk]) -> CallChunk:
+        """Several chunks as one, in their order.
+
+        Raises:
+            ConfigError: no chunk.
+        """
+        parts = list(chunks)
+        if not parts:
+            raise ConfigError("chunks: none, must be at least one")
+        sizes = [(part.start.size, len(part), part.node_program.size) for part in parts]
+        programs, calls, nodes = (np.cumsum([0, *column[:-1]]) for column in zip(*sizes, strict=True))
+        columns: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in cls.__dataclass_fields__ if name != "lasting"}
+        for part, p, c, n in zip(parts, programs, calls, nodes, strict=True):
+            moved = {
+                "program": part.program + p,
+                "node_program": part.node_program + p,
+                "parent": np.where(part.parent >= 0, part.parent + c, part.parent),
+                "node": part.node + n,
+                "node_parent": np.where(part.node_parent >= 0, part.node_parent + n, part.node_parent),
+            }
+            for name, values in columns.items():
+                own = getattr(part, name)
+                values.append(moved.get(name, own).astype(own.dtype))
+        return cls(**{name: np.concatenate(values) for name, values in columns.items()}, lasting=any(part.lasting for part in parts))
 
     def __len__(self) -> int:
         """Calls."""
