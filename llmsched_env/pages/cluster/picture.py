@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from llmsched_env.bench.cluster_course import Course
 from llmsched_env.bench.plots import COLOURS, load_pyplot, save_figure
+from llmsched_env.types import FloatArray
 
 BINS = 300
 """Spans of time in which calls are counted."""
@@ -32,7 +34,7 @@ def spans(course: Course, replica: int) -> Iterator[tuple[float, float, str]]:
 
 
 def draw(courses: Sequence[Course], path: Path) -> None:
-    """Two rows of axes a course, KV above calls, a colour a replica; below them a lane a replica, dark where it gets many calls.
+    """Two rows of axes a course, KV above calls, a colour a replica, means of spans; below them a lane a replica with the calls it gets.
 
     Replicas' slow times and times away are shaded in their lanes.
     """
@@ -40,16 +42,16 @@ def draw(courses: Sequence[Course], path: Path) -> None:
     figure, grid = pyplot.subplots(
         3, len(courses), figsize=(7.0 * len(courses), 7.2), squeeze=False, sharex="col", gridspec_kw={"height_ratios": (2, 2, 1.5)}
     )
-    most = max(int(course.outstanding.max()) for course in courses)
+    most = max(float(smooth(course, values)[1].max()) for course in courses for values in course.outstanding.T)
     for column, course in enumerate(courses):
         above, middle, below = grid[:, column]
         for i in range(course.kv_share.shape[1]):
             colour = COLOURS[i % len(COLOURS)]
-            above.plot(course.clock, course.kv_share[:, i], color=colour, linewidth=0.8, label=f"replica {i}")
-            middle.plot(course.clock, course.outstanding[:, i], color=colour, linewidth=0.8)
+            above.plot(*smooth(course, course.kv_share[:, i]), color=colour, linewidth=1.2, label=f"replica {i}")
+            middle.plot(*smooth(course, course.outstanding[:, i]), color=colour, linewidth=1.2)
         above.set_title(f"{course.router}, scenario {course.scenario}")
         above.set_ylim(0.0, 1.02)
-        middle.set_ylim(0, 1.05 * most)
+        middle.set_ylim(0, 1.05 * max(most, 1.0))
         _lanes(below, course)
         below.set_xlabel("time (s)")
         above.legend(loc="upper left", fontsize=8, ncols=2)
@@ -58,6 +60,15 @@ def draw(courses: Sequence[Course], path: Path) -> None:
     grid[2][0].set_ylabel("calls routed there")
     figure.tight_layout()
     save_figure(pyplot, figure, path)
+
+
+def smooth(course: Course, values: npt.NDArray[Any]) -> tuple[FloatArray, FloatArray]:
+    """(n,) seconds and means of what the calls of one span saw, the spans without a call left out."""
+    edges = np.linspace(0.0, float(course.clock[-1]), BINS + 1)
+    counts, _ = np.histogram(course.clock, edges)
+    sums, _ = np.histogram(course.clock, edges, weights=values)
+    seen = counts > 0
+    return (edges[:-1] + edges[1:])[seen] / 2, sums[seen] / counts[seen]
 
 
 def _lanes(axes: Any, course: Course) -> None:
