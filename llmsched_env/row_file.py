@@ -28,7 +28,7 @@ class RowFile(Generic[T]):
         resume: keep the rows in the file; otherwise it begins anew.
 
     Raises:
-        ConfigError: with ``resume``, a file with other columns or a line that is not a row.
+        ConfigError: with ``resume``, a file that cannot be read, with other columns, or with a line that is not a row.
     """
 
     def __init__(self, path: Path, kind: type[T], *, resume: bool) -> None:
@@ -74,14 +74,17 @@ def read_rows(path: Path, kind: type[T]) -> list[T]:
     """The whole lines of a file as records; a last line cut off by a kill is left out.
 
     Raises:
-        ConfigError: other columns, or a line that is not a row.
+        ConfigError: a file that cannot be read as text, other columns, or a line that is not a row.
     """
-    text = path.read_text(encoding="utf-8")
-    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read as rows ({error}), use --overwrite or another place") from error
     if not lines:
         return []
     if lines[0] != columns(kind):
-        raise ConfigError(f"{path}: the columns are not those of this version, use --overwrite or another --out")
+        raise ConfigError(f"{path}: the columns are not those of this version, use --overwrite or another place")
     rows = []
     for number, line in enumerate(lines[1:], start=2):
         try:

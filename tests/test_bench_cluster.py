@@ -10,7 +10,8 @@ import pytest
 from llmsched_baselines.routers import router_names, router_options
 from llmsched_env import ConfigError
 from llmsched_env.bench import router_tuning
-from llmsched_env.bench.cluster import Task, boundary, change, episode_seed, mean_of, run_router, run_task, run_to_file
+from llmsched_env.bench.cluster import boundary, change, episode_seed, mean_of, run_router, run_task, run_to_file
+from llmsched_env.bench.cluster_rows import Task
 from llmsched_env.bench.router_tuning import GRIDS, TOGETHER, read_tuned, tune_all, tune_router, tuned_options, write_tuned
 from llmsched_env.cluster.scenario import ClusterScenario
 from llmsched_env.cluster.scenarios import load_cluster_scenario

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import llmsched_agents.lookup  # noqa: F401  # the learned router has a name only once this is imported, in worker processes too
-from llmsched_baselines.routers import Door, make_router
+from llmsched_baselines.routers import Door
+from llmsched_env.bench.cluster_routers import build_router, router_digest, router_named
+from llmsched_env.bench.cluster_rows import ClusterRow, Task, check_figures, check_origin, missing
 from llmsched_env.bench.evaluation import sources_digest
 from llmsched_env.bench.seeds import Purpose, seed_of
 from llmsched_env.cluster.metrics import ClusterSummary, summarize_calls
@@ -64,6 +64,7 @@ def run_router(
 
     Raises:
         ConfigError: a router, an option or a number that is refused.
+        PolicyError: the router's rule raises, or chooses a replica that the call cannot go to.
     """
     total, source = scenario.total_rate(replicas), scenario.source
     rate = total if rate is None else rate
@@ -71,9 +72,10 @@ def run_router(
         num_calls = max(1, round(scenario.num_calls * replicas / scenario.replicas * rate / total))
     seconds = num_calls / rate
     spec = scenario.cluster(seed, replicas=replicas, rate=rate, num_calls=num_calls)
-    chosen = make_router(router, Door.of(spec, source, rate), **options)
+    chosen = build_router(router, Door.of(spec, source, rate), options)
     sim, sink = ClusterSim(spec), KeepAll()
-    run_cluster(sim, chosen.rule, source.chunks(seed, rate=rate, num_calls=num_calls), source.app_tokens, sink, seed)
+    with router_named(router):
+        run_cluster(sim, chosen.rule, source.chunks(seed, rate=rate, num_calls=num_calls), source.app_tokens, sink, seed)
     rows = sink.rows()
     return summarize_calls(
         rows[rows["arrival"] < seconds],
@@ -82,66 +84,6 @@ def run_router(
         ttft_limit=spec.ttft_limit,
         tpot_limit=spec.tpot_limit,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One run of ``run_router``."""
-
-    scenario: str
-    router: str
-    options: str  # as JSON
-    purpose: Purpose
-    seed: int
-    replicas: int = REPLICAS
-    num_calls: int = 0  # 0: the scenario's own
-
-    @classmethod
-    def of(
-        cls,
-        scenario: str,
-        router: str,
-        options: Mapping[str, Any],
-        purpose: Purpose,
-        seed: int,
-        replicas: int = REPLICAS,
-        num_calls: int = 0,
-    ) -> Task:
-        return cls(scenario, router, json.dumps(dict(options), sort_keys=True), purpose, seed, replicas, num_calls)
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterRow:
-    """One run: a line of the CSV file. Seconds and shares, as in ``ClusterSummary``; ``slo_misses`` is 1 - ``slo_goodput``."""
-
-    scenario: str
-    router: str
-    options: str
-    purpose: str
-    seed: int
-    replicas: int
-    num_calls: int
-    requests: int
-    completed: int
-    rejected: int
-    latency_mean: float
-    latency_p99: float
-    program_latency_mean: float
-    ttft_mean: float
-    ttft_p99: float
-    tpot_mean: float
-    tpot_p99: float
-    slo_misses: float
-    cached_share: float
-    rerouted: int
-    evictions: int
-    replica_jain: float
-    wall_seconds: float
-    sources: str
-
-    @property
-    def task(self) -> Task:
-        return Task(self.scenario, self.router, self.options, self.purpose, self.seed, self.replicas, self.num_calls)  # type: ignore[arg-type]
 
 
 def run_task(task: Task) -> ClusterRow:
@@ -166,18 +108,13 @@ def run_task(task: Task) -> ClusterRow:
         num_calls=task.num_calls,
         slo_misses=1.0 - figures.slo_goodput,
         wall_seconds=round(time.perf_counter() - started, 6),
+        digest=router_digest(task.router),
         sources=sources_digest(),
         **same,
     )
 
 
-def missing(tasks: Iterable[Task], rows: Iterable[ClusterRow]) -> list[Task]:
-    """Tasks that have no row yet."""
-    done = {row.task for row in rows}
-    return [task for task in tasks if task not in done]
-
-
-def run_all(tasks: Sequence[Task], file: RowFile[ClusterRow], *, backend: str = "loky", jobs: int | None = None) -> Iterator[ClusterRow]:
+def run_all(tasks: Sequence[Task], file: RowFile[ClusterRow], *, backend: str = "loky", jobs: int | None = None) -> Generator[ClusterRow]:
     """Run what the file has no row of, each written down as it is ready.
 
     Args:
@@ -185,22 +122,33 @@ def run_all(tasks: Sequence[Task], file: RowFile[ClusterRow], *, backend: str = 
 
     Raises:
         ConfigError: as ``run_router``, or as ``start_workers``.
+        PolicyError: as ``run_router``.
     """
     open_ = missing(tasks, file.rows)
     if backend == "loky" and jobs == 1:
-        results: Iterator[ClusterRow] = map(run_task, open_)
+        results: Generator[ClusterRow] = (run_task(task) for task in open_)
     else:
         results = unordered(backend, start_workers(backend, jobs), run_task, [(task,) for task in open_])
-    for row in results:
-        file.append(row)
-        yield row
+    try:
+        for row in results:
+            file.append(row)
+            yield row
+    finally:
+        results.close()
 
 
 def run_to_file(
     tasks: Sequence[Task], path: Path, *, resume: bool = True, backend: str = "loky", jobs: int | None = None
 ) -> list[ClusterRow]:
-    """All rows of these tasks, in their order; those that ``path`` has are not run again."""
-    with RowFile(path, ClusterRow, resume=resume) as file:
+    """All rows of these tasks, in their order; those that ``path`` has are not run again.
+
+    Raises:
+        ConfigError: as ``run_all``; or the file's rows are no such rows, or of another state of the simulator or of a router.
+    """
+    opened = RowFile(path, ClusterRow, resume=resume)
+    check_figures(path, opened.rows)
+    check_origin(path, opened.rows, set(tasks))
+    with opened as file:
         for _ in run_all(tasks, file, backend=backend, jobs=jobs):
             pass
         found = {row.task: row for row in file.rows}

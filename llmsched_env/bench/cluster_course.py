@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llmsched_baselines.routers import Door, make_router
+from llmsched_baselines.routers import Door
+from llmsched_env.bench.cluster_routers import build_router, router_named
 from llmsched_env.cluster.scenarios import load_cluster_scenario
 from llmsched_env.cluster.simulator import ClusterSim
 from llmsched_env.cluster.spec import ReplicaEvent
@@ -51,14 +52,16 @@ def record_course(scenario: str, router: str, options: Mapping[str, Any], seed: 
     count = chosen_scenario.num_calls if num_calls is None else num_calls
     spec, source = chosen_scenario.cluster(seed, num_calls=count), chosen_scenario.source
     rate = chosen_scenario.total_rate()
-    rule = make_router(router, Door.of(spec, source, rate), **options).rule
+    rule = build_router(router, Door.of(spec, source, rate), options).rule
     sim = ClusterSim(spec)
     sim.reset(source.chunks(seed, rate=rate, num_calls=count), source.app_tokens)
     sim.record.shows_cached = rule.reads_cache
     rule.reset(seed)
     clock, went, share, calls = [], [], [], []
     while sim.advance():
-        replica = rule.choose(sim)
+        with router_named(router):
+            replica = rule.choose(sim)
+            sim.check_choice(replica)
         shown = sim.record.replicas.rows
         clock.append(sim.record.clock)
         went.append(replica)

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from llmsched_baselines.routers import Door, make_router
+from llmsched_baselines.routers import Door
 from llmsched_env import checks
 from llmsched_env.bench.boundary import Boundaries
+from llmsched_env.bench.cluster_routers import build_router, router_named
 from llmsched_env.bench.seeds import seed_of
 from llmsched_env.cluster.metrics import Terms
 from llmsched_env.cluster.parquet import ParquetSink
@@ -90,6 +91,18 @@ def fleet_rate(replicas: int, load: float = LOAD, boundaries: Boundaries | None 
     return load * replicas * known.rate(SCENARIO, MEMORY)
 
 
+def fleet(replicas: int, load: float = LOAD) -> tuple[ClusterSpec, SingleCalls, Door]:
+    """A fleet of so many replicas, its calls, and what its router knows.
+
+    Raises:
+        ConfigError: a number of replicas that no cluster has.
+    """
+    scenario = load_scenario(SCENARIO)
+    source = SingleCalls(scenario)
+    spec = ClusterSpec.equal(replicas, ReplicaSpec(scenario.engine), ttft_limit=TTFT_LIMIT, tpot_limit=TPOT_LIMIT)
+    return spec, source, Door.of(spec, source, fleet_rate(replicas, load))
+
+
 def measure(replicas: int, calls: int, *, load: float = LOAD, router: str = ROUTER, folder: Path | None = None) -> ScaleRow:
     """Stream so many calls through a fleet, in this process.
 
@@ -98,15 +111,15 @@ def measure(replicas: int, calls: int, *, load: float = LOAD, router: str = ROUT
 
     Raises:
         ConfigError: a number or a router that is refused, or a folder that is there.
+        PolicyError: the router's rule raises, or chooses a replica that the call cannot go to.
     """
     checks.integer("replicas", replicas, low=1)
     checks.integer("calls", calls, low=1)
-    scenario = load_scenario(SCENARIO)
-    source, rate = SingleCalls(scenario), fleet_rate(replicas, load)
-    spec = ClusterSpec.equal(replicas, ReplicaSpec(scenario.engine), ttft_limit=TTFT_LIMIT, tpot_limit=TPOT_LIMIT)
-    chosen = make_router(router, Door.of(spec, source, rate))
+    spec, source, door = fleet(replicas, load)
+    rate, chosen = door.rate, build_router(router, door, {})
     sim = ClusterSim(spec)
-    run_cluster(sim, chosen.rule, source.chunks(1, rate=rate, num_calls=20))  # compiles what the measurement runs
+    with router_named(router):
+        run_cluster(sim, chosen.rule, source.chunks(1, rate=rate, num_calls=20))  # compiles what the measurement runs
     seed = int(seed_of("evaluation", replicas).generate_state(1)[0])
     sketches = SketchSink(Terms(replicas, 0.0, TTFT_LIMIT, TPOT_LIMIT))
     files: list[Sink] = []
@@ -114,7 +127,7 @@ def measure(replicas: int, calls: int, *, load: float = LOAD, router: str = ROUT
         settings = {"replicas": str(replicas), "rate": f"{rate:g}", "router": router, "scenario": SCENARIO}
         files = [ParquetSink(folder, seed=seed, settings=settings)]
     start = time.perf_counter()
-    with Several(sketches, *files) as sink:
+    with Several(sketches, *files) as sink, router_named(router):
         run_cluster(sim, chosen.rule, source.chunks(seed, rate=rate, num_calls=calls), sink=sink, seed=seed)
     wall = time.perf_counter() - start
     found = sketches.summary()
@@ -159,13 +172,29 @@ def write_scale(path: Path, rows: Sequence[ScaleRow]) -> None:
         file.write("\n")
 
 
-def read_scale(path: Path) -> list[ScaleRow]:
+def read_scale(path: Path, option: str = "scale") -> list[ScaleRow]:
     """Measurements of a file.
+
+    Args:
+        option: that names the file, for the error.
 
     Raises:
         ConfigError: a file that cannot be read or holds something else.
     """
     try:
-        return [ScaleRow(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        return [_checked(ScaleRow(**row)) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"scale: {path} is no file of measurements ({type(error).__name__}: {error})") from error
+        raise ConfigError(f"{option}: {path} is no file of measurements ({type(error).__name__}: {error})") from error
+
+
+def _checked(row: ScaleRow) -> ScaleRow:
+    """Refuse a field that is no number where one belongs."""
+    for field in dataclasses.fields(row):
+        value = getattr(row, field.name)
+        if field.name == "router":
+            checks.text(field.name, value, empty=False)
+        elif field.type == "int":
+            checks.integer(field.name, value, high=2**62)
+        else:
+            checks.number(field.name, value)
+    return row

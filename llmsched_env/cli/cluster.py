@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,26 +12,25 @@ from typing import Annotated, Literal
 import tyro
 
 import llmsched_agents.lookup  # noqa: F401 - registers the router that ships
-from llmsched_baselines.routers import router_names
+from llmsched_baselines.routers import Door, router_names
+from llmsched_env import checks
 from llmsched_env.bench.cluster import (
     EVALUATION_SEEDS,
     FIRST_EVALUATION_SEED,
-    ClusterRow,
-    Task,
     change,
     episode_seed,
     mean_of,
-    missing,
     run_all,
 )
 from llmsched_env.bench.cluster_course import record_course
+from llmsched_env.bench.cluster_routers import check_router
+from llmsched_env.bench.cluster_rows import ClusterRow, Task, check_figures, check_origin, missing
 from llmsched_env.bench.cluster_scale import read_scale
-from llmsched_env.bench.evaluation import sources_digest
 from llmsched_env.bench.router_tuning import tuned_options
-from llmsched_env.cli.frame import Command, Options, Outcome, Screen, check_counts
-from llmsched_env.cluster.scenarios import REPLICAS, cluster_scenario_names
+from llmsched_env.cli.frame import Command, Outcome, Resumable, Screen, check_counts
+from llmsched_env.cluster.scenarios import REPLICAS, cluster_scenario_names, load_cluster_scenario
 from llmsched_env.errors import ConfigError, did_you_mean, require
-from llmsched_env.files import check_file
+from llmsched_env.files import check_file, goes_on
 from llmsched_env.markdown import table, write_page
 from llmsched_env.pages.cluster.page import ClusterPage, percent, with_half
 from llmsched_env.pages.cluster.picture import draw
@@ -42,15 +43,17 @@ PICTURE = ("drifting", 66)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClusterOptions(Options):
+class ClusterOptions(Resumable):
     """Routers on clusters of vLLM engines: latency, SLO misses and use of the caches, router by router.
 
     Every run is a line of --rows as soon as it is done; --resume keeps those that are there and runs what is missing. Baselines run
     with the options that a search found for each scenario, unless --as-shipped.
     """
 
-    scenarios: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME [NAME ...]", help_behavior_hint="(default: all four)")] = ()
-    """Names of cluster scenarios: equal, heterogeneous, drifting, drifting-all, failing."""
+    scenarios: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(metavar="NAME [NAME ...]", help=f"Of {', '.join(cluster_scenario_names())}.", help_behavior_hint="(default: all)"),
+    ] = ()
     routers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="ROUTER [ROUTER ...]", help_behavior_hint="(default: all)")] = ()
     """Names of routers, shipped, registered or offered by a package, or module:attribute."""
     reference: Annotated[str, tyro.conf.arg(metavar="ROUTER")] = REFERENCE
@@ -66,9 +69,7 @@ class ClusterOptions(Options):
     as_shipped: bool = False
     """Routers run with the options that they have by default."""
     rows: Annotated[Path, tyro.conf.arg(metavar="FILE.csv")] = ROWS
-    """Finished runs."""
-    resume: bool = False
-    """Keep the runs of --rows and run what is missing."""
+    """Finished runs, kept."""
     report_only: bool = False
     """Run nothing, write tables and page from the rows there are."""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="(default: all cores, of the cluster with ray)")] = None
@@ -111,19 +112,49 @@ def tasks_of(options: ClusterOptions, scenarios: Sequence[str], routers: Sequenc
     ]
 
 
-def check_sources(path: Path, rows: Sequence[ClusterRow], wanted: set[Task]) -> Sequence[ClusterRow]:
-    """Refuse rows of another state of the simulator beside new ones.
+def check_routers(tasks: Sequence[Task]) -> None:
+    """Build every router of these runs once for every scenario, with its options.
 
     Raises:
-        ConfigError: the digest of their sources is not this one's.
+        ConfigError: one that cannot be found, built or compiled, with its name.
+        MissingExtraError: a package that it needs is not installed.
     """
-    for row in rows:
-        if row.task in wanted and row.sources != sources_digest():
-            raise ConfigError(
-                f"--resume: {path} has rows of the sources {row.sources}, these are {sources_digest()}: "
-                "give --rows another file, or --report-only"
-            )
-    return rows
+    first = {(task.scenario, task.router): task for task in tasks}
+    for task in first.values():
+        scenario = load_cluster_scenario(task.scenario)
+        spec = scenario.cluster(episode_seed(task.purpose, task.seed), replicas=task.replicas, num_calls=task.num_calls or None)
+        door = Door.of(spec, scenario.source, scenario.total_rate(task.replicas))
+        check_router("--routers", task.router, door, json.loads(task.options))
+
+
+def kept_rows(options: ClusterOptions, tasks: Sequence[Task]) -> RowFile[ClusterRow]:
+    """The file of finished runs with those it holds, checked; nothing is written.
+
+    Raises:
+        ConfigError: it holds some and nothing says what is to become of them, they cannot be gone on with, or, with ``--report-only``,
+            some are missing.
+    """
+    path, reported = options.rows, options.report_only
+    check_file("--rows", path)
+    resumed = goes_on(
+        path, path.exists(), resume=options.resume or reported, overwrite=options.overwrite, what="finished runs", option="--rows"
+    )
+    with checks.told("--rows"):
+        file = RowFile(path, ClusterRow, resume=resumed)
+        check_figures(path, file.rows)
+    if reported:
+        for task in missing(tasks, file.rows)[:1]:
+            raise ConfigError(f"--report-only: {path} has no run of {task.router} in {task.scenario} with seed {task.seed}")
+    return file
+
+
+def run_missing(options: ClusterOptions, tasks: Sequence[Task], file: RowFile[ClusterRow], screen: Screen) -> None:
+    """Run what has no row yet, each row on disk as it is there."""
+    left = missing(tasks, file.rows)
+    found = run_all(left, file, backend=options.backend, jobs=options.jobs)
+    with file, screen.progress(len(left)) as bar, contextlib.closing(found):
+        for row in found:
+            bar.advance(description=f"{row.scenario}, {row.router}, seed {row.seed}")
 
 
 def shown(rows: Sequence[ClusterRow], scenario: str, routers: Sequence[str], reference: str) -> list[str]:
@@ -151,18 +182,17 @@ def run(options: ClusterOptions, screen: Screen) -> Outcome:
     routers = checked_names("--routers", options.routers, router_names())
     if options.reference not in routers:
         raise ConfigError(f"--reference: {options.reference!r}, must be one of --routers: {', '.join(routers)}")
-    scale = [] if options.scale is None else read_scale(options.scale)
+    scale = [] if options.scale is None else read_scale(options.scale, "--scale")
     if options.page is not None:
         check_file("--page", options.page)
         require("matplotlib", "cli")
     tasks = tasks_of(options, scenarios, routers)
-    with RowFile(options.rows, ClusterRow, resume=options.resume or options.report_only) as file:
-        wanted = set(tasks)
-        left = [] if options.report_only else missing(tasks, check_sources(options.rows, file.rows, wanted))
-        with screen.progress(len(left)) as bar:
-            for row in run_all(left, file, backend=options.backend, jobs=options.jobs):
-                bar.advance(description=f"{row.scenario}, {row.router}, seed {row.seed}")
-        rows = [row for row in file.rows if row.task in wanted]
+    file, wanted = kept_rows(options, tasks), set(tasks)
+    if not options.report_only:
+        check_routers(tasks)
+        check_origin(options.rows, file.rows, wanted)
+        run_missing(options, tasks, file, screen)
+    rows = [row for row in file.rows if row.task in wanted]
     if not screen.quiet:
         screen.print("\n".join(line for scenario in scenarios for line in shown(rows, scenario, routers, options.reference)))
     if options.page is not None:

@@ -8,10 +8,22 @@ from typing import Annotated
 
 import tyro
 
-from llmsched_env.bench.cluster_scale import LOAD, ROUTER, SIZES, ScaleRow, fleet_rate, measure_apart, read_scale, usual_calls, write_scale
+from llmsched_env.bench.cluster_routers import check_router
+from llmsched_env.bench.cluster_scale import (
+    LOAD,
+    ROUTER,
+    SIZES,
+    ScaleRow,
+    fleet,
+    fleet_rate,
+    measure_apart,
+    read_scale,
+    usual_calls,
+    write_scale,
+)
 from llmsched_env.cli.frame import Command, Options, Outcome, Screen, check_counts
 from llmsched_env.errors import ConfigError, require
-from llmsched_env.files import check_file
+from llmsched_env.files import check_file, check_folder
 from llmsched_env.markdown import table
 
 
@@ -69,10 +81,13 @@ def run(options: ScaleOptions, screen: Screen) -> Outcome:
         require("pyarrow", "cluster")
         if len(options.replicas) != 1 or options.parquet.exists():
             raise ConfigError(f"--parquet: {options.parquet}, must be a new folder, with one number in --replicas")
+        check_folder("--parquet", options.parquet)
     kept: list[ScaleRow] = []
     if options.out is not None:
         check_file("--out", options.out)
-        kept = read_scale(options.out) if options.out.exists() else []
+        kept = read_scale(options.out, "--out") if options.out.exists() else []
+    for size in options.replicas:
+        check_router("--router", options.router, fleet(size, options.load)[2], {})
     rows: list[ScaleRow] = []
     with screen.progress(len(options.replicas)) as bar:
         for size in options.replicas:

@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 import llmsched_agents.lookup  # noqa: F401 - registers the router that ships
-from llmsched_env.bench.router_tuning import GRIDS, SEEDS, SHIPPED, TRIALS, tune_all
+from llmsched_env import checks
+from llmsched_env.bench.router_tuning import GRIDS, SEEDS, SHIPPED, TRIALS, read_tuned, tune_all
 from llmsched_env.cli.cluster import checked_names
 from llmsched_env.cli.frame import Command, Options, Outcome, Screen, check_counts
 from llmsched_env.cluster.scenarios import cluster_scenario_names
@@ -48,6 +49,8 @@ def run(options: TuneOptions, screen: Screen) -> Outcome:
             raise ConfigError(f"--routers: {name!r} has no options to search (allowed: {', '.join(GRIDS)})")
     scenarios = checked_names("--scenarios", options.scenarios, cluster_scenario_names())
     check_file("--out", options.out)
+    with checks.told("--out"):
+        read_tuned(options.out)
     searches = [(router, (scenario,)) for scenario in scenarios for router in routers]
     found = tune_all(searches, options.out, seeds=options.seeds, trials=options.trials, report=screen.say)
     chosen = [found[scenario, router] for router, (scenario,) in searches]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmsched_env.bench.cluster import ClusterRow, episode_seed
+from llmsched_env.bench.cluster import episode_seed
 from llmsched_env.bench.cluster_course import Course, record_course
+from llmsched_env.bench.cluster_rows import ClusterRow
 from llmsched_env.bench.cluster_scale import ScaleRow
 from llmsched_env.cluster.spec import ReplicaEvent
 from llmsched_env.pages.cluster.page import ClusterPage
@@ -22,7 +23,7 @@ NUMBERS = {name: 0.0 for name in ("latency_p99", "program_latency_mean", "ttft_m
 
 def row(scenario: str, router: str, seed: int, latency: float, misses: float) -> ClusterRow:
     counts = dict.fromkeys(("num_calls", "requests", "completed", "rejected", "rerouted", "evictions"), 1)
-    texts = {"options": "{}", "purpose": "evaluation", "sources": "x"}
+    texts = {"options": "{}", "purpose": "evaluation", "digest": "", "sources": "x"}
     return ClusterRow(
         scenario=scenario, router=router, seed=seed, replicas=4, latency_mean=latency, slo_misses=misses, cached_share=0.5,
         replica_jain=0.9, **texts, **counts, **NUMBERS,

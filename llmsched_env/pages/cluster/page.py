@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmsched_env import __version__
-from llmsched_env.bench.cluster import ClusterRow, change, mean_of
+from llmsched_env.bench.cluster import change, mean_of
+from llmsched_env.bench.cluster_rows import ClusterRow
 from llmsched_env.bench.cluster_scale import ScaleRow
 from llmsched_env.cluster.scenarios import LOADS, TPOT_LIMIT, TTFT_LIMIT, load_cluster_scenario
 from llmsched_env.markdown import cell, table
