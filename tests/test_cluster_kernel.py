@@ -57,7 +57,7 @@ def everything(seed: int) -> tuple[ClusterSim, list[CallChunk], list[int]]:
         chunks[k] = CallChunk(**fields | {"start": chunk.start + shift})
         shift = float(chunks[k].start[-1])
     events = tuple(
-        ReplicaEvent(float(t), int(i), kind, 3.0)  # type: ignore[arg-type]
+        ReplicaEvent(float(t), int(i), kind, 3.0 if kind == "slow_down" else 1.0)  # type: ignore[arg-type]
         for t, i, kind in zip(
             (0.2, 0.4, 0.7, 1.1, 1.3), (0, 1, 0, 1, 0), ("slow_down", "fail", "drain", "come_back", "come_back"), strict=True
         )

@@ -24,7 +24,8 @@ def timeline(g: np.random.Generator, replicas: int, until: float, count: int) ->
         time = float(np.round(g.uniform(0, until), 1 if g.random() < 0.5 else 4)) * (30.0 if g.random() < 0.05 else 1.0)
         kind = str(g.choice(KINDS))
         which = range(replicas) if g.random() < 0.2 else [int(g.integers(replicas))]
-        events += [ReplicaEvent(time, i, kind, float(g.choice([0.3, 1.0, 4.0]))) for i in which]  # type: ignore[arg-type]
+        values = [float(g.choice([0.3, 1.0, 4.0])) for _ in which]
+        events += [ReplicaEvent(time, i, kind, v if kind == "slow_down" else 1.0) for i, v in zip(which, values, strict=True)]  # type: ignore[arg-type]
     return tuple(events)
 
 

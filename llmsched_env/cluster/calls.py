@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llmsched_env import checks
 from llmsched_env.errors import ConfigError
 from llmsched_env.types import FloatArray, IntArray, LengthStatistics
 
@@ -46,6 +47,9 @@ class CallChunk:
         node_parent: (M,) int32: an earlier row, ``NO_PARENT``, or ``app_parent(a)``.
         node_shared: (M,) int32, tokens that it has in common with its parent, 0 where there is none.
         lasting: nodes are kept to the end, because those of later programs begin like them.
+
+    Raises:
+        ConfigError: a field that is no one-dimensional array of numbers, whole ones within int32 where they belong, with its row.
     """
 
     start: FloatArray
@@ -62,6 +66,13 @@ class CallChunk:
     node_shared: IntArray
     lasting: bool = False
 
+    def __post_init__(self) -> None:
+        for name in _SECONDS:
+            object.__setattr__(self, name, _seconds(f"calls.{name}", getattr(self, name)))
+        for name in _WHOLE:
+            object.__setattr__(self, name, _whole(f"calls.{name}", getattr(self, name)))
+        checks.flag("calls.lasting", self.lasting)
+
     @classmethod
     def single(
         cls,
@@ -70,9 +81,14 @@ class CallChunk:
         output_tokens: npt.ArrayLike,
         predicted_tokens: npt.ArrayLike | None = None,
     ) -> CallChunk:
-        """Requests that have nothing to do with each other: (N,) each."""
-        start = np.ascontiguousarray(arrival, dtype=np.float64)
-        prompt, output = (np.ascontiguousarray(a, dtype=np.int32) for a in (prompt_tokens, output_tokens))
+        """Requests that have nothing to do with each other: (N,) each.
+
+        Raises:
+            ConfigError: as the class.
+        """
+        start = np.atleast_1d(checks.numbers("calls.start", arrival))
+        prompt = _whole("calls.prompt_tokens", prompt_tokens, single=True)
+        output = _whole("calls.output_tokens", output_tokens, single=True)
         rows, none = np.arange(start.size, dtype=np.int32), np.zeros(start.size, dtype=np.int32)
         return cls(
             start=start,
@@ -82,7 +98,7 @@ class CallChunk:
             think=np.zeros(start.size),
             prompt_tokens=prompt,
             output_tokens=output,
-            predicted_tokens=none if predicted_tokens is None else np.ascontiguousarray(predicted_tokens, dtype=np.int32),
+            predicted_tokens=none if predicted_tokens is None else _whole("calls.predicted_tokens", predicted_tokens, single=True),
             node=rows,
             node_program=rows,
             node_parent=none + NO_PARENT,
@@ -125,24 +141,30 @@ class CallChunk:
         Raises:
             ConfigError: the field, the row and what is allowed.
         """
-        calls, nodes = len(self), int(self.node_program.size)
+        calls, nodes = len(self), self.node_program.size
         sizes = {"app": self.start.size, "node_parent": nodes, "node_shared": nodes}
         sizes |= dict.fromkeys(("parent", "think", "prompt_tokens", "output_tokens", "predicted_tokens", "node"), calls)
         for name, size in sizes.items():
             if getattr(self, name).shape != (size,):
                 raise ConfigError(f"calls.{name}: shape {getattr(self, name).shape}, must be ({size},)")
         rows = np.arange(calls)
+        lengths = f">= 1 and <= {checks.MOST_TOKENS}"
         for name, wrong, allowed in (
-            ("start", _falls(self.start) | ~np.isfinite(self.start) | (self.start < 0), "finite, >= 0 and in order"),
+            ("start", _falls(self.start) | _no_seconds(self.start), f"finite, >= 0 and in order, at most {checks.MOST_SECONDS:g} s"),
+            ("app", self.app < 0, ">= 0"),
             ("program", _falls(self.program) | (self.program < 0) | (self.program >= self.start.size), "a program's row, in order"),
             ("parent", (self.parent >= rows) | (self.parent < -1), "an earlier row, or -1"),
-            ("think", ~(np.isfinite(self.think) & (self.think >= 0)), "finite seconds >= 0"),
-            ("prompt_tokens", self.prompt_tokens < 1, ">= 1"),
-            ("output_tokens", self.output_tokens < 1, ">= 1"),
-            ("predicted_tokens", self.predicted_tokens < 0, ">= 0"),
+            ("think", _no_seconds(self.think), f"finite seconds >= 0, at most {checks.MOST_SECONDS:g}"),
+            ("prompt_tokens", (self.prompt_tokens < 1) | (self.prompt_tokens > checks.MOST_TOKENS), lengths),
+            ("output_tokens", (self.output_tokens < 1) | (self.output_tokens > checks.MOST_TOKENS), lengths),
+            (
+                "predicted_tokens",
+                (self.predicted_tokens < 0) | (self.predicted_tokens > checks.MOST_TOKENS),
+                f">= 0 and <= {checks.MOST_TOKENS}",
+            ),
             ("node", (self.node < 0) | (self.node >= nodes), f"a row of {nodes} nodes"),
             ("node_program", _falls(self.node_program) | (self.node_program < 0) | (self.node_program >= self.start.size), "as program"),
-            ("node_shared", self.node_shared < 0, ">= 0"),
+            ("node_shared", (self.node_shared < 0) | (self.node_shared > checks.MOST_TOKENS), f">= 0 and <= {checks.MOST_TOKENS}"),
             ("node_parent", self.node_parent >= np.arange(nodes), "an earlier row, -1, or an application"),
         ):
             if wrong.any():
@@ -151,7 +173,7 @@ class CallChunk:
         self._check_programs()
 
     def _check_programs(self) -> None:
-        """Refuse rows that belong to different programs, and programs without a call. All rows are there."""
+        """Refuse rows that belong to different programs, programs without a call, and prefixes that no call has. All rows are there."""
         child, node = np.flatnonzero(self.parent >= 0), np.flatnonzero(self.node_parent >= 0)
         for name, wrong, allowed in (
             ("parent", child[self.program[self.parent[child]] != self.program[child]], "a call of the same program"),
@@ -167,10 +189,50 @@ class CallChunk:
         empty = np.flatnonzero(np.bincount(self.program, minlength=self.start.size) == 0)
         if empty.size:
             raise ConfigError(f"calls.program: no call of program {empty[0]}, must be at least one")
+        reach = np.zeros(self.node_program.size, dtype=np.int64)  # tokens of the longest call that begins like a node, and its answer
+        np.maximum.at(reach, self.node, self.prompt_tokens.astype(np.int64) + self.output_tokens)
+        np.maximum.at(reach, self.node_parent[node], self.node_shared[node])  # which the nodes below must reach in turn
+        for row in np.flatnonzero((self.node_shared > reach) & (reach > 0))[:1]:  # 0: no call has it
+            raise ConfigError(f"calls.node_shared: {self.node_shared[row]} in row {row}, must be <= {reach[row]}, the most of its calls")
 
     def _own(self, owner: IntArray, program: IntArray) -> npt.NDArray[np.bool_]:
         """Where a node outlives a program that names it."""
         return np.asarray((owner == program) | self.lasting)
+
+
+_SECONDS = ("start", "think")
+_WHOLE = (
+    "app",
+    "program",
+    "parent",
+    "prompt_tokens",
+    "output_tokens",
+    "predicted_tokens",
+    "node",
+    "node_program",
+    "node_parent",
+    "node_shared",
+)
+
+
+def _seconds(name: str, values: npt.ArrayLike) -> FloatArray:
+    """(n,) float64."""
+    found = checks.numbers(name, values)
+    if found.ndim != 1:
+        raise ConfigError(f"{name}: shape {found.shape}, must be one-dimensional")
+    return found
+
+
+def _whole(name: str, values: npt.ArrayLike, *, single: bool = False) -> IntArray:
+    """(n,) int32; with ``single`` also of one number."""
+    if isinstance(values, np.ndarray) and values.dtype == np.int32 and values.ndim == 1:  # what a source gives
+        return np.ascontiguousarray(values)
+    return checks.counts(name, values, low=-(2**31), high=2**31 - 1, single=single)
+
+
+def _no_seconds(values: FloatArray) -> npt.NDArray[np.bool_]:
+    """Where a value is no time."""
+    return ~((values >= 0.0) & (values <= checks.MOST_SECONDS))
 
 
 def _falls(values: npt.NDArray[np.generic]) -> npt.NDArray[np.bool_]:

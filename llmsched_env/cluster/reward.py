@@ -78,7 +78,7 @@ def make_cluster_reward(given: Any) -> tuple[ClusterReward, dict[str, float]]:
         raise ConfigError(f"reward: {checks.shown(given)}, must be a name, an object with one, or a callable")
     arguments = {"name": given} if isinstance(given, str) else checks.mapping("reward", given)
     name = arguments.pop("name", None)
-    if name not in CLUSTER_REWARDS:
+    if not isinstance(name, str) or name not in CLUSTER_REWARDS:
         known = tuple(CLUSTER_REWARDS)
         raise ConfigError(
             f"reward: {checks.shown(name)} is unknown{did_you_mean(str(name), known)} (known: {', '.join(known)}; or a callable)"

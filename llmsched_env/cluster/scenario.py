@@ -25,6 +25,9 @@ class ClusterScenario:
         rate: calls per second and replica to expect.
         replicas: how many, unless others are asked for.
         num_calls: of an episode.
+
+    Raises:
+        ConfigError: a field of another kind, or a number that is not positive.
     """
 
     name: str
@@ -36,6 +39,12 @@ class ClusterScenario:
     num_calls: int = 4_000
 
     def __post_init__(self) -> None:
+        checks.text("scenario.name", self.name, empty=False)
+        checks.text("scenario.description", self.description)
+        if not callable(self.make):
+            raise ConfigError(f"scenario.make: {checks.shown(self.make)}, must be a function of replicas, seed and seconds")
+        if not callable(getattr(self.source, "chunks", None)):
+            raise ConfigError(f"scenario.source: {checks.shown(self.source)}, must be a CallSource")
         checks.number("scenario.rate", self.rate, open_low=True, unit="calls/s")
         checks.integer("scenario.replicas", self.replicas, low=1)
         checks.integer("scenario.num_calls", self.num_calls, low=1)

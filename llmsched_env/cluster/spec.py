@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from llmsched_env.engine_config import EngineConfig
 from llmsched_env.errors import ConfigError
 from llmsched_env.runner import Policy, rule_of
 
+T = TypeVar("T")
 Role = Literal["whole", "prefill", "decode"]
 EventKind = Literal["slow_down", "drain", "fail", "come_back"]
 
@@ -96,7 +97,9 @@ class ReplicaEvent:
         checks.number("event.time", self.time, unit="seconds")
         checks.integer("event.replica", self.replica)
         checks.one_of("event.kind", self.kind, tuple(_KINDS))
-        checks.number("event.value", self.value, high=1e6, open_low=True)
+        value = checks.number("event.value", self.value, high=1e6, open_low=True)
+        if self.kind != "slow_down" and value != 1.0:
+            raise ConfigError(f"event.value: {value:g} of {self.kind!r}, must be left out: only 'slow_down' has one")
 
     @property
     def code(self) -> int:
@@ -128,6 +131,18 @@ class Transfer:
         return cls(latency, bytes_per_token / bytes_per_second)
 
 
+def _several(name: str, given: Any, kind: type[T]) -> tuple[T, ...]:
+    """A sequence of records of one kind."""
+    try:
+        found = tuple(given)
+    except TypeError as error:
+        raise ConfigError(f"{name}: {checks.shown(given)}, must be a sequence of {kind.__name__}") from error
+    for i, one in enumerate(found):
+        if not isinstance(one, kind):
+            raise ConfigError(f"{name}: {checks.shown(one)} as number {i}, must be a {kind.__name__}")
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ClusterSpec:
     """A cluster.
@@ -138,6 +153,9 @@ class ClusterSpec:
         transfer: of KV between those that prefill and those that decode.
         ttft_limit, tpot_limit: seconds; a call that completes within both meets its objective.
         horizon: seconds; no call is routed later, and an iteration that ends later does not count.
+
+    Raises:
+        ConfigError: another kind of value, block sizes that differ, roles that do not go together, or an event of a replica there is not.
     """
 
     replicas: tuple[ReplicaSpec, ...]
@@ -148,12 +166,9 @@ class ClusterSpec:
     horizon: float = math.inf
 
     def __post_init__(self) -> None:
-        replicas = tuple(self.replicas)
+        replicas = _several("replicas", self.replicas, ReplicaSpec)
         if not 1 <= len(replicas) <= MOST_REPLICAS:
             raise ConfigError(f"replicas: {len(replicas)}, must be from 1 to {MOST_REPLICAS}")
-        for i, replica in enumerate(replicas):
-            if not isinstance(replica, ReplicaSpec):
-                raise ConfigError(f"replicas: {type(replica).__name__} as number {i}, must be a ReplicaSpec")
         object.__setattr__(self, "replicas", replicas)
         sizes = sorted({replica.engine.block_size for replica in replicas})
         if len(sizes) > 1:
@@ -161,12 +176,13 @@ class ClusterSpec:
         roles = {replica.role for replica in replicas}
         if roles not in ({"whole"}, {"prefill", "decode"}):
             raise ConfigError(f"replicas: roles {sorted(roles)}, must be all 'whole', or both 'prefill' and 'decode'")
-        for event in self.events:
-            if not isinstance(event, ReplicaEvent):
-                raise ConfigError(f"events: {type(event).__name__}, must be a ReplicaEvent")
+        events = _several("events", self.events, ReplicaEvent)
+        for event in events:
             if event.replica >= len(replicas):
                 raise ConfigError(f"event.replica: {event.replica}, must be below {len(replicas)}, the number of replicas")
-        object.__setattr__(self, "events", tuple(sorted(self.events, key=lambda event: event.time)))
+        object.__setattr__(self, "events", tuple(sorted(events, key=lambda event: event.time)))
+        if not isinstance(self.transfer, Transfer):
+            raise ConfigError(f"transfer: {checks.shown(self.transfer)}, must be a Transfer")
         for name in ("ttft_limit", "tpot_limit", "horizon"):
             checks.number(name, getattr(self, name), high=math.inf, unit="seconds", open_low=True)
 
