@@ -146,6 +146,14 @@ def _count(value: int) -> str:
 
 
 # --- files ------------------------------------------------------------------------------------------
+def path(name: str, value: object) -> Path:
+    """A path, as a text or as ``pathlib`` has it."""
+    if isinstance(value, str | os.PathLike) and value != "":
+        with contextlib.suppress(TypeError):  # one of bytes
+            return Path(value)
+    raise ConfigError(f"{name}: {shown(value)}, must be a path")
+
+
 def file_bytes(name: str, path: str | os.PathLike[str]) -> bytes:
     """What an ordinary file of at most 64 MiB holds."""
     try:

@@ -83,6 +83,7 @@ def run_router(
         warmup=min(WARMUP, seconds / 4),
         ttft_limit=spec.ttft_limit,
         tpot_limit=spec.tpot_limit,
+        separated=spec.separated,
     )
 
 

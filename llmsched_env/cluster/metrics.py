@@ -53,7 +53,8 @@ class ClusterSummary:
             that stands alone is a program, too.
         slo_goodput: share of all calls that completed within both limits; rejected calls miss them.
         evictions: of these calls, asked for by a policy or forced.
-        rerouted: calls that were handed to a replica more than once.
+        rerouted: calls that were handed to a replica more often than their parts need: once, or twice where prompts and answers have
+            replicas of their own (``Terms.separated``).
         cached_share: prompt tokens found in the prefix cache at the first admission, as a share of the prompt tokens of admitted calls.
         replica_requests: completed calls of each replica.
         replica_jain: ``jain_index`` of them: 1 where all replicas completed equally many.
@@ -108,15 +109,17 @@ class Terms:
         replicas: engines of the cluster; rows name 0 .. ``replicas`` - 1.
         warmup: seconds; calls that arrived, and programs that began, earlier are in no figure.
         ttft_limit, tpot_limit: seconds, for ``slo_goodput``.
+        separated: of the cluster (``ClusterSpec.separated``): every call is handed over twice, for its prompt and for its answer.
 
     Raises:
-        ConfigError: no replica, a negative or non-finite warm-up, or a limit that is not positive.
+        ConfigError: no replica, a negative or non-finite warm-up, a limit that is not positive, or a ``separated`` that is no flag.
     """
 
     replicas: int
     warmup: float = 0.0
     ttft_limit: float = 1.0
     tpot_limit: float = 0.1
+    separated: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "replicas", checks.integer("replicas", self.replicas, low=1, high=MOST_REPLICAS))
@@ -124,6 +127,12 @@ class Terms:
         for name in ("ttft_limit", "tpot_limit"):
             limit = checks.number(name, getattr(self, name), high=math.inf, unit="seconds", open_low=True)
             object.__setattr__(self, name, limit)
+        object.__setattr__(self, "separated", checks.flag("separated", self.separated))
+
+    @property
+    def parts(self) -> int:
+        """How often a call is handed over if nothing happens to its replicas."""
+        return 2 if self.separated else 1
 
 
 def check_rows(rows: Rows) -> None:
@@ -135,6 +144,23 @@ def check_rows(rows: Rows) -> None:
     if not isinstance(rows, np.ndarray) or rows.dtype != FINISHED_DTYPE or rows.ndim != 1:
         shown = f"{rows.dtype} of shape {rows.shape}" if isinstance(rows, np.ndarray) else checks.shown(rows)
         raise ConfigError(f"rows: {shown}, must be an (n,) array of FINISHED_DTYPE")
+
+
+def check_calls(rows: Rows) -> None:
+    """Refuse rows that no run can have given, all of one run at once.
+
+    Args:
+        rows: (n,) of ``FINISHED_DTYPE``, in any order.
+
+    Raises:
+        ConfigError: a call that completed before it arrived, or that has two rows.
+    """
+    for i in np.flatnonzero(rows["completed"] < rows["arrival"])[:1]:
+        row = rows[i]
+        raise ConfigError(f"rows.completed: {row['completed']} of call {row['number']}, must be >= {row['arrival']}, its arrival")
+    numbers = np.sort(rows["number"])
+    for number in numbers[1:][numbers[1:] == numbers[:-1]][:1]:
+        raise ConfigError(f"rows.number: {number} twice, must be one row a call")
 
 
 def call_metrics(rows: Rows) -> dict[str, FloatArray]:
@@ -235,7 +261,7 @@ class Tally:
             "rejected": np.count_nonzero(rows["rejected"]),
             "within": np.count_nonzero(within),
             "evictions": rows["evictions"].sum(dtype=np.int64),
-            "rerouted": np.count_nonzero(rows["routed"] > 1),
+            "rerouted": np.count_nonzero(rows["routed"] > terms.parts),
             "output_tokens": rows["output"][done].sum(dtype=np.int64),
             "prompt_tokens": rows["prompt"][admitted].sum(dtype=np.int64),
             "cached_tokens": rows["cached"][admitted].sum(dtype=np.int64),
@@ -317,19 +343,22 @@ def summarize_calls(
     warmup: float = 0.0,
     ttft_limit: float = 1.0,
     tpot_limit: float = 0.1,
+    separated: bool = False,
     clock: float | None = None,
 ) -> ClusterSummary:
     """Exact figures of the finished calls of one run.
 
     Args:
         rows: (n,) of ``FINISHED_DTYPE``, in any order.
-        replicas, warmup, ttft_limit, tpot_limit: see ``Terms``.
+        replicas, warmup, ttft_limit, tpot_limit, separated: see ``Terms``.
         clock: seconds at which the run ended; None: at its last completion.
 
     Raises:
-        ConfigError: see ``Terms`` and ``Tally.add``.
+        ConfigError: see ``Terms``, ``Tally.add`` and ``check_calls``.
     """
-    tally = Tally(Terms(replicas, warmup, ttft_limit, tpot_limit))
+    tally = Tally(Terms(replicas, warmup, ttft_limit, tpot_limit, separated))
+    check_rows(rows)
+    check_calls(rows)
     values = tally.add(rows)
     if clock is not None:
         tally.ended(clock)

@@ -3,6 +3,8 @@
     part-00000.parquet, part-00001.parquet, ...   rows in the order in which replicas reported them, a row group a batch
     _run.json                                     seed, settings, rows and parts of a run that ended; missing where it broke off
 
+Every page has a checksum, which ``read_calls`` verifies.
+
 Readers of Parquet folders pass over names that begin with ``_`` or ``.``: ``pyarrow.parquet.read_table(folder)`` reads such a folder as
 it is.
 """
@@ -10,6 +12,7 @@ it is.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +22,7 @@ import numpy as np
 
 from llmsched_env import checks
 from llmsched_env.cluster.finished import FINISHED_DTYPE
-from llmsched_env.cluster.metrics import Rows, check_rows
+from llmsched_env.cluster.metrics import Rows, check_calls, check_rows
 from llmsched_env.cluster.sinks import Sink
 from llmsched_env.errors import ConfigError, require
 from llmsched_env.files import check_folder, write_settings
@@ -28,6 +31,10 @@ RUN_FILE = "_run.json"
 METADATA_KEY = b"llmsched"
 PART_ROWS = 4_194_304
 """Rows after which a part is whole: what a killed process can lose."""
+
+
+_FORM: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+Place = str | os.PathLike[str]
 
 
 class ParquetSink(Sink):
@@ -47,9 +54,9 @@ class ParquetSink(Sink):
         MissingExtraError: pyarrow is not installed.
     """
 
-    def __init__(self, folder: Path, *, seed: int, settings: Mapping[str, str] | None = None, part_rows: int = PART_ROWS) -> None:
+    def __init__(self, folder: Place, *, seed: int, settings: Mapping[str, str] | None = None, part_rows: int = PART_ROWS) -> None:
         self._arrow, self._parquet = require("pyarrow", "cluster"), require("pyarrow.parquet", "cluster")
-        self.folder = folder = Path(folder)
+        self.folder = folder = checks.path("folder", folder)
         kept = {checks.text("settings", key): checks.text(f"settings.{key}", value) for key, value in (settings or {}).items()}
         self._described = {"seed": checks.integer("seed", seed, high=2**63 - 1), "settings": kept}
         self._part_rows = checks.integer("part_rows", part_rows, low=1)
@@ -75,7 +82,7 @@ class ParquetSink(Sink):
         if not len(rows):
             return
         if self._writer is None:
-            self._writer = self._parquet.ParquetWriter(self._unfinished, self._schema, compression="zstd", **_encodings())
+            self._writer = self._parquet.ParquetWriter(self._unfinished, self._schema, **_FORM, **_encodings())
         columns = [self._arrow.array(np.ascontiguousarray(rows[name])) for name in self._schema.names]
         try:
             self._writer.write_table(self._arrow.table(columns, schema=self._schema), row_group_size=len(rows))
@@ -89,7 +96,7 @@ class ParquetSink(Sink):
 
     @property
     def _unfinished(self) -> Path:
-        return self.folder / f".part-{self.parts:05d}.parquet"
+        return self.folder / f".{_part(self.parts)}"
 
     def _end_part(self) -> None:
         if self._writer is None:
@@ -123,32 +130,63 @@ def _encodings() -> dict[str, Any]:
     return {"column_encoding": encoded, "use_dictionary": [name for name in names if name not in encoded]}
 
 
-def read_calls(folder: Path, *, broken: bool = False) -> Rows:
+def read_calls(folder: Place, *, broken: bool = False) -> Rows:
     """All rows of such a folder in memory, by the number of the call.
 
     Args:
         broken: also of a run that broke off.
 
     Raises:
-        ConfigError: no such folder, a part that cannot be read or has other columns, or a run that broke off.
+        ConfigError: no such folder; a part that is missing, cannot be read, is damaged or has other columns; other numbers of parts or
+            rows than ``_run.json`` states; rows that no run can have given (``check_calls``); or a run that broke off.
         MissingExtraError: pyarrow is not installed.
     """
-    arrow, parquet = require("pyarrow", "cluster"), require("pyarrow.parquet", "cluster")
-    if not folder.is_dir():
-        raise ConfigError(f"folder: {folder}, must be a folder that ParquetSink wrote")
-    if not broken and not (folder / RUN_FILE).is_file():
-        raise ConfigError(f"folder: {folder} has no {RUN_FILE}: the run broke off")
-    batches = [np.empty(0, dtype=FINISHED_DTYPE)]
-    for path in sorted(folder.glob("part-*.parquet")):
-        try:
-            table = parquet.read_table(path)
-        except (OSError, arrow.ArrowException) as error:
-            raise ConfigError(f"folder: {path} cannot be read ({error})") from error
-        if table.column_names != list(FINISHED_DTYPE.names or ()):
-            raise ConfigError(f"folder: {path} has the columns {table.column_names}, must have those of FINISHED_DTYPE")
-        rows = np.empty(table.num_rows, dtype=FINISHED_DTYPE)
-        for name in table.column_names:
-            rows[name] = table.column(name).to_numpy()
-        batches.append(rows)
-    found = np.concatenate(batches)
+    require("pyarrow", "cluster")
+    place = checks.path("folder", folder)
+    if not place.is_dir():
+        raise ConfigError(f"folder: {place}, must be a folder that ParquetSink wrote")
+    ended = (place / RUN_FILE).exists()
+    if not broken and not ended:
+        raise ConfigError(f"folder: {place} has no {RUN_FILE}: the run broke off")
+    stated = _stated(place / RUN_FILE) if ended else {}
+    parts = sorted(place.glob("part-*.parquet"))
+    for number in range(stated.get("parts", len(parts))):
+        if not (place / _part(number)).is_file():
+            raise ConfigError(f"folder: {place} lacks {_part(number)}")
+    found = np.concatenate([np.empty(0, dtype=FINISHED_DTYPE), *map(_read_part, parts)])
+    for name, count in (("parts", len(parts)), ("rows", len(found))):
+        if stated.get(name, count) != count:
+            raise ConfigError(f"folder: {place} has {count} {name}, {RUN_FILE} states {stated[name]}")
+    with checks.told(f"folder: {place}"):
+        check_calls(found)
     return found[np.argsort(found["number"], kind="stable")]
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
+def _stated(path: Path) -> dict[str, int]:
+    """Rows and parts as the run file has them."""
+    where = f"folder: {path}"
+    kept = checks.json_object(where, checks.file_bytes(where, path))
+    return {name: checks.integer(f"{where}: {name}", kept.get(name), high=2**62) for name in ("rows", "parts")}
+
+
+def _read_part(path: Path) -> Rows:
+    """The rows of one file; damage that a checksum shows is an ``OSError`` of the library."""
+    arrow, parquet = require("pyarrow", "cluster"), require("pyarrow.parquet", "cluster")
+    try:
+        table = parquet.read_table(path, page_checksum_verification=True)
+    except (OSError, arrow.ArrowException) as error:
+        raise ConfigError(f"folder: {path} cannot be read ({error})") from error
+    if table.column_names != list(FINISHED_DTYPE.names or ()):
+        raise ConfigError(f"folder: {path} has the columns {table.column_names}, must have those of FINISHED_DTYPE")
+    rows = np.empty(table.num_rows, dtype=FINISHED_DTYPE)
+    for name in table.column_names:
+        form = arrow.from_numpy_dtype(FINISHED_DTYPE[name])
+        column = table.column(name)
+        if column.type != form or column.null_count:
+            raise ConfigError(f"folder: {path} has {name} as {column.type}, must be {form} without nulls")
+        rows[name] = column.to_numpy()
+    return rows

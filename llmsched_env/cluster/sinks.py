@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from llmsched_env.cluster.finished import FINISHED_DTYPE
-from llmsched_env.cluster.metrics import Rows, check_rows
+from llmsched_env.cluster.metrics import Rows, check_calls, check_rows
 
 
 class Sink(Protocol):
@@ -57,10 +57,15 @@ class KeepAll(Sink):
         return sum(map(len, self._batches))
 
     def rows(self) -> Rows:
-        """All of them so far, by the number of the call."""
+        """All of them so far, by the number of the call.
+
+        Raises:
+            ConfigError: see ``check_calls``.
+        """
         if not self._batches:
             return np.empty(0, dtype=FINISHED_DTYPE)
         rows = np.concatenate(self._batches)
+        check_calls(rows)
         return rows[np.argsort(rows["number"], kind="stable")]
 
 

@@ -15,8 +15,8 @@ import base64
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -167,20 +167,20 @@ class SketchSink(Sink):
                 raise ValueError(f"the sketch of {name} has k = {sketch.k} and {sketch.n} values, must have {expected}")
             self._sketches[name] = sketch
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``to_bytes`` to a file, in one step."""
-        with replacing(path) as file:
+        with replacing(checks.path("path", path)) as file:
             file.write(self.to_bytes().decode("ascii"))
 
     @classmethod
-    def load(cls, path: Path) -> SketchSink:
+    def load(cls, path: str | os.PathLike[str]) -> SketchSink:
         """What ``save`` wrote.
 
         Raises:
             ConfigError: the file cannot be read, or is something else.
         """
         try:
-            kept = path.read_bytes()
+            kept = checks.path("path", path).read_bytes()
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
         return cls.from_bytes(kept, name=str(path))

@@ -22,7 +22,7 @@ from llmsched_env.types import RequestLog
 REPLICAS = 3
 
 
-def by_hand(rows: Rows, warmup: float = 0.0, ttft_limit: float = 1.0, tpot_limit: float = 0.1) -> dict[str, Any]:
+def by_hand(rows: Rows, warmup: float = 0.0, ttft_limit: float = 1.0, tpot_limit: float = 0.1, separated: bool = False) -> dict[str, Any]:
     """Every figure again, row by row."""
     counted = [row for row in rows if row["arrival"] >= warmup]
     done = [row for row in counted if math.isfinite(row["completed"])]
@@ -53,7 +53,7 @@ def by_hand(rows: Rows, warmup: float = 0.0, ttft_limit: float = 1.0, tpot_limit
         "slowdown_jain": jain_index(np.array([v / row["output"] for v, row in zip(latency, done, strict=True)])),
         "slo_goodput": len(within) / len(counted) if counted else math.nan,
         "evictions": sum(int(row["evictions"]) for row in counted),
-        "rerouted": sum(int(row["routed"] > 1) for row in counted),
+        "rerouted": sum(int(row["routed"] > (2 if separated else 1)) for row in counted),
         "cached_share": sum(int(row["cached"]) for row in done) / prompt if prompt else math.nan,
         "replica_requests": tuple(shares),
         "replica_jain": jain_index(np.array(shares, dtype=float)) if done else math.nan,
@@ -80,10 +80,12 @@ def agrees(summary: ClusterSummary, expected: dict[str, Any]) -> None:
     rejected=hs.sampled_from([0.0, 0.1, 1.0]),
     warmup=hs.sampled_from([0.0, 0.2, 1e6]),
     limits=hs.tuples(hs.floats(0.05, 3.0), hs.floats(0.01, 0.2)),
+    separated=hs.booleans(),
 )
-def test_against_figures_by_hand(n: int, seed: int, rejected: float, warmup: float, limits: tuple[float, float]) -> None:
+def test_against_figures_by_hand(n: int, seed: int, rejected: float, warmup: float, limits: tuple[float, float], separated: bool) -> None:
     rows = drawn(n, seed, rejected=rejected)
-    settings = {"warmup": warmup, "ttft_limit": limits[0], "tpot_limit": limits[1]}
+    rows["routed"] += separated
+    settings: dict[str, Any] = {"warmup": warmup, "ttft_limit": limits[0], "tpot_limit": limits[1], "separated": separated}
     agrees(summarize_calls(rows, replicas=REPLICAS, **settings), by_hand(rows, **settings))
 
 
@@ -170,6 +172,7 @@ def test_sums_keep_what_rounding_takes_away() -> None:
         ({"replicas": 2, "ttft_limit": 0.0}, "ttft_limit: 0.0"),
         ({"replicas": 2, "tpot_limit": -0.1}, "tpot_limit: -0.1"),
         ({"replicas": 2, "clock": math.inf}, "clock: inf"),
+        ({"replicas": 2, "separated": 1}, "separated: 1, must be true or false"),
         ({"replicas": 2}, r"rows.replica: 2 of a completed call, must be from 0 to 1"),
     ],
 )

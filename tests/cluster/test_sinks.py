@@ -7,13 +7,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from call_rows import drawn
 
 from llmsched_env.cluster.finished import FINISHED_DTYPE
-from llmsched_env.cluster.metrics import Rows
+from llmsched_env.cluster.metrics import Rows, summarize_calls
 from llmsched_env.cluster.parquet import RUN_FILE, ParquetSink, read_calls
 from llmsched_env.cluster.sinks import KeepAll, Several, Sink
 from llmsched_env.errors import ConfigError, MissingExtraError, install_command
@@ -188,3 +189,85 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(MissingExtraError, match="pyarrow is not installed; run: " + re.escape(install_command("cluster"))):
         ParquetSink(tmp_path / "run", seed=0)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, parquet: object) -> Path:
+    """A whole run of two parts."""
+    with ParquetSink(str(tmp_path / "run"), seed=0, part_rows=500) as sink:
+        for part in batches(drawn(1000, 6), 100):
+            sink.write(part)
+    return tmp_path / "run"
+
+
+def test_texts_are_paths(folder: Path) -> None:
+    assert same(read_calls(str(folder)), read_calls(folder))
+    for place in (None, 3, ""):
+        with pytest.raises(ConfigError, match=r"folder: .*must be a path"):
+            read_calls(place)  # type: ignore[arg-type]
+
+
+def test_a_bit_that_has_changed_is_found(folder: Path, parquet: Any) -> None:
+    path = folder / "part-00001.parquet"
+    whole, group = bytearray(path.read_bytes()), parquet.ParquetFile(path).metadata.row_group(0)
+    for column in map(group.column, range(group.num_columns)):
+        begin = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+        spoilt = whole.copy()
+        spoilt[begin + column.total_compressed_size - 1] ^= 1  # the last byte of its last page
+        path.write_bytes(spoilt)
+        with pytest.raises(ConfigError, match=r"folder: .*part-00001\.parquet cannot be read .*CRC"):
+            read_calls(folder)
+
+
+def test_a_run_is_held_to_what_it_states(folder: Path) -> None:
+    stated = json.loads((folder / RUN_FILE).read_text())
+    assert (stated["rows"], stated["parts"]) == (1000, 2)
+    for text, named in (
+        ("nothing", "not JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", "rows: None, must be an integer"),
+        (json.dumps({**stated, "parts": "2"}), "parts: '2', must be an integer"),
+        (json.dumps({**stated, "rows": 999}), "has 1000 rows, _run.json states 999"),
+        (json.dumps({**stated, "parts": 1}), "has 2 parts, _run.json states 1"),
+        (json.dumps({**stated, "parts": 3}), "lacks part-00002.parquet"),
+    ):
+        (folder / RUN_FILE).write_text(text)
+        for broken in (False, True):
+            with pytest.raises(ConfigError, match=rf"folder: .*{re.escape(named)}"):
+                read_calls(folder, broken=broken)
+    (folder / RUN_FILE).write_text(json.dumps(stated))
+    (folder / "part-00000.parquet").unlink()
+    with pytest.raises(ConfigError, match=r"lacks part-00000\.parquet"):
+        read_calls(folder)
+    (folder / RUN_FILE).unlink()
+    with pytest.raises(ConfigError, match=r"lacks part-00000\.parquet"):
+        read_calls(folder, broken=True)
+
+
+def test_columns_of_other_types_are_refused(folder: Path, parquet: Any) -> None:
+    path = folder / "part-00000.parquet"
+    table = parquet.read_table(path)
+    number = table.column_names.index("number")
+    parquet.write_table(table.set_column(number, "number", table.column("number").cast("string")), path)
+    with pytest.raises(ConfigError, match=r"part-00000\.parquet has number as string, must be int64 without nulls"):
+        read_calls(folder)
+
+
+def test_rows_that_no_run_gives_are_refused_when_they_are_read(tmp_path: Path, parquet: object) -> None:
+    twice, early = drawn(20, 1), drawn(20, 1, rejected=0.0)
+    twice["number"][3] = twice["number"][7]
+    early["completed"][5] = early["arrival"][5] - 1.0
+    for name, rows, named in (
+        ("twice", twice, rf"rows\.number: {twice['number'][7]} twice, must be one row a call"),
+        ("early", early, rf"rows\.completed: .* of call {early['number'][5]}, must be >= .*, its arrival"),
+    ):
+        kept = KeepAll()
+        with ParquetSink(tmp_path / name, seed=0) as sink:
+            for one in (kept, sink):
+                one.write(rows[:10])
+                one.write(rows[10:])
+        for read in (kept.rows, lambda name=name: read_calls(tmp_path / name)):
+            with pytest.raises(ConfigError, match=named):
+                read()
+        with pytest.raises(ConfigError, match=named):
+            summarize_calls(rows, replicas=3)

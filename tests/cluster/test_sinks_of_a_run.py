@@ -13,11 +13,11 @@ import pytest
 from llmsched_env.cluster.calls import CallChunk
 from llmsched_env.cluster.metrics import Terms, summarize_calls
 from llmsched_env.cluster.parquet import ParquetSink, read_calls
-from llmsched_env.cluster.routing import RouterRule, run_cluster
+from llmsched_env.cluster.routing import RouterRule, first_legal, run_cluster
 from llmsched_env.cluster.simulator import ClusterSim
 from llmsched_env.cluster.sinks import KeepAll, Several
 from llmsched_env.cluster.sketches import SketchSink
-from llmsched_env.cluster.spec import ClusterSpec, ReplicaSpec
+from llmsched_env.cluster.spec import ClusterSpec, ReplicaEvent, ReplicaSpec
 from llmsched_env.compiled import compiled
 
 
@@ -25,6 +25,11 @@ from llmsched_env.compiled import compiled
 def in_turn(cluster: Any, own: Any) -> int:
     own.memory[0] = (own.memory[0] + 1) % 2
     return own.memory[0]
+
+
+@compiled
+def first_that_takes_it(cluster: Any, own: Any) -> int:
+    return first_legal(cluster)
 
 
 def calls(number: int) -> Iterator[CallChunk]:
@@ -49,3 +54,13 @@ def test_every_sink_gets_every_call(tmp_path: Path) -> None:
     assert 700 < exact.completed == sum(exact.replica_requests) < 800
     for name, value in dataclasses.asdict(exact).items():
         assert getattr(found, name) == pytest.approx(value, rel=1e-12), name
+
+
+@pytest.mark.slow  # compiles a cluster
+@pytest.mark.parametrize(("events", "rerouted"), [((), 0), ((ReplicaEvent(0.2, 1, "fail"), ReplicaEvent(0.5, 1, "come_back")), 1)])
+def test_a_call_with_two_parts_is_not_rerouted_unless_it_is_handed_over_again(events: tuple[ReplicaEvent, ...], rerouted: int) -> None:
+    spec, kept = ClusterSpec((ReplicaSpec(role="prefill"), ReplicaSpec(role="decode")), events), KeepAll()
+    assert spec.separated
+    run_cluster(ClusterSim(spec), RouterRule(first_that_takes_it), iter([CallChunk.single([0.0, 1.0], [100, 100], [50, 50])]), (), kept)
+    assert kept.rows()["routed"].tolist() == [2 + 2 * rerouted, 2]
+    assert summarize_calls(kept.rows(), replicas=2, separated=True).rerouted == rerouted

@@ -108,6 +108,7 @@ def test_seeds_are_merged() -> None:
     first.merge(second)
     found = first.summary()
     rows = np.concatenate([drawn(30_000, 1), drawn(50_000, 2)])
+    rows["number"] = np.arange(len(rows))  # figures of one run, in which no call is there twice
     whole = summarize_calls(rows, **SETTINGS)  # type: ignore[arg-type]
     seconds = one.sim_seconds + two.sim_seconds
     rates = {"throughput_req_s", "throughput_tok_s", "sim_seconds"}
@@ -151,7 +152,7 @@ def test_files_and_pickles_hold_all_of_it(tmp_path: Path) -> None:
     sink.merge(sketched(20_000, 5))
     path = tmp_path / "figures.json"
     sink.save(path)
-    for again in (SketchSink.load(path), pickle.loads(pickle.dumps(sink))):
+    for again in (SketchSink.load(path), SketchSink.load(str(path)), pickle.loads(pickle.dumps(sink))):
         assert again.summary() == sink.summary() and (again.k, again.terms) == (sink.k, sink.terms)
         assert again.to_bytes() == sink.to_bytes()
         again.merge(sketched(100, 6))
@@ -176,6 +177,8 @@ def test_damaged_files_are_refused(field: str, tmp_path: Path) -> None:
 def test_what_is_no_file_of_sketches_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         SketchSink.load(tmp_path / "none")
+    with pytest.raises(ConfigError, match="path: None, must be a path"):
+        SketchSink.load(None)  # type: ignore[arg-type]
     for text in (b"", b"\xff", b"[]", b"3"):
         with pytest.raises(ConfigError, match="not what SketchSink wrote"):
             SketchSink.from_bytes(text)
