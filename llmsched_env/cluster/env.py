@@ -186,8 +186,13 @@ class LLMSchedCluster(gym.Env[Observation, Any]):
 
 def summary_of(sim: ClusterSim, kept: KeepAll) -> dict[str, float]:
     """Figures of the calls that have ended, undefined ones left out."""
-    limits = {"ttft_limit": sim.spec.ttft_limit, "tpot_limit": sim.spec.tpot_limit}
-    found = summarize_calls(kept.rows(), replicas=len(sim.machines), **limits)
+    found = summarize_calls(
+        kept.rows(),
+        replicas=len(sim.machines),
+        ttft_limit=sim.spec.ttft_limit,
+        tpot_limit=sim.spec.tpot_limit,
+        separated=sim.spec.separated,
+    )
     return {name: float(value) for name, value in found.as_dict().items() if math.isfinite(value)}
 
 
