@@ -33,10 +33,10 @@ def lossy(seed: int, caching: bool, overlaps: bool, closed: bool, separated: boo
     """One episode in which everything happens. Returns what has come about."""
     g = np.random.default_rng(seed)
     replicas = int(g.integers(2 if separated else 1, 5))
-    base = engine_of(g, caching=caching, overlaps=overlaps)
+    base = engine_of(g, caching=caching, overlaps=overlaps).replace(oversize="reject")  # what is too long for all is lost, too
     engines = [base]
     for _ in range(replicas - 1):
-        other = engine_of(g, caching=caching, overlaps=overlaps)
+        other = engine_of(g, caching=caching, overlaps=overlaps).replace(oversize="reject")
         longest = min(other.max_model_len, other.num_blocks * base.block_size)
         engines.append(other.replace(block_size=base.block_size, max_model_len=longest))
     members = [replica_of(g, engine, str(g.choice(policies))) for engine in engines]
