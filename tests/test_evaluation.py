@@ -540,6 +540,7 @@ class Patient:
 """
 
 
+@pytest.mark.usefixtures("own_workers")
 def test_a_policy_of_ones_own_runs_as_an_agent_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_module.py").write_text(OWN_POLICY)
     monkeypatch.chdir(tmp_path)
