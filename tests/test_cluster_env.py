@@ -272,6 +272,8 @@ def test_make_vec_and_its_errors() -> None:
         gym.make_vec(ID, num_envs=2, replicas=0)
     with pytest.raises(ConfigError, match="takes none"):
         vector.reset(options={"rate": 1.0})
+    with pytest.raises(ConfigError, match="did you mean 'drifting'"):
+        gym.make_vec(ID, num_envs=1, scenario=["equal", "drfting"])
     one = ReplicaSpec()
     with pytest.raises(ConfigError, match="block sizes"):
         ClusterSpec((one, ReplicaSpec(one.engine.replace(block_size=32, num_blocks=2_000))))

@@ -84,6 +84,8 @@ class LLMSchedClusterVectorEnv(AutoresetVectorEnv):
         rates = list(rate) if isinstance(rate, list | tuple | np.ndarray) else [rate]
         if not scenarios or not rates:
             raise ConfigError("scenario, rate: [], must be one value or a list of at least one")
+        for name in scenarios[self.num_envs :]:  # those that no environment takes are no less wrong
+            ClusterSettings.of(name, **kwargs)
         count = min(math.lcm(len(scenarios), len(rates)), self.num_envs)
         made = [ClusterSettings.of(scenarios[i % len(scenarios)], rate=rates[i % len(rates)], **kwargs) for i in range(count)]
         sizes = sorted({settings.num_replicas for settings in made})
