@@ -86,7 +86,7 @@ class ParquetSink(Sink):
         columns = [self._arrow.array(np.ascontiguousarray(rows[name])) for name in self._schema.names]
         try:
             self._writer.write_table(self._arrow.table(columns, schema=self._schema), row_group_size=len(rows))
-        except Exception:  # a full disk, say: nobody knows what stands in this part, so it never gets its name
+        except (OSError, self._arrow.ArrowException):  # a full disk: nobody knows what stands in this part, so it never gets its name
             self._closed, self._writer = True, None
             raise
         self.rows += len(rows)
