@@ -217,50 +217,6 @@ def test_numbers_of_32_bits_are_64_bits_wide_in_arithmetic() -> None:
         assert product(Table(rows).handle) == (2**31 - 1) ** 2
 
 
-class Two(Rows):
-    SATURATES = True
-
-    narrow: Ints
-    long: Longs
-
-
-class Narrow(Rows):
-    value: Ints
-
-
-class Wide(Rows):
-    value: Longs
-
-
-def test_a_long_column_holds_64_bits_beside_a_narrow_one() -> None:
-    @compiled
-    def write(own: Two, i: int, value: int) -> None:
-        own.long[i] = value
-        own.long[i] += 1
-        own.narrow[i] = i
-
-    own = Two(np.zeros(3, dtype=Two.DTYPE))
-    for i, value in enumerate((2**62, -(2**62), 2**31)):  # a table that saturates its narrow columns leaves them alone
-        write(own, i, value)
-    assert own.long.tolist() == [2**62 + 1, 1 - 2**62, 2**31 + 1]
-    assert own.narrow.tolist() == [0, 1, 2]
-
-
-def test_tables_that_differ_in_the_width_of_a_column_are_two_types() -> None:
-    assert Wide.DTYPE.itemsize == 2 * Narrow.DTYPE.itemsize
-    names = [str(RecordType(table)).partition("[")[2] for table in (Narrow, Wide)]
-    assert names[0] != names[1]
-
-    @compiled
-    def last_of(own):  # type: ignore[no-untyped-def]
-        return own.value[1]
-
-    for declared in (Narrow, Wide):
-        rows = np.zeros(2, dtype=declared.DTYPE)
-        rows["value"] = 7, -8
-        assert last_of(declared(rows)) == -8
-
-
 def test_a_bool_is_a_number_both_ways() -> None:
     record = made()
     record.inner.flag = False
