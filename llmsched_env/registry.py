@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -88,8 +89,41 @@ class Registry:
         except (Exception, SystemExit) as error:  # whatever the package does when it is imported
             raise ConfigError(f"{self.kind}: {name!r} of {_owner(offers[0])}: {type(error).__name__}: {error}") from error
 
+    def factory(self, name: str, of: str) -> Callable[..., Any]:
+        """The class or factory behind a name or ``module:attribute``.
+
+        Args:
+            of: what it is called with, for the error.
+
+        Raises:
+            ConfigError: as ``find``, or something that cannot be called.
+        """
+        found = self.find(name, "; or module:attribute")
+        if not callable(found):
+            raise ConfigError(f"{self.kind}: {name!r} is {checks.shown(found)}, must be a class or function of {of}")
+        return found  # type: ignore[no-any-return]
+
+    def check_options(self, name: str, options: Iterable[str], allowed: Iterable[str]) -> None:
+        """Refuse options that the thing behind a name does not take.
+
+        Raises:
+            ConfigError: the option, the nearest one and those allowed.
+        """
+        known = list(allowed)
+        for option in options:
+            if option not in known:
+                hint = did_you_mean(option, known)
+                raise ConfigError(f"{self.kind}.{option}: not an option of {name!r}{hint} (options: {', '.join(known) or 'none'})")
+
     def _offered(self) -> Mapping[str, tuple[EntryPoint, ...]]:
         return _offers(self.group)
+
+
+def options_of(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options that a constructor takes, by name: all its parameters but the first."""
+    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {parameter.name: parameter for parameter in parameters if parameter.kind in kinds}
 
 
 @functools.cache  # reading the metadata of all installed packages takes as long as a reset

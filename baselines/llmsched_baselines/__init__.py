@@ -24,9 +24,7 @@ from llmsched_baselines.vtc import Vtc
 from llmsched_baselines.wait import Wait
 from llmsched_baselines.wait_cp import WaitCp
 from llmsched_baselines.wfq import TenantPriority, Wfq
-from llmsched_env import checks
-from llmsched_env.errors import ConfigError, did_you_mean
-from llmsched_env.registry import POLICIES
+from llmsched_env.registry import POLICIES, options_of
 
 SHIPPED: tuple[type[Policy], ...] = (
     Fcfs,
@@ -68,17 +66,12 @@ def policy_class(name: str) -> Callable[..., Policy]:
     Raises:
         ConfigError: unknown name (the nearest one is given), or a module that cannot be imported.
     """
-    factory: Callable[..., Policy] = POLICIES.find(name, "; or module:attribute")
-    if not callable(factory):
-        raise ConfigError(f"policy: {name!r} is {checks.shown(factory)}, must be a class or function of a setting")
-    return factory
+    return POLICIES.factory(name, "a setting")
 
 
 def policy_options(name: str) -> dict[str, inspect.Parameter]:
     """The options a policy's constructor takes, by name: all its parameters but the first, the setting."""
-    parameters = list(inspect.signature(policy_class(name)).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {parameter.name: parameter for parameter in parameters if parameter.kind in kinds}
+    return options_of(policy_class(name))
 
 
 def make_policy(name: str, setting: Setting, *, overload: bool = False, **options: Any) -> Policy:
@@ -95,10 +88,7 @@ def make_policy(name: str, setting: Setting, *, overload: bool = False, **option
     """
     factory = policy_class(name)
     allowed = policy_options(name)
-    for option in options:
-        if option not in allowed:
-            hint = did_you_mean(option, allowed)
-            raise ConfigError(f"policy.{option}: not an option of {name!r}{hint} (options: {', '.join(allowed) or 'none'})")
+    POLICIES.check_options(name, options, allowed)
     if "overload" in allowed:
         options.setdefault("overload", overload)
     return factory(setting, **options)

@@ -16,8 +16,8 @@ from llmsched_baselines.routers.sglang import Sglang
 from llmsched_baselines.routers.shortest import JoinShortestQueue, LeastKv, PowerOfTwo
 from llmsched_baselines.routers.sticky import Sticky
 from llmsched_env import checks
-from llmsched_env.errors import ConfigError, did_you_mean
-from llmsched_env.registry import ROUTERS
+from llmsched_env.errors import ConfigError
+from llmsched_env.registry import ROUTERS, options_of
 
 SHIPPED: tuple[type[Router], ...] = (
     RoundRobin,
@@ -46,17 +46,12 @@ def router_class(name: str) -> Callable[..., Router]:
     Raises:
         ConfigError: unknown name (the nearest one is given), or a module that cannot be imported.
     """
-    factory: Callable[..., Router] = ROUTERS.find(name, "; or module:attribute")
-    if not callable(factory):
-        raise ConfigError(f"router: {name!r} is {checks.shown(factory)}, must be a class or function of a door")
-    return factory
+    return ROUTERS.factory(name, "a door")
 
 
 def router_options(name: str) -> dict[str, inspect.Parameter]:
     """The options a router's constructor takes, by name: all its parameters but the first, the door."""
-    parameters = list(inspect.signature(router_class(name)).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {parameter.name: parameter for parameter in parameters if parameter.kind in kinds}
+    return options_of(router_class(name))
 
 
 def make_router(name: str, door: Door, **options: Any) -> Router:
@@ -72,10 +67,7 @@ def make_router(name: str, door: Door, **options: Any) -> Router:
     factory, allowed = router_class(name), router_options(name)
     if not isinstance(door, Door):
         raise ConfigError(f"door: {checks.shown(door)}, must be a Door")
-    for option in options:
-        if option not in allowed:
-            hint = did_you_mean(option, allowed)
-            raise ConfigError(f"router.{option}: not an option of {name!r}{hint} (options: {', '.join(allowed) or 'none'})")
+    ROUTERS.check_options(name, options, allowed)
     return factory(door, **options)
 
 
